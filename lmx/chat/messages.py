@@ -1,0 +1,69 @@
+"""Brings OpenAI chat messages into the shape that chat templates are written for. Pure; ``ChatModel`` calls it.
+
+Messages keep their number and order: a system message in mid-conversation stays there, since folding it to the top
+would break the cached prefix.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmx.errors import InvalidRequest
+
+
+def normalise(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies in which ``developer`` is ``system``, contents are strings and tool arguments objects.
+
+    Raises InvalidRequest for a content part that is not text.
+    """
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    result = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    if result.get("role") == "developer":
+        result["role"] = "system"
+    result["content"] = _text(message.get("content"), where)
+    if message.get("tool_calls"):  # an empty list means none, but templates test for the key
+        result["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return result
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if part.get("type") != "text":
+            raise InvalidRequest(
+                f"{where}.content[{index}] is of type {part.get('type')!r}; this model reads text only. Send it as "
+                '{"type": "text", "text": ...} or leave it out.',
+                param="messages",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends arguments as a JSON string; templates print an object, as the model was trained to write it."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """``value`` with every string in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): map_strings(item, change) for key, item in value.items()}
+    return value

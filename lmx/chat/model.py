@@ -1,0 +1,115 @@
+"""A model's words: its tokenizer, its chat template, and the text of its tokens.
+
+The API faces call it, ``encode_*`` from worker threads (a long prompt takes many milliseconds). It uses the
+``tokenizers`` library and Jinja directly; transformers would cost the server seconds and memory. It knows nothing about
+engines and never needs the weights.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
+from lmx.chat.messages import normalise
+from lmx.chat.pieces import read_pieces
+from lmx.chat.special import SpecialTokens
+from lmx.chat.text import TextStream
+from lmx.errors import InvalidRequest, ModelInvalid
+
+
+class ChatModel:
+    """Nothing in it changes after it was made, so threads may share it."""
+
+    eos_ids: frozenset[int]
+    vocab_size: int
+    """One more than the largest token id; the engine's output matrix may have more rows, as padding."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._literal = Tokenizer.from_file(str(path))
+            self._pieces = read_pieces(self._tokenizer)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ModelInvalid(f"{path} cannot be used: {error}. Is it whole? Download it again.") from None
+        for tokenizer in (self._tokenizer, self._literal):  # training leaves both switched on in many files
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._literal.encode_special_tokens = True  # that is: as ordinary text
+        self._special = SpecialTokens(self._tokenizer)
+        settings = read_settings(folder)
+        self._template = read_template(folder, settings)
+        self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
+        self.vocab_size = len(self._pieces.all)
+        # Some files leave adding BOS to the Python class that they name.
+        self._bos: list[int] = []
+        if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
+            bos = self._tokenizer.token_to_id(named_tokens(settings).get("bos_token", ""))
+            self._bos = [] if bos is None else [bos]
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatModel":
+        """Read the tokenizer's files, config.json and the chat template. Blocks. Raises ModelInvalid."""
+        return cls(folder)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn.
+
+        A special token spelled out in a message stays text. Raises InvalidRequest when a message cannot be rendered,
+        when the template refuses, and when the model has no template.
+        """
+        if self._template is None:
+            raise InvalidRequest(
+                "This model has no chat template, so it cannot chat. Use /v1/completions, or put the template of its "
+                "family into the model's folder as chat_template.jinja.",
+                param="messages",
+            )
+        conversation = (normalise(messages), tools or None, template_kwargs or {})
+        conversation, breaker = self._special.break_up(conversation)
+        text = self._template.render(*conversation)
+        if not breaker:
+            return _encode(self._tokenizer, text, "messages")
+        tokens: list[int] = []
+        for part, literal in self._special.segments(text, breaker):
+            tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
+        return tokens
+
+    def encode_text(self, text: str) -> list[int]:
+        """A completions prompt: with BOS where the model wants it, special tokens parsed. Raises InvalidRequest."""
+        return self.tokenize(text, add_special=True, parse_special=True)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Raises InvalidRequest (``param="prompt"``) for a text that is not Unicode."""
+        tokenizer = self._tokenizer if parse_special else self._literal
+        return (self._bos if add_special else []) + _encode(tokenizer, text, "prompt", add_special=add_special)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The whole text; invalid UTF-8 as U+FFFD, special tokens left out."""
+        stream = self.text_stream()
+        return stream.feed(tokens) + stream.finish()
+
+    def token_bytes(self, token: int) -> bytes:
+        """A token's bytes (perhaps part of a character), a special token's name; empty outside the vocabulary."""
+        return self._pieces.all[token] if 0 <= token < self.vocab_size else b""
+
+    def text_stream(self, stop: Sequence[str] = (), *, continues: bool = False) -> TextStream:
+        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts."""
+        return TextStream(self._pieces.text, stop, strip_space=self._pieces.strip_space and not continues)
+
+
+def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
+    except TypeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        raise InvalidRequest(
+            f"{param} holds text that is not Unicode: a lone surrogate (\\ud800 to \\udfff).", param=param
+        ) from None
+    return ids

@@ -1,0 +1,135 @@
+"""The settings: defaults here, then ``lmx.toml``, then ``LMX_<SECTION>_<KEY>`` variables, then the command line.
+
+Each later source overrides the earlier one, key by key. A key that does not exist, or a value of the wrong kind, is a
+``ConfigError`` that names the source, the key and what is allowed; nothing is guessed. ``lmx.toml`` in the repository
+lists every key with its default (a test holds the two together).
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmx.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(1234, ge=0, le=65535)
+    drain_s: float = Field(30.0, ge=0)
+    max_body_bytes: int = Field(32 * 1024 * 1024, gt=0)
+    keep_alive_s: float = Field(75.0, gt=0)
+    write_timeout_s: float = Field(20.0, gt=0)
+    sse_comment_s: float = Field(10.0, gt=0)
+    request_timeout_s: float = Field(0.0, ge=0)
+    allowed_hosts: list[str] = []
+    cors_origins: list[str] = []
+    inference_keys: dict[str, str] = {}
+    admin_keys: dict[str, str] = {}
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ModelSettings(_Section):
+    default: str = "smollm2-135m-instruct"
+    aliases: dict[str, str] = {}
+    placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder"]
+    cache_dir: str = ""
+    context_length: int = Field(0, ge=0)
+
+
+class EngineSettings(_Section):
+    max_rows: int = Field(8, ge=1, le=512)
+    max_queue: int = Field(1024, ge=1)
+    kv_budget_bytes: int = Field(0, ge=0)
+    max_chunk_tokens: int = Field(512, ge=32, multiple_of=32)
+    itl_target_ms: float = Field(250.0, gt=0)
+    lookahead: bool = True
+    hang_timeout_s: float = Field(30.0, gt=0)
+    load_timeout_s: float = Field(1800.0, gt=0)
+    free_timeout_s: float = Field(30.0, gt=0)
+    restart_backoff_s: float = Field(0.5, gt=0)
+    restart_backoff_max_s: float = Field(30.0, gt=0)
+    max_restarts: int = Field(5, ge=0)
+    openblas: str = "auto"
+
+
+class Settings(_Section):
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+
+
+def load_settings(
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Settings:
+    """Read the settings. ``overrides`` ({section: {key: value}}) come from the command line and win.
+
+    Raises ConfigError.
+    """
+    merged: dict[str, dict[str, Any]] = {name: {} for name in Settings.model_fields}
+    if path is not None:
+        for section, values in _read_toml(path).items():
+            if section not in merged or not isinstance(values, dict):
+                known = ", ".join(f"[{name}]" for name in merged)
+                raise ConfigError(f"{path}: [{section}] is not a section of lmx.toml; there are {known}.", param=section)
+            merged[section].update(values)
+    for section, values in _read_environ(environ).items():
+        merged[section].update(values)
+    for section, values in (overrides or {}).items():
+        merged[section].update(values)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise _config_error(error, path) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.", param="--config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", param="--config") from None
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """``LMX_SERVER_PORT=8080`` is ``[server] port``; lists and tables are written as in TOML."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in Settings.model_fields}
+    for section, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key, setting in field.annotation.model_fields.items():
+            name = f"LMX_{section}_{key}".upper()
+            if name not in environ:
+                continue
+            value: Any = environ[name]
+            if get_origin(setting.annotation) in (list, dict):
+                try:
+                    value = tomllib.loads(f"value = {value}")["value"]
+                except tomllib.TOMLDecodeError as error:
+                    raise ConfigError(f"{name}={value!r} is not a TOML value: {error}.", param=name) from None
+            found[section][key] = value
+    return found
+
+
+def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
+    first = error.errors()[0]
+    section, *rest = (str(part) for part in first["loc"])
+    key = ".".join(rest)
+    if first["type"] == "extra_forbidden":
+        problem = "there is no such setting"
+    else:
+        problem = f"{first['msg']} (got {first['input']!r})"
+    return ConfigError(
+        f"[{section}] {key}: {problem}. It was set in {path or 'lmx.toml'}, in the variable "
+        f"LMX_{section.upper()}_{key.upper()} or on the command line; lmx.toml lists every setting.",
+        param=f"{section}.{key}",
+    )

@@ -1,0 +1,64 @@
+"""``python -m lmx.engine --fd N``: the engine process of one model. Started by the server only; speaks on the
+inherited socket."""
+
+import argparse
+import contextlib
+import signal
+import socket
+import sys
+import time
+
+from lmx.engine.link import Link, ServerGone
+from lmx.engine.loop import StepLoop
+from lmx.engine.mlx.backend import MLXBackend
+from lmx.errors import ModelInvalid
+from lmx.protocol import Failed, Load, Ready
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lmx.engine", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="the inherited end of the socketpair")
+    fd = parser.parse_args().fd
+    # A terminal's Ctrl-C is the server's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(socket.socket(fileno=fd))
+    with contextlib.suppress(ServerGone):
+        return _serve(link)
+    return 0
+
+
+def _serve(link: Link) -> int:
+    options = next(link.receive(None))
+    if not isinstance(options, Load):
+        raise ValueError(f"the first frame must be Load, not {type(options).__name__}")
+    started = time.monotonic()
+    try:
+        backend = MLXBackend.load(options)
+    except ModelInvalid as error:
+        link.send(Failed(-1, "model_invalid", error.message))
+        return 3
+    facts = backend.facts
+    link.send(
+        Ready(
+            architecture=facts.architecture,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            eos_ids=facts.eos_ids,
+            kv_bytes_per_token=facts.kv_bytes_per_token,
+            kv_budget_bytes=facts.kv_budget_bytes,
+            weights_bytes=facts.weights_bytes,
+            device=facts.device,
+            dtype=facts.dtype,
+            path=facts.path,
+            path_reason=facts.path_reason,
+            load_s=time.monotonic() - started,
+        )
+    )
+    loop = StepLoop(link, backend, options)
+    overlapped = facts.asynchronous if options.lookahead == "auto" else options.lookahead == "on"
+    (loop.run_overlapped if overlapped else loop.run_plain)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the step loop asks of a model, whatever runs it (DESIGN §7).
+
+A back end knows rows, KV and logits; it decides nothing. The scheduler decides what runs, the step loop (the only
+caller, on the one thread that owns the device) says so. ``launch`` may be called again before the last launch was read
+(one-step lookahead): the device runs launches in their order, and ``free`` counts from the next launch on.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from lmx.protocol import Logprobs, Sampling
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence in the engine, from submit to freed."""
+
+    seq: int
+    tokens: list[int]
+    """Prompt and answer so far."""
+    prompt_tokens: int
+    max_tokens: int
+    sampling: Sampling
+    ignore_eos: bool
+    computed_tokens: int = 0
+    """Prompt positions prefilled, over all prefills."""
+    ended: bool = False
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill positions [start, start + tokens) of ``sequence``; ``last``: and draw the token that follows."""
+
+    sequence: Sequence
+    start: int
+    tokens: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row drew in one step."""
+
+    sequence: Sequence
+    token: int
+    bad: bool
+    """The row's logits were not finite."""
+    logprobs: Logprobs | None = None
+
+
+class Launch(Protocol):
+    """A step on the device."""
+
+    def wait(self) -> list[Draw]:
+        """Block until the step is done; the decoding rows' draws in their order, then the chunk's if it was the
+        last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a model once it is loaded; see ``protocol.Ready`` for most fields."""
+
+    architecture: str
+    context_length: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    kv_bytes_per_token: int
+    kv_bytes_per_sequence: int
+    """Beside the tokens' own: recurrent state."""
+    kv_budget_bytes: int
+    max_rows: int
+    """Sequences that may run at once."""
+    asynchronous: bool
+    """Whether a launch returns before its step is done, so that lookahead gains something."""
+    weights_bytes: int
+    device: str
+    dtype: str
+    path: str
+    path_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFacts:
+    rows: int
+    """Rows in use."""
+    arena_bytes: int
+    active_bytes: int
+    peak_bytes: int
+    cache_bytes: int
+    live_arrays: int
+
+
+class Backend(Protocol):
+    facts: Facts
+
+    def start(self, sequence: Sequence) -> None:
+        """Give the sequence a row; its prefill begins with the next launch."""
+
+    def launch(self, decode: Seq[Sequence], chunk: Chunk | None) -> Launch:
+        """Start one step: every sequence of ``decode`` gets one token, and ``chunk`` is prefilled."""
+
+    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        """Drop the sequence's KV; ``wipe``: zero it, because it holds non-finite values. Unknown sequences are
+        ignored."""
+
+    def canary(self) -> None:
+        """One small forward pass outside the batch, read back: raises if the device no longer works."""
+
+    def memory(self) -> MemoryFacts: ...

@@ -1,0 +1,42 @@
+"""The engine's end of the socketpair: frames in without blocking a step, frames out. Called by the engine's one
+thread."""
+
+import select
+import socket
+import time
+from collections.abc import Iterator
+
+from lmx.protocol import Decoder, Message, encode
+
+_RECEIVE_BYTES = 1 << 20
+
+
+class ServerGone(Exception):
+    """The server closed its end: nobody is left to work for."""
+
+
+class Link:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._decoder = Decoder()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def receive(self, timeout_s: float | None) -> Iterator[Message]:
+        """What has arrived, after waiting for it at most ``timeout_s`` (None: as long as it takes). Raises
+        ServerGone."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        waited = self._poll.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1e3)
+        while waited:
+            data = self._sock.recv(_RECEIVE_BYTES)
+            if not data:
+                raise ServerGone
+            yield from self._decoder.feed(data)
+            waited = self._poll.poll(0)
+
+    def send(self, message: Message) -> None:
+        """Blocks while the server does not read: it has no other duty as urgent. Raises ServerGone."""
+        try:
+            self._sock.sendall(encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            raise ServerGone from None

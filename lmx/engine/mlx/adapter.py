@@ -1,0 +1,218 @@
+"""Everything that lmx takes from mlx-lm, and what must be put right around it, in one place.
+
+mlx-lm moves fast; the tested range stands in pyproject.toml, and no other module imports ``mlx_lm``. Loads a model
+folder, holds its weights as the device wants them, tells which caches its layers ask for, and splits the output head
+from the trunk. Called by the MLX back end on the engine's one thread.
+"""
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+from mlx.utils import tree_flatten
+
+from lmx.errors import ModelInvalid
+
+if shutil.which("g++") is None and not mx.metal.is_available():
+    # MLX compiles fused CPU kernels with g++ at run time, and mlx-lm's activations ask for them.
+    os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+    mx.disable_compile()
+
+# Importing mlx_lm.utils sets RLIMIT_NOFILE to (2048, 4096); a lowered hard limit cannot be raised again without
+# privileges, so the call must not happen at all.
+_setrlimit, resource.setrlimit = resource.setrlimit, lambda *_: None
+try:
+    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+    from mlx_lm.utils import dequantize_model, load_model
+finally:
+    resource.setrlimit = _setrlimit
+
+__all__ = ["ArraysCache", "LayerKind", "LoadedModel", "layer_kinds", "load", "make_prompt_cache", "wire"]
+
+# A model that would take more than this share of the free memory as float32 stays packed on the CPU.
+_FLOAT32_MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What one layer keeps of a sequence: keys and values of each position, or a recurrent state."""
+
+    kind: Literal["kv", "state", "own"]
+    """"own": a cache that only mlx-lm understands, for one sequence at a time."""
+    window: int | None
+    """For a sliding layer, how many positions a query sees."""
+    shapes: tuple[tuple[int, ...], ...]
+    """kv: of keys and values without batch and positions, (heads, width); state: of each array without batch."""
+    dtypes: tuple[mx.Dtype, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """For each position (kv) or each sequence (state)."""
+        total = 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            size = dtype.size
+            for extent in shape:
+                size *= extent
+            total += size
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: nn.Module
+    config: dict[str, Any]
+    architecture: str
+    context_length: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    weights_bytes: int
+    dtype: str
+    head: Callable[[mx.array], mx.array] | None
+    """The output head alone, when head(trunk(x)) was checked to be model(x); the trunk is ``model.model``."""
+
+    def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """(B, L) ids → what ``logits`` takes, (B, L, ...); lazy, so logits that nobody reads are not computed."""
+        trunk = self.model.model if self.head else self.model
+        hidden: mx.array = trunk(tokens, cache=caches)
+        return hidden
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(B, L, ...) → (B, L, V)."""
+        return self.head(hidden) if self.head else hidden
+
+
+def load(folder: Path) -> LoadedModel:
+    """Load a model folder. On the CPU the weights become float32, if memory allows: MLX's CPU kernels for packed and
+    half precision weights are many times slower (18 against 8 tok/s in decode, 150 against 10 in prefill, SmolLM2).
+
+    Raises ModelInvalid with what is wrong with the folder.
+    """
+    try:
+        model, config = load_model(folder)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
+        # RuntimeError is what mx.load raises for a truncated file; an MLX out-of-memory is one too and says "allocate".
+        if "allocate" in str(error):
+            raise
+        raise ModelInvalid(f"{folder} cannot be loaded by mlx-lm: {error}", param="model") from error
+    dtype = _describe_dtype(config, model)
+    if mx.default_device() == mx.cpu:
+        dtype = _to_float32(model, dtype)
+    mx.eval(model.parameters())
+    text = config.get("text_config", config)
+    vocab_size = int(_first(text, "vocab_size", default=0))
+    probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    return LoadedModel(
+        model=model,
+        config=config,
+        architecture=str(config.get("model_type", "unknown")),
+        context_length=int(_first(text, "max_position_embeddings", "n_positions", "max_seq_len", default=32768)),
+        vocab_size=probe.shape[-1] or vocab_size,
+        eos_ids=_eos_ids(folder, config),
+        weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        dtype=dtype,
+        head=_find_head(model),
+    )
+
+
+def _first(config: dict[str, Any], *names: str, default: int) -> int:
+    return next((config[name] for name in names if config.get(name)), default)
+
+
+def _describe_dtype(config: dict[str, Any], model: nn.Module) -> str:
+    if quantization := config.get("quantization"):
+        return f"{quantization['bits']}-bit, group {quantization['group_size']}"
+    floats = {array.dtype for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)}
+    return "/".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in floats))
+
+
+def _to_float32(model: nn.Module, dtype: str) -> str:
+    parameters = sum(
+        module.weight.size * (32 // module.bits if hasattr(module, "bits") else 1)
+        for _, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), mx.array)
+    )
+    if parameters * 4 > _FLOAT32_MEMORY_SHARE * psutil.virtual_memory().available:
+        return dtype
+    dequantize_model(model)
+    model.set_dtype(mx.float32)
+    return "float32" if dtype == "float32" else f"float32 (from {dtype})"
+
+
+def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    found: set[int] = set()
+    generation = folder / "generation_config.json"
+    sources = [config, config.get("text_config") or {}]
+    if generation.is_file():
+        sources.append(json.loads(generation.read_text(encoding="utf-8")))
+    for source in sources:
+        value = source.get("eos_token_id")
+        found.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    return tuple(sorted(found))
+
+
+def _find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
+    """Most of mlx-lm's models are ``head(self.model(tokens))``; some scale or cap their logits. Believed only when it
+    gives the very same logits."""
+    trunk = getattr(model, "model", None)
+    embedding = getattr(trunk, "embed_tokens", None)
+    head = model["lm_head"] if "lm_head" in model else getattr(embedding, "as_linear", None)
+    if trunk is None or head is None:
+        return None
+    tokens = mx.array([[1, 2, 3]])
+    try:
+        split = head(trunk(tokens, cache=make_prompt_cache(model)))
+        whole = model(tokens, cache=make_prompt_cache(model))
+        same = split.shape == whole.shape and bool(mx.all(split == whole).item())
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return head if same else None
+
+
+def layer_kinds(model: nn.Module) -> list[LayerKind] | str:
+    """What each layer keeps, from the caches mlx-lm makes and a forward pass of one token through them.
+
+    A text instead of a list says why the model cannot run in arenas.
+    """
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
+    kinds = []
+    for cache in caches:
+        window = None
+        # The exact classes: a subclass may keep more than its base.
+        if type(cache) is RotatingKVCache and cache.keep == 0:
+            window = cache.max_size
+        elif type(cache) is not KVCache and type(cache) is not ArraysCache:
+            return f"its layers need {type(cache).__name__}"
+        if type(cache) is ArraysCache:
+            arrays = list(cache.cache)
+            if any(array is None for array in arrays):
+                return "a recurrent layer leaves part of its state empty"
+            shapes = tuple(tuple(array.shape[1:]) for array in arrays)
+        else:
+            arrays = [cache.keys, cache.values]
+            if any(array is None for array in arrays):
+                return "an attention layer never wrote its cache"
+            shapes = tuple((array.shape[1], array.shape[3]) for array in arrays)
+        kinds.append(
+            LayerKind(
+                "state" if type(cache) is ArraysCache else "kv", window, shapes, tuple(array.dtype for array in arrays)
+            )
+        )
+    return kinds
+
+
+def wire(weights_bytes: int) -> None:
+    """Wire exactly the weights (Metal only): unwired large models run 40× slower, and wiring buffers that come and go
+    is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are never
+    reached."""
+    if mx.metal.is_available():
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(weights_bytes, limit))

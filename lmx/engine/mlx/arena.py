@@ -1,0 +1,243 @@
+"""KV arenas: one buffer for many sequences, under mlx-lm's unmodified model code (DESIGN §4).
+
+A lane holds rows × slots for every layer. A row is one sequence, left-aligned: slot index = token position. A decode
+step runs the rows [0, B) in one forward pass and writes one slot of each in place; a prefill chunk runs one row by
+itself, in place too, so that joining and leaving move nothing. A recurrent layer keeps one state a row instead of
+slots.
+
+The model sees ``DecodeView`` and ``PrefillView``: the duck type of mlx-lm's KVCache (``offset``, ``make_mask``,
+``update_and_fetch``, ``state``). A row in [0, B) that does not decode now (free, or in prefill) is computed all the
+same and writes to the lane's last slots, which no sequence may use and no mask shows.
+
+Lengths are kept by the host. Slots beyond a row's length hold finite left-overs or zeros and are masked; a row with
+non-finite values is wiped, since a NaN in a *masked* V slot makes the whole row NaN (measured). No I/O, no decisions:
+the MLX back end is the only caller.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache
+from lmx.engine.mlx.layers import DUMMY_SLOTS, KVLayer, Layer, OwnLayer, StateLayer, Write, make_layer, with_front
+from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
+
+
+class Lane:
+    """Rows × slots for every layer, for sequences of one length class."""
+
+    def __init__(self, loaded: LoadedModel, kinds: Sequence[LayerKind], rows: int, slots: int, write: Write) -> None:
+        self._loaded = loaded
+        self._write = write
+        self.slots = slots
+        self.lengths = np.zeros(rows, np.int32)
+        """Tokens of each row whose KV is written."""
+        self.owners: list[int | None] = [None] * rows
+        """The sequence of each row."""
+        self._private: dict[int, list[Any]] = {}
+        """Recurrent states of rows in prefill: they take part in no decode step, so their state must not be stepped."""
+        self._layers = [make_layer(kind, rows, slots) for kind in kinds]
+        self.last_tokens = mx.zeros((rows,), mx.int32)
+        """The token that each row decodes next; lazy."""
+        self.counts: StateLayer | None = None
+        """(rows, V) each: how often a token stands in prompt and answer, and in the answer; while a row has
+        penalties."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.owners)
+
+    @property
+    def in_use(self) -> list[int]:
+        """The rows that sequences own, lowest first."""
+        return [row for row, owner in enumerate(self.owners) if owner is not None]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All device state, for evaluation."""
+        states = [array for layer in self._layers for array in layer.arrays]
+        private = [a for caches in self._private.values() for cache in caches for a in cache.cache if a is not None]
+        counts = self.counts.arrays if self.counts else []
+        return [self.last_tokens, *counts, *states, *private]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.slots - DUMMY_SLOTS
+
+    @property
+    def _per_row(self) -> list[Layer]:
+        return [*self._layers, *([self.counts] if self.counts else [])]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def acquire(self, owner: int) -> int:
+        """The lowest free row; there must be one."""
+        row = self.owners.index(None)
+        self.owners[row] = owner
+        self.lengths[row] = 0
+        return row
+
+    def release(self, row: int, *, wipe: bool = False) -> None:
+        """Forget the row; its slots stay as they are, unless ``wipe``."""
+        self.owners[row] = None
+        self.lengths[row] = 0
+        self._private.pop(row, None)
+        if wipe:
+            for layer in self._layers:
+                layer.wipe(row)
+
+    def resize(self, rows: int, slots: int) -> None:
+        """New buffers with the rows in use at the front. Costs a copy of the lane."""
+        order = self.in_use
+        for layer in self._per_row:
+            layer.resize(order, rows, slots)
+            # One layer after the other, so that only one is held twice.
+            mx.eval(layer.arrays)
+        last = mx.zeros((rows,), mx.int32)
+        if order:
+            last[: len(order)] = self.last_tokens[mx.array(order)]
+        self.last_tokens = last
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(order)] = self.lengths[order]
+        self.lengths = lengths
+        self.owners = [self.owners[row] for row in order] + [None] * (rows - len(order))
+        self._private = {order.index(row): caches for row, caches in self._private.items()}
+        self.slots = slots
+
+    def move(self, source: int, target: int) -> None:
+        """Move a row into a free one. Costs one row's copy."""
+        for layer in self._per_row:
+            layer.move(source, target)
+        self.last_tokens[target] = self.last_tokens[source]
+        self.owners[target], self.owners[source] = self.owners[source], None
+        self.lengths[target], self.lengths[source] = self.lengths[source], 0
+        if source in self._private:
+            self._private[target] = self._private.pop(source)
+
+    def count_tokens(self, row: int, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Start to keep counts for a row with penalties."""
+        if self.counts is None:
+            self._make_counts()
+        assert self.counts is not None
+        size = self._loaded.vocab_size
+        of_answer = np.bincount(np.asarray(answer, np.int64), minlength=size)
+        seen = np.bincount(np.asarray(prompt, np.int64), minlength=size) + of_answer
+        self.counts.put(row, [mx.array(counts[None].astype(np.int32)) for counts in (seen, of_answer)])
+
+    def _make_counts(self) -> None:
+        vocab = (self._loaded.vocab_size,)
+        kind = LayerKind("state", None, (vocab, vocab), (mx.int32, mx.int32))
+        self.counts = StateLayer(kind, self.rows)
+
+    def add_counts(self, start: int, tokens: mx.array) -> None:
+        """Count the (lazy) tokens that rows [start, start + B) just drew."""
+        if self.counts is not None:
+            rows = mx.arange(start, start + tokens.shape[0])
+            self.counts.arrays = [array.at[rows, tokens].add(1) for array in self.counts.arrays]
+
+    def adopt(self, row: int, other: "Lane", source: int) -> None:
+        """Copy all that ``other`` keeps of its row ``source`` into a row of this lane. Costs one row's copy."""
+        length = int(other.lengths[source])
+        if other.counts is not None and self.counts is None:
+            self._make_counts()
+        for mine, theirs in zip(self._per_row, other._per_row, strict=False):
+            mine.put(row, theirs.take(source, length))
+        self.last_tokens[row] = other.last_tokens[source]
+        self.lengths[row] = length
+        if source in other._private:
+            self._private[row] = other._private[source]
+
+    def prefill(self, row: int, tokens: Sequence[int], *, last: bool) -> mx.array | None:
+        """Run a chunk of one row's prompt; after the ``last`` chunk, its logits (1, V), else None."""
+        start = int(self.lengths[row])
+        caches: list[Any] = []
+        states: list[Any] = []
+        fresh = make_prompt_cache(self._loaded.model) if start == 0 else None
+        private = self._private.get(row, [])
+        for index, layer in enumerate(self._layers):
+            if isinstance(layer, KVLayer):
+                caches.append(PrefillView(layer, row, start))
+                continue
+            if isinstance(layer, OwnLayer):
+                layer.cache = fresh[index] if fresh else layer.cache
+                caches.append(layer.cache)
+                continue
+            cache = fresh[index] if fresh else private[len(states)]
+            states.append(cache)
+            caches.append(cache)
+        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), caches)
+        self.lengths[row] = start + len(tokens)
+        if not last:
+            if states:
+                self._private[row] = states
+            return None
+        self._private.pop(row, None)
+        for layer, cache in zip((x for x in self._layers if isinstance(x, StateLayer)), states, strict=True):
+            layer.put(row, cache.cache)
+        return self._loaded.logits(hidden[:, -1:])[:, 0]
+
+    def decode(self, active: Sequence[int], tokens: mx.array | None = None) -> mx.array:
+        """Run one step of the rows in ``active``: L tokens each, written at [length, length + L).
+
+        ``tokens``: (B, L), B = 1 + the highest active row; by default ``last_tokens``, L = 1. Returns logits (B, L,
+        V); rows that are not active hold nonsense. Every active row must have L free slots before the lane's last.
+        """
+        count = max(active) + 1
+        if tokens is None:
+            tokens = self.last_tokens[:count, None]
+        width = tokens.shape[1]
+        steps = np.arange(width, dtype=np.int32)
+        alive = np.zeros(count, bool)
+        alive[list(active)] = True
+        lengths = np.where(alive, self.lengths[:count], 0).astype(np.int32)
+        positions = lengths[:, None] + steps
+        write = mx.array(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps).astype(np.int32))
+        span = int(lengths.max()) + width
+        full = width == 1 and bool(alive.all()) and int(lengths.min()) + 1 == span
+        masks = Masks(mx.array(positions), span, full)
+        offset = mx.array(lengths)
+        caches: list[Any] = []
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                caches.append(DecodeView(layer, offset, write, self._write, masks, span))
+            elif isinstance(layer, OwnLayer):
+                caches.append(layer.cache)
+            else:
+                cache = ArraysCache(len(layer.arrays))
+                cache.cache = [array[:count] for array in layer.arrays]
+                caches.append(cache)
+        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        for layer, cache in zip(self._layers, caches, strict=True):
+            if isinstance(layer, StateLayer):
+                layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
+        self.lengths[list(active)] += width
+        return logits
+
+    def rewind(self, row: int, length: int) -> None:
+        """Take back the row's tokens from position ``length`` on (rejected drafts). Attention layers only."""
+        if not all(isinstance(layer, KVLayer) for layer in self._layers):
+            raise ValueError("only attention layers can be rewound; a recurrent state needs a checkpoint")
+        self.lengths[row] = length
+
+    def poison(self, *, inside: float, outside: float, span: int) -> None:
+        """For the load probe: fill what a mask must hide, slots [length, span) of used rows, with ``inside``, and what
+        may reach no used row at all, later slots and free rows, with ``outside``."""
+        slots = mx.arange(self.slots)
+        written = (slots < mx.array(self.lengths)[:, None])[:, None, :, None]
+        used = mx.array([owner is not None for owner in self.owners])[:, None]
+        hidden = (used & (slots < span))[:, None, :, None]
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                layer.keys, layer.values = (
+                    mx.where(written, array, mx.where(hidden, inside, outside).astype(array.dtype))
+                    for array in layer.arrays
+                )
+            else:
+                free = mx.array([row for row, owner in enumerate(self.owners) if owner is None], dtype=mx.int32)
+                for array in layer.arrays:
+                    array[free] = outside

@@ -1,0 +1,246 @@
+"""The MLX back end: places sequences in arena lanes and turns a planned step into one lazy graph (DESIGN §4, §7).
+
+All of MLX belongs to the thread that loaded the model; every entry asserts it. Decides where a sequence lives (which
+lane, which row), never what runs. Called by the step loop only.
+"""
+
+import gc
+import operator
+import platform
+import threading
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+import psutil
+
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
+from lmx.engine.mlx import adapter, probe
+from lmx.engine.mlx.arena import Lane
+from lmx.engine.mlx.placement import Place, Placement
+from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
+from lmx.errors import ModelInvalid
+from lmx.protocol import Load, Logprobs, Sampling
+
+# Without a setting, KV may take this share of the memory that is free after the load.
+_KV_MEMORY_SHARE = 0.5
+_DUMMY = Sampling(seed=0, temperature=0.0)
+
+
+class MLXBackend:
+    """One loaded model and the KV of its sequences. Make it with ``load``."""
+
+    def __init__(self, loaded: adapter.LoadedModel, options: Load) -> None:
+        self._thread = threading.get_ident()
+        self._loaded = loaded
+        self._probe = probe.run(loaded, force_single=options.batching == "single")
+        self.facts = self._facts(options)
+        self._placement = Placement(loaded, self._probe, self.facts)
+        self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
+        """Of each lane's last step; good as long as the same sequences decode in the same rows."""
+
+    @classmethod
+    def load(cls, options: Load) -> "MLXBackend":
+        """Load ``options.path``. Raises ModelInvalid."""
+        loaded = adapter.load(Path(options.path))
+        adapter.wire(loaded.weights_bytes)
+        backend = cls(loaded, options)
+        # The model lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        return backend
+
+    def _facts(self, options: Load) -> Facts:
+        per_token, per_sequence = self._probe.kv_bytes_per_token, self._probe.kv_bytes_per_sequence
+        budget = options.kv_budget_bytes or _default_budget(self._loaded.weights_bytes)
+        context = min(self._loaded.context_length, options.context_length or self._loaded.context_length)
+        if per_token:
+            # Whole quanta, as the scheduler counts.
+            context = min(context, (budget - per_sequence) // per_token // 256 * 256)
+        if context < 256:
+            raise ModelInvalid(
+                f"a KV budget of {budget} bytes holds no 256 tokens of this model ({per_token} bytes a token, "
+                f"{per_sequence} a sequence); raise [engine] kv_budget_bytes.",
+                param="engine.kv_budget_bytes",
+            )
+        return Facts(
+            architecture=self._loaded.architecture,
+            context_length=context,
+            vocab_size=self._loaded.vocab_size,
+            eos_ids=tuple(sorted({*self._loaded.eos_ids, *options.eos_ids})),
+            kv_bytes_per_token=per_token,
+            kv_bytes_per_sequence=per_sequence,
+            kv_budget_bytes=budget,
+            max_rows=options.max_rows if self._probe.path == "arena" else 1,
+            # The CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step
+            # (measured: 14.9 of 16.5 ms): lookahead would deliver each token a step late and gain nothing (480 against
+            # 483 tok/s).
+            asynchronous=mx.default_device() == mx.gpu,
+            weights_bytes=self._loaded.weights_bytes,
+            device=_device_name(),
+            dtype=self._loaded.dtype,
+            path=self._probe.path,
+            path_reason=self._probe.reason,
+        )
+
+    def start(self, sequence: Sequence) -> None:
+        self._assert_thread()
+        self._placement.enter(sequence)
+
+    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        self._assert_thread()
+        self._placement.leave(sequence, wipe=wipe)
+
+    def launch(self, decode: Seq[Sequence], chunk: Chunk | None) -> "MLXLaunch":
+        self._assert_thread()
+        places = [self._placement[sequence] for sequence in decode]
+        for place in places:
+            self._placement.make_room(place, 1)
+        launch = MLXLaunch()
+        touched: list[Lane] = []
+        for lane in self._placement.lanes:
+            members = [place for place in places if place.lane is lane]
+            if members:
+                self._placement.compact(lane, members)
+                launch.add(self._decode(lane, members), members)
+                touched.append(lane)
+        if chunk is not None:
+            place = self._placement[chunk.sequence]
+            self._placement.make_room(place, chunk.tokens)
+            drawn = self._prefill(place, chunk)
+            if drawn is not None:
+                launch.add(drawn, [place], first_row=place.row)
+            touched.append(place.lane)
+        launch.start([array for lane in touched for array in lane.arrays], [s.seq for s in decode])
+        return launch
+
+    def _decode(self, lane: Lane, members: list[Place]) -> Drawn:
+        count = max(place.row for place in members) + 1
+        by_row: list[Sequence | None] = [None] * count
+        for place in members:
+            by_row[place.row] = place.sequence
+        members_then, batch = self._batches.get(lane, ([], None))
+        if batch is None or len(members_then) != count or any(map(operator.is_not, members_then, by_row)):
+            rows = [sequence.sampling if sequence else _DUMMY for sequence in by_row]
+            batch = SamplingBatch(mx, rows, self.facts.vocab_size)
+            self._batches[lane] = (by_row, batch)
+        if lane.counts is not None and not any(
+            penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
+        ):
+            lane.counts = None
+        # The draw fills the position after the one that this step computes.
+        keys = [
+            draw_key(sequence.sampling.seed, int(lane.lengths[row]) + 1) if sequence else 0
+            for row, sequence in enumerate(by_row)
+        ]
+        logits = lane.decode([place.row for place in members])[:, 0]
+        counts = [array[:count] for array in lane.counts.arrays] if lane.counts and batch.penalised else None
+        drawn = batch.draw(logits, keys, counts)
+        # Written into, never replaced by, the draw's own array: that one is read later and must not change.
+        lane.last_tokens[:count] = drawn.tokens
+        lane.add_counts(0, drawn.tokens)
+        return drawn
+
+    def _prefill(self, place: Place, chunk: Chunk) -> Drawn | None:
+        lane, row, sequence = place.lane, place.row, chunk.sequence
+        end = chunk.start + chunk.tokens
+        assert int(lane.lengths[row]) == chunk.start, (lane.lengths[row], chunk)
+        logits = lane.prefill(row, sequence.tokens[chunk.start : end], last=chunk.last)
+        if logits is None:
+            return None
+        counts = None
+        if penalised(sequence.sampling):
+            lane.count_tokens(row, sequence.tokens[: sequence.prompt_tokens], sequence.tokens[sequence.prompt_tokens :])
+            assert lane.counts is not None
+            counts = [array[row : row + 1] for array in lane.counts.arrays]
+        batch = SamplingBatch(mx, [sequence.sampling], self.facts.vocab_size)
+        drawn = batch.draw(logits, [draw_key(sequence.sampling.seed, end)], counts)
+        lane.last_tokens[row : row + 1] = drawn.tokens
+        lane.add_counts(row, drawn.tokens)
+        return drawn
+
+    def canary(self) -> None:
+        self._assert_thread()
+        caches = adapter.make_prompt_cache(self._loaded.model)
+        logits = self._loaded.model(mx.zeros((1, 1), mx.int32), cache=caches)
+        if not bool(mx.all(mx.isfinite(mx.max(logits))).item()):
+            raise RuntimeError("the canary's logits are not finite: the device or the weights in memory are broken")
+
+    def memory(self) -> MemoryFacts:
+        self._assert_thread()
+        return MemoryFacts(
+            rows=len(self._placement),
+            arena_bytes=sum(lane.nbytes for lane in self._placement.lanes),
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            # gc.freeze() took the model's own arrays out of this list.
+            live_arrays=sum(type(found) is mx.array for found in gc.get_objects()),
+        )
+
+    def _assert_thread(self) -> None:
+        assert threading.get_ident() == self._thread, "MLX arrays are bound to the thread that made them"
+
+
+class MLXLaunch:
+    """A step on the device; see ``backend.Launch``."""
+
+    def __init__(self) -> None:
+        self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
+        self._sync: list[mx.array] = []
+        self._order: dict[int, int] = {}
+
+    def add(self, drawn: Drawn, places: Seq[Place], first_row: int = 0) -> None:
+        self._draws.append((drawn, [(place.row - first_row, place.sequence) for place in places]))
+
+    def start(self, state: list[mx.array], order: list[int]) -> None:
+        self._order = {seq: index for index, seq in enumerate(order)}
+        results = [
+            array
+            for drawn, _ in self._draws
+            for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+            if array is not None
+        ]
+        mx.async_eval(results, state)  # type: ignore[no-untyped-call]
+        self._sync = results or state[:1]
+
+    def wait(self) -> list[Draw]:
+        mx.eval(self._sync)
+        found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
+        # A finished launch must not keep its arrays alive.
+        self._draws, self._sync = [], []
+        return sorted(found, key=lambda draw: self._order.get(draw.sequence.seq, len(self._order)))
+
+
+def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:
+    tokens, bad = np.array(drawn.tokens).tolist(), np.array(drawn.bad).tolist()
+    logprobs = None
+    if drawn.logprobs is not None:
+        assert drawn.top_ids is not None
+        assert drawn.top_logprobs is not None
+        logprobs = [np.array(a).tolist() for a in (drawn.logprobs, drawn.top_ids, drawn.top_logprobs)]
+
+    def of(row: int, sequence: Sequence) -> Logprobs | None:
+        wanted = sequence.sampling.logprobs
+        if logprobs is None or wanted < 0:
+            return None
+        return Logprobs(logprobs[0][row], tuple(logprobs[1][row][:wanted]), tuple(logprobs[2][row][:wanted]))
+
+    return [Draw(sequence, tokens[row], bad[row], of(row, sequence)) for row, sequence in rows]
+
+
+def _default_budget(weights_bytes: int) -> int:
+    if mx.metal.is_available():
+        free = int(mx.device_info()["max_recommended_working_set_size"]) - weights_bytes
+    else:
+        free = psutil.virtual_memory().available
+    return max(int(free * _KV_MEMORY_SHARE), 1)
+
+
+def _device_name() -> str:
+    info: dict[str, Any] = mx.device_info()
+    kind = "gpu" if mx.default_device() == mx.gpu else "cpu"
+    return f"{kind} ({info.get('device_name') or platform.processor() or info.get('architecture', 'unknown')})"

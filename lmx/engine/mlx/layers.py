@@ -1,0 +1,159 @@
+"""Device buffers that hold what sequences leave behind in a model's layers, a row for each sequence.
+
+Three kinds: keys and values of each position (``KVLayer``), a recurrent state (``StateLayer``), and a cache that only
+mlx-lm understands (``OwnLayer``). They know rows and slots, not lengths, masks or models. ``arena.Lane`` is the only
+caller.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from lmx.engine.mlx.adapter import LayerKind
+
+SLOT_QUANTUM = 256
+DUMMY_SLOTS = 16
+"""The last slots of a lane, where rows that do not decode now write: as many as a step may have tokens a row."""
+
+
+def round_slots(tokens: int) -> int:
+    """Slots to allocate for sequences of that many tokens."""
+    return -(-(tokens + DUMMY_SLOTS) // SLOT_QUANTUM) * SLOT_QUANTUM
+
+
+class KVLayer:
+    """Keys and values of one layer for all rows: (rows, heads, slots, width) each."""
+
+    def __init__(self, kind: LayerKind, rows: int, slots: int) -> None:
+        self.window = kind.window
+        self.keys, self.values = (
+            mx.zeros((rows, heads, slots, width), dtype)
+            for (heads, width), dtype in zip(kind.shapes, kind.dtypes, strict=True)
+        )
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.keys, self.values]
+
+    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
+        """Copy the rows named in ``order`` to the front of new buffers."""
+        index = mx.array(list(order), dtype=mx.int32)
+
+        def moved(old: mx.array) -> mx.array:
+            new = mx.zeros((rows, old.shape[1], slots, old.shape[3]), old.dtype)
+            if len(order):
+                kept = min(slots, old.shape[2]) - DUMMY_SLOTS
+                new[: len(order), :, :kept] = old[index, :, :kept]
+            return new
+
+        self.keys, self.values = moved(self.keys), moved(self.values)
+
+    def move(self, source: int, target: int) -> None:
+        self.keys[target] = self.keys[source]
+        self.values[target] = self.values[source]
+
+    def take(self, row: int, length: int) -> list[mx.array]:
+        return [array[row : row + 1, :, :length] for array in self.arrays]
+
+    def put(self, row: int, arrays: Sequence[mx.array]) -> None:
+        length = arrays[0].shape[2]
+        self.keys[row : row + 1, :, :length], self.values[row : row + 1, :, :length] = arrays
+
+    def wipe(self, row: int) -> None:
+        self.keys[row] = 0
+        self.values[row] = 0
+
+
+class StateLayer:
+    """The recurrent state of one layer for all rows: (rows, ...) arrays."""
+
+    def __init__(self, kind: LayerKind, rows: int) -> None:
+        self.arrays = [mx.zeros((rows, *s), d) for s, d in zip(kind.shapes, kind.dtypes, strict=True)]
+
+    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
+        index = mx.array(list(order), dtype=mx.int32)
+
+        def moved(old: mx.array) -> mx.array:
+            new = mx.zeros((rows, *old.shape[1:]), old.dtype)
+            if len(order):
+                new[: len(order)] = old[index]
+            return new
+
+        self.arrays = [moved(array) for array in self.arrays]
+
+    def move(self, source: int, target: int) -> None:
+        for array in self.arrays:
+            array[target] = array[source]
+
+    def take(self, row: int, length: int) -> list[mx.array]:
+        return [array[row : row + 1] for array in self.arrays]
+
+    def put(self, row: int, arrays: Sequence[mx.array]) -> None:
+        for mine, given in zip(self.arrays, arrays, strict=True):
+            mine[row : row + 1] = given
+
+    def wipe(self, row: int) -> None:
+        for array in self.arrays:
+            array[row] = 0
+
+
+class OwnLayer:
+    """A layer on the cache that mlx-lm makes for it, for one sequence at a time."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        state = [] if self.cache is None else tree_flatten(self.cache.state)
+        return [array for _, array in state if isinstance(array, mx.array)]
+
+    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
+        """mlx-lm's caches grow by themselves."""
+
+    def move(self, source: int, target: int) -> None:
+        raise AssertionError("a lane of such layers has one row")
+
+    def take(self, row: int, length: int) -> list[Any]:
+        return [self.cache]
+
+    def put(self, row: int, arrays: Sequence[Any]) -> None:
+        (self.cache,) = arrays
+
+    def wipe(self, row: int) -> None:
+        self.cache = None
+
+
+Layer = KVLayer | StateLayer | OwnLayer
+Write = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
+    if kind.kind == "kv":
+        return KVLayer(kind, rows, slots)
+    return StateLayer(kind, rows) if kind.kind == "state" else OwnLayer()
+
+
+def scatter_write(buffer: mx.array, positions: mx.array, new: mx.array) -> mx.array:
+    """Write ``new`` (B, H, L, D) at slots ``positions`` (B, L) of rows [0, B), in one in-place scatter."""
+    rows = mx.arange(new.shape[0])[:, None]
+    buffer[rows, :, positions] = new.swapaxes(1, 2)
+    return buffer
+
+
+def slice_write(buffer: mx.array, positions: mx.array, new: mx.array) -> mx.array:
+    """The same, row by row: for back ends whose scatter copies the buffer."""
+    for row in range(new.shape[0]):
+        start = mx.stack([mx.array(row, mx.int32), positions[row, 0].astype(mx.int32)])
+        buffer = mx.slice_update(buffer, new[row : row + 1], start, axes=(0, 2))
+    return buffer
+
+
+def with_front(old: mx.array, new: mx.array) -> mx.array:
+    """``old`` with its first rows replaced by ``new``, in place."""
+    if new.shape[0] == old.shape[0]:
+        return new
+    old[: new.shape[0]] = new
+    return old

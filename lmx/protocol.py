@@ -1,0 +1,288 @@
+"""Every word that passes between the server and an engine process, and nothing else does.
+
+Frames on a Unix socketpair: a 4-byte big-endian length, then a msgpack array ``[tag, field, ...]`` of one of the
+dataclasses below, fields in their order. The server sends ``Load`` first, then ``Submit``, ``Cancel`` and the
+controls; the engine answers ``Ready`` (or ``Failed`` with ``seq == -1``), then one ``Step`` for each engine step.
+Every ``Submit`` is answered by exactly one ``Freed``, whatever happens to it, or by the engine's death. No text and no
+JSON: token ids only, packed as little-endian uint32 in ``bytes`` where there are many.
+"""
+
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgpack
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32, 4 bytes each."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_tokens(data: bytes) -> list[int]:
+    """The inverse of ``pack_tokens``."""
+    packed = array("I", data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one sequence draws its tokens. Applied in this order: penalties and bias, temperature, min-p, top-k,
+    top-p."""
+
+    seed: int
+    """64 bits; the draw at position p depends on (seed, p) alone."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and answer (CTRL, Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Over the answer, as OpenAI defines it."""
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    logprobs: int = -1
+    """-1: none; 0: of the drawn token; n: of the n likeliest too (at most 20)."""
+
+
+# --- server to engine ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load this model; the first frame. Zero means: the engine decides."""
+
+    path: str
+    """An MLX model folder (config.json, safetensors)."""
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, by the tokenizer; the model's own configuration adds to them."""
+    context_length: int = 0
+    max_rows: int = 8
+    kv_budget_bytes: int = 0
+    max_chunk_tokens: int = 512
+    itl_target_ms: float = 250.0
+    lookahead: str = "auto"
+    """"auto": where the device runs apart from Python; "on"; "off"."""
+    batching: str = "auto"
+    """"single": one sequence at a time, even where rows could share a step."""
+    stats_interval_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    seq: int
+    prompt: bytes
+    max_tokens: int
+    sampling: Sampling
+    client: str = ""
+    """Whom fairness counts the tokens for."""
+    priority: int = 0
+    deadline_s: float | None = None
+    """Seconds from receipt; the engine then gives the sequence up with ``Failed(code="timeout")``."""
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """Run one forward pass now, outside the batch, to show that the device still works; answered by ``Stats``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Free everything and exit 0."""
+
+
+# --- engine to server ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    architecture: str
+    context_length: int
+    """Longest prompt plus answer: the model's own limit, the request's, or what the KV budget holds."""
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    kv_bytes_per_token: int
+    kv_budget_bytes: int
+    weights_bytes: int
+    device: str
+    """For example "cpu" or "gpu (Apple M3 Ultra)"."""
+    dtype: str
+    """How the weights are held, for example "float32" or "4-bit, group 64"."""
+    path: str
+    """How sequences are batched: "arena", "batch" (mlx-lm's batch classes) or "single"."""
+    path_reason: str
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities (natural, of the unscaled distribution) of one drawn token and of the likeliest ones."""
+
+    drawn: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one sequence got in one step."""
+
+    seq: int
+    tokens: tuple[int, ...]
+    finish: str | None = None
+    """None, "stop" (an EOS token, which is the last of ``tokens``) or "length"."""
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sequence was admitted and its prefill begins (again, after a preemption)."""
+
+    seq: int
+    cached_tokens: int
+    """Prompt tokens whose KV was found and not computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    step: int
+    elapsed_ms: float
+    rows: tuple[Tokens, ...]
+    started: tuple[Started, ...] = ()
+    prefill_seq: int = -1
+    prefill_done: int = 0
+    """Prompt tokens of ``prefill_seq`` computed so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The sequences whose forward passes are about to run; sent when the set changes, before the launch.
+
+    After a crash the server knows from it which requests may have caused the crash.
+    """
+
+    seqs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """The sequence is out of the batch and its KV is free. The last word on it."""
+
+    seq: int
+    kv_bytes: int
+    """Bytes given back; 0 if it never got KV."""
+    prompt_tokens_computed: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence (``Freed`` follows), or with ``seq == -1`` the load, cannot go on."""
+
+    seq: int
+    code: str
+    """"never_fits", "invalid_token", "non_finite", "timeout", "model_invalid", "out_of_memory" or "internal"."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The engine's figures, sent about once a second while it works and on ``Canary``."""
+
+    step: int
+    queued: int
+    prefilling: int
+    decoding: int
+    ending: int
+    kv_used_bytes: int
+    """KV of live sequences (the scheduler's account)."""
+    kv_budget_bytes: int
+    arena_bytes: int
+    """KV buffers that exist, padding and free rows included."""
+    preemptions: int
+    mlx_active_bytes: int
+    mlx_peak_bytes: int
+    mlx_cache_bytes: int
+    rss_bytes: int
+    """Resident set; on macOS ``phys_footprint``."""
+    live_arrays: int
+    """MLX arrays that Python still refers to: flat when nothing leaks."""
+
+
+Message = Load | Submit | Cancel | Canary | Shutdown | Ready | Step | Running | Freed | Failed | Stats
+
+_CLASSES: tuple[type[Any], ...] = (Load, Submit, Cancel, Canary, Shutdown, Ready, Step, Running, Freed, Failed, Stats)
+_TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
+_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Sampling, Tokens, Started, Logprobs)}
+
+
+def _values(record: Any) -> list[Any]:
+    return [getattr(record, name) for name in _NAMES[type(record)]]
+
+
+def encode(message: Message) -> bytes:
+    """One frame, header included."""
+    body: bytes = msgpack.packb([_TAGS[type(message)], *_values(message)], default=_values)
+    return len(body).to_bytes(4, "big") + body
+
+
+def _tokens(fields_: list[Any]) -> Tokens:
+    seq, tokens, finish, logprobs = fields_
+    return Tokens(seq, tuple(tokens), finish, tuple(Logprobs(d, tuple(i), tuple(p)) for d, i, p in logprobs))
+
+
+def _decode(body: bytes) -> Message:
+    tag, *values = msgpack.unpackb(body, strict_map_key=False)
+    cls = _CLASSES[tag]
+    if cls is Step:
+        values[2] = tuple(_tokens(row) for row in values[2])
+        values[3] = tuple(Started(*started) for started in values[3])
+    elif cls is Submit:
+        values[3] = Sampling(*values[3])
+    elif cls is Load:
+        values[1] = tuple(values[1])
+    elif cls is Ready:
+        values[3] = tuple(values[3])
+    elif cls is Running:
+        values[0] = tuple(values[0])
+    message: Message = cls(*values)
+    return message
+
+
+class Decoder:
+    """Bytes in any pieces in, messages out. Raises ValueError on a frame that cannot be one (the peer is broken)."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Every message completed by ``data``, in order."""
+        buffer = self._buffer
+        buffer += data
+        while len(buffer) >= 4:
+            size = int.from_bytes(buffer[:4], "big")
+            if size > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {size} bytes is over the limit of {MAX_FRAME_BYTES}")
+            if len(buffer) < 4 + size:
+                return
+            body = bytes(buffer[4 : 4 + size])
+            del buffer[: 4 + size]
+            yield _decode(body)

@@ -1,0 +1,27 @@
+"""Builds the one compiled module. Everything else about the package stands in pyproject.toml.
+
+``LMX_SCHED_DEBUG=1`` builds it with bounds, wraparound and division checks and C assertions (CI runs the scheduler's tests so, too).
+"""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+debug = os.environ.get("LMX_SCHED_DEBUG") == "1"
+extension = Extension(
+    "lmx._sched",
+    ["lmx/_sched.pyx"],
+    depends=["lmx/_sched.pxd", "lmx/_cost.pxd"],
+    # -ffp-contract=off: the same floats as the Python reference also where the CPU fuses multiply and add (arm64).
+    extra_compile_args=["-ffp-contract=off", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O3"])],
+)
+directives = {
+    "language_level": 3,
+    "boundscheck": debug,
+    "wraparound": False,
+    "cdivision": not debug,
+    "initializedcheck": debug,
+    "embedsignature": True,
+}
+setup(ext_modules=cythonize([extension], compiler_directives=directives, force=debug))
