@@ -1,6 +1,6 @@
 """Builds the one compiled module. Everything else about the package stands in pyproject.toml.
 
-``LMX_SCHED_DEBUG=1`` builds it with bounds, wraparound and division checks and C assertions (CI runs the scheduler's tests so, too).
+``LMX_SCHED_DEBUG=1`` builds it with bounds and division checks and C assertions (CI tests the scheduler so, too).
 """
 
 import os

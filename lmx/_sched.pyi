@@ -11,16 +11,19 @@ Pure decisions: no MLX, no I/O, no clock of its own. The engine's step loop is i
 
 ``plan()`` may be called again before the last step is committed (one-step lookahead): planned
 tokens count as done at once, and a sequence that finishes or is cancelled meanwhile is simply in no later plan.
+
+Every float must be finite and not negative, every count a whole number in its range; else ValueError with the value.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 class NeverFits(ValueError):
-    """The prompt's KV alone exceeds the whole budget, so waiting cannot help."""
+    """The prompt and one token of answer exceed the whole KV budget, so waiting cannot help."""
 
     needed_bytes: int
     budget_bytes: int
+    def __init__(self, message: str, needed_bytes: int = 0, budget_bytes: int = 0) -> None: ...
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStatistics:
@@ -42,14 +45,12 @@ class Plan:
     """One engine step. ``plan()`` returns the same object each time; read it before planning again."""
 
     @property
-    def step(self) -> int: 
-        """Number of this step, counting from 1; 0 when there is nothing to run."""
+    def step(self) -> int:
+        """Number of this step, counting from 1; 0: nothing can run. Sequences may be decoding even so: then they need
+        KV that ended sequences still hold. Commit what is uncommitted, release, and plan again."""
     @property
     def decode(self) -> tuple[int, ...]:
-        """Sequences that decode in this step. The same tuple object as in the last plan while nobody joins or leaves."""
-    @property
-    def draft_depth(self) -> int:
-        """Draft tokens to verify for each decoding row (one decision for the batch); 0: plain decode."""
+        """Those that decode in this step. The same tuple object as in the last step while nobody joins or leaves."""
     @property
     def prefill(self) -> int:
         """The sequence that prefills in this step, or -1."""
@@ -81,7 +82,22 @@ class Scheduler:
         max_chunk_tokens: int = 512,
         itl_target_ms: float = 250.0,
         max_step_ms: float = 4000.0,
-    ) -> None: ...
+    ) -> None:
+        """
+        A sequence takes a row and KV when its prefill begins, and keeps both until ``release``: its prompt's KV and one
+        token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time. Where that
+        would exceed the budget, the latest started of the lowest priority is preempted; the first started of the
+        highest never is.
+
+        Beside decoding rows a chunk is sized so that the predicted step stays within ``itl_target_ms`` (a prompt's end
+        may stretch it by a tenth, rather than cost a pass of its own); ``max_step_ms`` bounds every step. A chunk has
+        at least 32 tokens, whatever is predicted, so that prompts always go on.
+
+        Prompts are taken by priority, then by the client that was served fewest tokens (prefilled and generated; Sheng
+        et al., "Fairness in Serving Large Language Models", OSDI 2024), then by arrival. Priority is strict: under
+        lasting load, higher priorities starve lower ones. Otherwise nobody starves: the first in order that
+        waits for KV is overtaken by at most 8 smaller ones; then nobody behind it is admitted before it.
+        """
     def submit(
         self,
         seq: int,
@@ -91,20 +107,26 @@ class Scheduler:
         client: str = "",
         priority: int = 0,
         deadline: float = ...,
-        now: float,
-    ) -> None:
-        """Queue a sequence. ``deadline`` is on the clock of ``now`` (seconds; infinity: none); a larger
-        ``priority`` goes first. Raises NeverFits, or ValueError for a known ``seq`` or an empty prompt."""
+    ) -> int:
+        """Queue a sequence; the number of tokens after which it ends by itself is returned: ``max_tokens``, or what
+        the whole KV budget holds after this prompt, if that is less. ``deadline`` is on the clock of ``plan`` (seconds;
+        infinity: none); a larger ``priority`` goes first. Raises NeverFits, or ValueError for a known ``seq``, an empty
+        prompt, or a value out of range."""
     def cancel(self, seq: int) -> bool:
-        """Stop a sequence in any state: it is in no later plan. True if it was live; unknown ids are False."""
-    def plan(self, now: float) -> Plan: ...
+        """Stop a sequence in any state: it is in no later plan. True if it was live; False for unknown ids, and for one
+        that has ended already (also when its last step is planned and not yet committed)."""
+    def plan(self, now: float) -> Plan:
+        """Decide the next step. ``now`` (seconds, any zero) only decides which deadlines have passed. Raises
+        RuntimeError when two steps are uncommitted."""
     def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = ()) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
-        error). A sequence that reached ``max_tokens`` ends by itself. Steps are committed in their order."""
+        error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
+        are committed in their order. Raises ValueError, with nothing changed, for another step or an unknown id."""
     def releasable(self) -> tuple[int, ...]:
-        """Ended sequences in no uncommitted step; each stays listed until ``release``."""
+        """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""
     def release(self, seq: int) -> int:
-        """Forget an ended sequence after its KV was dropped; the bytes given back."""
+        """Forget an ended sequence after its KV was dropped; the bytes given back (0 if it held none). Raises
+        ValueError for one that is not releasable."""
     def next_deadline(self) -> float:
         """Earliest deadline of a live sequence, infinity if none."""
     def predict_ms(self, decode_rows: int, decode_context: int, chunk_tokens: int, chunk_start: int) -> float:

@@ -6,6 +6,7 @@ lists every key with its default (a test holds the two together).
 """
 
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,9 +40,18 @@ class ServerSettings(_Section):
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
     aliases: dict[str, str] = {}
-    placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder"]
+    placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder", "auto"]
     cache_dir: str = ""
     context_length: int = Field(0, ge=0)
+
+    @property
+    def cache_path(self) -> Path:
+        """Where converted models are kept: ``cache_dir``, or the system's place for caches."""
+        if self.cache_dir:
+            return Path(self.cache_dir).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "lmx"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmx"
 
 
 class EngineSettings(_Section):
@@ -50,14 +60,18 @@ class EngineSettings(_Section):
     kv_budget_bytes: int = Field(0, ge=0)
     max_chunk_tokens: int = Field(512, ge=32, multiple_of=32)
     itl_target_ms: float = Field(250.0, gt=0)
-    lookahead: bool = True
+    lookahead: Literal["auto", "on", "off"] = "auto"
+    batching: Literal["auto", "single"] = "auto"
     hang_timeout_s: float = Field(30.0, gt=0)
     load_timeout_s: float = Field(1800.0, gt=0)
     free_timeout_s: float = Field(30.0, gt=0)
     restart_backoff_s: float = Field(0.5, gt=0)
     restart_backoff_max_s: float = Field(30.0, gt=0)
+    restart_cooldown_s: float = Field(60.0, ge=0)
     max_restarts: int = Field(5, ge=0)
+    max_unread_tokens: int = Field(8192, ge=1)
     openblas: str = "auto"
+    command: list[str] = []
 
 
 class Settings(_Section):
@@ -80,7 +94,9 @@ def load_settings(
         for section, values in _read_toml(path).items():
             if section not in merged or not isinstance(values, dict):
                 known = ", ".join(f"[{name}]" for name in merged)
-                raise ConfigError(f"{path}: [{section}] is not a section of lmx.toml; there are {known}.", param=section)
+                raise ConfigError(
+                    f"{path}: [{section}] is not a section of lmx.toml; there are {known}.", param=section
+                )
             merged[section].update(values)
     for section, values in _read_environ(environ).items():
         merged[section].update(values)
@@ -105,7 +121,8 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """``LMX_SERVER_PORT=8080`` is ``[server] port``; lists and tables are written as in TOML."""
     found: dict[str, dict[str, Any]] = {name: {} for name in Settings.model_fields}
     for section, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
         for key, setting in field.annotation.model_fields.items():
             name = f"LMX_{section}_{key}".upper()
             if name not in environ:

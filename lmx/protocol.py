@@ -71,7 +71,7 @@ class Load:
     context_length: int = 0
     max_rows: int = 8
     kv_budget_bytes: int = 0
-    max_chunk_tokens: int = 512
+    max_chunk_tokens: int = 0
     itl_target_ms: float = 250.0
     lookahead: str = "auto"
     """"auto": where the device runs apart from Python; "on"; "off"."""

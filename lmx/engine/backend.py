@@ -75,6 +75,8 @@ class Facts:
     kv_budget_bytes: int
     max_rows: int
     """Sequences that may run at once."""
+    max_chunk_tokens: int
+    """Longest prefill chunk of a step."""
     asynchronous: bool
     """Whether a launch returns before its step is done, so that lookahead gains something."""
     weights_bytes: int

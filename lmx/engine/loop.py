@@ -69,7 +69,7 @@ class StepLoop:
             kv_budget_bytes=facts.kv_budget_bytes,
             kv_bytes_per_token=facts.kv_bytes_per_token,
             kv_bytes_per_sequence=facts.kv_bytes_per_sequence,
-            max_chunk_tokens=options.max_chunk_tokens,
+            max_chunk_tokens=facts.max_chunk_tokens,
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
@@ -152,11 +152,10 @@ class StepLoop:
                 raise NeverFits(
                     f"the prompt's {len(prompt)} tokens leave no room in a context of {facts.context_length} tokens"
                 )
-            max_tokens = min(message.max_tokens, room)
-            self._scheduler.submit(
+            max_tokens = self._scheduler.submit(
                 message.seq,
                 len(prompt),
-                max_tokens,
+                min(message.max_tokens, room),
                 client=message.client,
                 priority=message.priority,
                 deadline=_INFINITY if message.deadline_s is None else self._clock() + message.deadline_s,

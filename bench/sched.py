@@ -1,0 +1,90 @@
+"""What the scheduler costs: microseconds for plan() + commit() with 10, 1,000 and 10,000 sequences queued.
+
+``steady``: a full batch decodes and nobody can be admitted. ``admit``: a row is free in every step, so that each plan
+searches the whole queue and admits one (of 64 clients). ``expire``: the same, and in each plan a deadline passes.
+The tests' pure-Python reference runs in the same process, for the ratio.
+
+    python -m bench.sched [--steps 2000]
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmx._sched import Scheduler
+from tests.sched_reference import ReferenceScheduler
+
+ROWS = 8
+QUEUED = (10, 1_000, 10_000)
+SCENARIOS = ("steady", "admit", "expire")
+
+
+def measure(implementation: Callable[..., Any], scenario: str, queued: int, steps: int) -> list[float]:
+    """Microseconds of plan() + commit() in each step; what happens between the steps is not counted."""
+    scheduler = implementation(max_rows=ROWS, kv_budget_bytes=2**40, kv_bytes_per_token=1024)
+    ids = itertools.count()
+    durations = []
+
+    def submit(max_tokens: int, deadline: float = float("inf")) -> None:
+        seq = next(ids)
+        scheduler.submit(seq, 100, max_tokens, client=f"bot-{seq % 64}", deadline=deadline)
+
+    if scenario == "steady":
+        for _ in range(ROWS):
+            submit(1_000_000)
+        for _ in range(ROWS):
+            scheduler.commit(scheduler.plan(0.0).step, 20.0)
+    for _ in range(queued):
+        submit(1)
+    first = scheduler.statistics().steps + 1
+    for step in range(first, first + steps):
+        if scenario == "expire":
+            submit(1, deadline=float(step))
+        started = time.perf_counter()
+        planned = scheduler.plan(float(step)).step
+        scheduler.commit(planned, 20.0)
+        durations.append((time.perf_counter() - started) * 1e6)
+        assert planned == step
+        for seq in scheduler.releasable():
+            scheduler.release(seq)
+        while scheduler.statistics().queued < queued:
+            submit(1)
+    return durations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Microseconds that the scheduler takes for a step.")
+    parser.add_argument("--steps", type=int, default=2000)
+    steps = parser.parse_args().steps
+    results = []
+    for scenario, queued in itertools.product(SCENARIOS, QUEUED):
+        compiled = sorted(measure(Scheduler, scenario, queued, steps))
+        reference = statistics.median(measure(ReferenceScheduler, scenario, queued, 5))
+        results.append(
+            {
+                "scenario": scenario,
+                "queued": queued,
+                "p50_us": round(statistics.median(compiled), 2),
+                "p99_us": round(compiled[int(0.99 * len(compiled))], 2),
+                "reference_p50_us": round(reference, 1),
+                "ratio": round(reference / statistics.median(compiled), 1),
+            }
+        )
+    table = Table(title=f"plan() + commit(), {ROWS} rows")
+    for name in results[0]:
+        table.add_column(name, justify="left" if name == "scenario" else "right")
+    for result in results:
+        table.add_row(*(str(value) for value in result.values()))
+    Console(stderr=True).print(table)
+    print(json.dumps({"benchmark": "sched", "rows": ROWS, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""The scheduler's policy in plain lists and dicts: the reference that ``lmx/_sched.pyx`` is held against.
+
+It has the face of ``lmx._sched.Scheduler``. Where the compiled one keeps a sum or an index, this one computes it anew
+from the sequences, so that its accounting cannot drift. Slow on purpose; used by tests and ``bench/sched.py`` only.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from lmx._sched import NeverFits, SchedulerStatistics
+
+TILE = 32
+FIRST_CHUNK = 128
+MAX_OVERTAKEN = 8
+TAIL_SLACK = 1.1
+
+
+@dataclass
+class Plan:
+    step: int = 0
+    decode: tuple[int, ...] = ()
+    prefill: int = -1
+    prefill_start: int = 0
+    prefill_tokens: int = 0
+    prefill_last: bool = False
+    preempted: tuple[int, ...] = ()
+    expired: tuple[int, ...] = ()
+
+
+@dataclass
+class Sequence:
+    id: int
+    client: str
+    priority: int
+    deadline: float
+    arrival: int
+    target: int
+    max_tokens: int
+    state: str = "queued"
+    started: int = 0
+    overtaken: int = 0
+    kv_bytes: int = 0
+    length: int = 0
+    generated: int = 0
+    last_step: int = 0
+
+
+@dataclass
+class Step:
+    rows: int = 0
+    context: int = 0
+    chunk: int = 0
+    start: int = 0
+
+
+@dataclass
+class Fit:
+    """``lmx/_cost.pxd`` again, operation by operation, so that the same floats come out."""
+
+    shape: tuple[float, float, float]
+    scale: float = 1.0
+    weight: list[float] = field(default_factory=lambda: [1.0] * 3)
+    gram: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
+    moment: list[float] = field(default_factory=lambda: [0.0] * 3)
+    seen: bool = False
+    surprises: int = 0
+
+    def predict(self, x):
+        w, s = self.weight, self.shape
+        return self.scale * (w[0] * s[0] * x[0] + w[1] * s[1] * x[1] + w[2] * s[2] * x[2])
+
+    def observe(self, x, measured_ms):
+        predicted_ms = self.predict(x)
+        ratio = min(max(measured_ms, 1e-3), 1e9) / predicted_ms
+        surprise = (ratio > 2.0) - (ratio < 0.5)
+        if not self.seen and measured_ms <= 0.0:
+            return
+        self.surprises = self.surprises + surprise if surprise * self.surprises > 0 else surprise
+        if not self.seen or abs(self.surprises) == 3:
+            self.scale *= ratio
+            predicted_ms *= ratio
+            ratio = 1.0
+            self.surprises = 0
+        ratio = min(max(ratio, 0.5), 2.0)
+        self.seen = True
+        u = [self.scale * self.shape[i] * x[i] / predicted_ms for i in range(3)]
+        for i in range(3):
+            for j in range(3):
+                self.gram[i][j] = 0.97 * self.gram[i][j] + u[i] * u[j]
+            self.moment[i] = 0.97 * self.moment[i] + u[i] * ratio
+        self.solve()
+
+    def solve(self):
+        free = [True] * 3
+        while True:
+            m = [[self.gram[i][j] if free[i] and free[j] else 0.0 for j in range(3)] for i in range(3)]
+            for i in range(3):
+                m[i][i] += 0.01
+                m[i].append(self.moment[i] + 0.01 if free[i] else 0.0)
+            for k in range(3):
+                for i in range(k + 1, 3):
+                    factor = m[i][k] / m[k][k]
+                    for j in range(k, 4):
+                        m[i][j] -= factor * m[k][j]
+            for i in (2, 1, 0):
+                for j in range(i + 1, 3):
+                    m[i][3] -= m[i][j] * self.weight[j]
+                self.weight[i] = m[i][3] / m[i][i]
+            lowest = self.weight.index(min(self.weight))
+            if self.weight[lowest] >= 0.0:
+                return
+            free[lowest] = False
+
+
+class ReferenceScheduler:
+    def __init__(
+        self,
+        *,
+        max_rows,
+        kv_budget_bytes,
+        kv_bytes_per_token,
+        kv_bytes_per_sequence=0,
+        kv_quantum_tokens=256,
+        max_chunk_tokens=512,
+        itl_target_ms=250.0,
+        max_step_ms=4000.0,
+    ):
+        self.max_rows = _whole("max_rows", max_rows, 1)
+        self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1)
+        self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0)
+        self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1)
+        self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
+        self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
+        for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
+            if not (math.isfinite(limit_ms) and limit_ms > 0):
+                raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
+        self.itl_target_ms = itl_target_ms
+        self.max_step_ms = max_step_ms
+        room_bytes = max(0, kv_budget_bytes - kv_bytes_per_sequence)
+        self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
+        self.sequences = {}
+        self.served = {}
+        self.floor = 0
+        self.arrivals = self.starts = 0
+        self.planned = self.committed = self.preemptions = 0
+        self.uncommitted = {}
+        self.decode_fit = Fit((50.0, 3.0, 0.002))
+        self.prefill_fit = Fit((50.0, 2.0, 0.0005))
+
+    # --- what the compiled one keeps as sums and lists ---
+
+    def in_state(self, *states):
+        return [s for s in self.sequences.values() if s.state in states]
+
+    def running(self):
+        return sorted(self.in_state("prefilling", "decoding"), key=lambda s: s.started)
+
+    def used_bytes(self):
+        return sum(s.kv_bytes for s in self.sequences.values())
+
+    def kv_bytes_for(self, tokens):
+        return self.kv_bytes_per_sequence + math.ceil(tokens / self.quantum_tokens) * self.quantum_bytes
+
+    def admission_bytes(self, s):
+        return self.kv_bytes_for(s.target + (s.max_tokens - s.generated > 1))
+
+    def order(self, s):
+        return -s.priority, self.served[s.client], s.arrival
+
+    # --- the policy ---
+
+    def plan(self, now):
+        _time("now", now)
+        if self.planned - self.committed > 1:
+            raise RuntimeError(f"steps {self.committed + 1} and {self.planned} are both uncommitted: commit one first")
+        plan, step = Plan(), Step()
+        late = sorted(s.id for s in self.sequences.values() if s.state != "ended" and s.deadline <= now)
+        for seq in late:
+            self.cancel(seq)
+        plan.expired = tuple(late)
+        if self.make_room(plan):
+            self.decode(plan, step)
+            self.prefill(plan, step)
+        if step.rows or step.chunk:
+            self.planned += 1
+            plan.step = self.planned
+            self.uncommitted[plan.step] = step
+        return plan
+
+    def make_room(self, plan):
+        while True:
+            growing = [s for s in self.in_state("decoding") if self.kv_bytes_for(s.length + 1) > s.kv_bytes]
+            if self.used_bytes() + len(growing) * self.quantum_bytes <= self.kv_budget_bytes:
+                return True
+            if any(s.kv_bytes for s in self.in_state("ended")):
+                return False
+            victim = min(self.running(), key=lambda s: (s.priority, -s.started))
+            if victim.state == "decoding":
+                victim.target = victim.length + 1
+            victim.state, victim.length, victim.kv_bytes = "queued", 0, 0
+            self.preemptions += 1
+            plan.preempted += (victim.id,)
+
+    def decode(self, plan, step):
+        rows = [s for s in self.running() if s.state == "decoding"]
+        plan.decode = tuple(s.id for s in rows)
+        for s in rows:
+            s.length += 1
+            s.kv_bytes = max(s.kv_bytes, self.kv_bytes_for(s.length))
+            step.rows += 1
+            step.context += s.length
+            self.generate(s)
+
+    def prefill(self, plan, step):
+        s = self.next_prompt(admit=not plan.preempted)
+        if s is None:
+            return
+        if s.state == "queued":
+            self.starts += 1
+            s.state, s.started, s.kv_bytes = "prefilling", self.starts, self.admission_bytes(s)
+        step.start = plan.prefill_start = s.length
+        step.chunk = plan.prefill_tokens = self.chunk_tokens(step, s.target - s.length)
+        plan.prefill = s.id
+        s.length += step.chunk
+        s.last_step = self.planned + 1
+        self.served[s.client] += step.chunk
+        if s.length == s.target:
+            plan.prefill_last = True
+            s.state = "decoding"
+            self.generate(s)
+
+    def next_prompt(self, admit):
+        prefilling = sorted(self.in_state("prefilling"), key=self.order)
+        best = prefilling[0] if prefilling else None
+        rows_used = sum(s.kv_bytes > 0 for s in self.sequences.values())
+        if not admit or rows_used == self.max_rows:
+            return best
+        free_bytes = self.kv_budget_bytes - self.used_bytes()
+        waits = None
+        for s in sorted(self.in_state("queued"), key=self.order):
+            if best and self.order(best) < self.order(s):
+                return best
+            if self.admission_bytes(s) <= free_bytes:
+                if waits and waits.overtaken >= MAX_OVERTAKEN:
+                    return best
+                if waits:
+                    waits.overtaken += 1
+                return s
+            waits = waits or s
+        return best
+
+    def chunk_tokens(self, step, left):
+        most, limit_ms = self.max_chunk_tokens, self.max_step_ms
+        if step.rows:
+            limit_ms = min(limit_ms, self.itl_target_ms)
+            if not self.prefill_fit.seen:
+                most = min(most, FIRST_CHUNK)
+        if left <= TILE:
+            return left
+        tokens = min(left, most) // TILE * TILE
+        while tokens > TILE and self.cost_ms(step, tokens) > limit_ms:
+            tokens -= TILE
+        slack_ms = TAIL_SLACK * max(limit_ms, self.cost_ms(step, tokens))
+        if left - tokens < TILE and left <= most and self.cost_ms(step, left) <= slack_ms:
+            return left
+        return tokens
+
+    def generate(self, s):
+        s.generated += 1
+        s.last_step = self.planned + 1
+        self.served[s.client] += 1
+        if s.generated == s.max_tokens:
+            self.end(s)
+
+    def end(self, s):
+        s.state = "ended"
+        if not any(other.state != "ended" for other in self.sequences.values()):
+            self.floor = self.served[s.client]
+
+    # --- cost ---
+
+    def cost_ms(self, step, chunk):
+        cost_ms = 0.0
+        if step.rows:
+            cost_ms += self.decode_fit.predict((1.0, step.rows, step.context))
+        if chunk:
+            cost_ms += self.prefill_fit.predict((1.0, chunk, chunk * (step.start + chunk / 2.0)))
+        return cost_ms
+
+    def learn(self, step, elapsed_ms):
+        first = not (self.decode_fit.seen or self.prefill_fit.seen)
+        if step.chunk:
+            x = (1.0, step.chunk, step.chunk * (step.start + step.chunk / 2.0))
+            self.prefill_fit.observe(x, elapsed_ms - self.cost_ms(step, 0))
+        else:
+            self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms)
+        if first:
+            self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
+
+    def predict_ms(self, decode_rows, decode_context, chunk_tokens, chunk_start):
+        rows = _whole("decode_rows", decode_rows, 0)
+        context = _whole("decode_context", decode_context, 0)
+        start = _whole("chunk_start", chunk_start, 0)
+        return self.cost_ms(Step(rows, context, 0, start), _whole("chunk_tokens", chunk_tokens, 0))
+
+    # --- the public bookkeeping ---
+
+    def submit(self, seq, prompt_tokens, max_tokens, *, client="", priority=0, deadline=math.inf):
+        _whole("seq", seq, 0)
+        _whole("prompt_tokens", prompt_tokens, 1)
+        _whole("max_tokens", max_tokens, 1)
+        _whole("priority", priority, -(2**31))
+        if not deadline >= 0:
+            raise ValueError(f"deadline must be a time of at least 0 (infinity: none), got {deadline!r}")
+        if seq in self.sequences:
+            raise ValueError(f"seq {seq} is known already: an id is free again after release()")
+        if prompt_tokens + 1 > self.capacity_tokens:
+            needed_bytes = self.kv_bytes_for(prompt_tokens + 1)
+            raise NeverFits(f"a prompt of {prompt_tokens} tokens", needed_bytes, self.kv_budget_bytes)
+        live_clients = {s.client for s in self.sequences.values() if s.state != "ended"}
+        if client not in live_clients:
+            self.floor = min((self.served[name] for name in live_clients), default=self.floor)
+            self.served[client] = max(self.served.get(client, 0), self.floor)
+        self.arrivals += 1
+        max_tokens = min(max_tokens, self.capacity_tokens - prompt_tokens + 1)
+        self.sequences[seq] = Sequence(
+            seq, client, priority, deadline, self.arrivals, target=prompt_tokens, max_tokens=max_tokens
+        )
+        return max_tokens
+
+    def cancel(self, seq):
+        if seq not in self.sequences or self.sequences[seq].state == "ended":
+            return False
+        self.end(self.sequences[seq])
+        return True
+
+    def commit(self, step, elapsed_ms, finished=()):
+        _time("elapsed_ms", elapsed_ms)
+        if step != self.committed + 1 or self.committed == self.planned:
+            raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
+        for seq in finished:
+            if seq not in self.sequences:
+                raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
+        self.committed = step
+        self.learn(self.uncommitted.pop(step), elapsed_ms)
+        for seq in finished:
+            self.cancel(seq)
+
+    def releasable(self):
+        return tuple(s.id for s in self.in_state("ended") if s.last_step <= self.committed)
+
+    def release(self, seq):
+        if seq not in self.releasable():
+            raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
+        return self.sequences.pop(seq).kv_bytes
+
+    def next_deadline(self):
+        return min((s.deadline for s in self.sequences.values() if s.state != "ended"), default=math.inf)
+
+    def statistics(self):
+        return SchedulerStatistics(
+            queued=len(self.in_state("queued")),
+            prefilling=len(self.in_state("prefilling")),
+            decoding=len(self.in_state("decoding")),
+            ending=len(self.in_state("ended")),
+            kv_used_bytes=self.used_bytes(),
+            kv_budget_bytes=self.kv_budget_bytes,
+            preemptions=self.preemptions,
+            steps=self.planned,
+        )
+
+
+def _whole(name, value, low):
+    if not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    return value
+
+
+def _time(name, value):
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")

@@ -1,0 +1,566 @@
+"""The scheduler's policy, one rule at a time, on the compiled core and on the pure-Python reference."""
+
+import math
+import random
+import statistics
+import sys
+
+import pytest
+
+from lmx._sched import NeverFits, Scheduler
+from tests.sched_reference import ReferenceScheduler
+
+BOTH = pytest.mark.parametrize("implementation", [Scheduler, ReferenceScheduler], ids=["compiled", "reference"])
+
+
+def make(implementation, **changes):
+    sizes = {"max_rows": 4, "kv_budget_bytes": 1_000_000, "kv_bytes_per_token": 1, "kv_quantum_tokens": 32}
+    return implementation(**(sizes | changes))
+
+
+def run(scheduler, now=0.0, cost_ms=50.0, finished=()):
+    """One step from plan to release; what was planned, as plain values."""
+    plan = scheduler.plan(now)
+    if plan.step:
+        scheduler.commit(plan.step, cost_ms(plan) if callable(cost_ms) else cost_ms, finished)
+    for seq in scheduler.releasable():
+        scheduler.release(seq)
+    return plan.decode, plan.prefill, plan.prefill_start, plan.prefill_tokens
+
+
+def drain(scheduler, bound=1000, **options):
+    """Every step until nothing lives."""
+    steps = []
+    while (figures := scheduler.statistics()).queued + figures.prefilling + figures.decoding + figures.ending:
+        steps.append(run(scheduler, **options))
+        assert len(steps) < bound
+    assert figures.kv_used_bytes == 0
+    return steps
+
+
+def prefill_order(steps):
+    return [prefill for _, prefill, _, _ in steps if prefill >= 0]
+
+
+# --- a sequence's life --------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_prompt_prefills_in_chunks_then_decodes_to_max_tokens(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    assert scheduler.submit(7, 150, 3) == 3
+    assert drain(scheduler) == [((), 7, 0, 64), ((), 7, 64, 64), ((), 7, 128, 22), ((7,), -1, 0, 0), ((7,), -1, 0, 0)]
+    assert scheduler.plan(0.0).step == 0
+
+
+@BOTH
+def test_lookahead_counts_planned_tokens_and_holds_the_kv_until_the_last_step_is_committed(implementation):
+    scheduler = make(implementation)
+    scheduler.submit(1, 20, 2)
+    assert scheduler.plan(0.0).prefill_last
+    assert scheduler.plan(0.0).decode == (1,)
+    scheduler.commit(1, 50.0)
+    assert scheduler.plan(0.0).step == 0
+    assert scheduler.releasable() == ()
+    assert not scheduler.cancel(1)
+    with pytest.raises(ValueError, match="seq 1 cannot be released"):
+        scheduler.release(1)
+    scheduler.commit(2, 50.0)
+    assert scheduler.releasable() == (1,)
+    assert scheduler.release(1) == 32
+
+
+@BOTH
+def test_a_sequence_that_ended_in_a_step_is_released_after_the_step_planned_meanwhile(implementation):
+    scheduler = make(implementation)
+    scheduler.submit(1, 20, 100)
+    scheduler.plan(0.0)
+    assert scheduler.plan(0.0).decode == (1,)
+    scheduler.commit(1, 50.0, finished=(1,))
+    assert scheduler.plan(0.0).step == 0
+    assert scheduler.releasable() == ()
+    scheduler.commit(2, 50.0, finished=(1,))  # its second end changes nothing
+    assert scheduler.releasable() == (1,)
+
+
+@BOTH
+def test_cancel_in_every_state(implementation):
+    scheduler = make(implementation, max_rows=2, max_chunk_tokens=32)
+    scheduler.submit(1, 10, 50)
+    run(scheduler)
+    scheduler.submit(2, 100, 50)
+    run(scheduler)
+    scheduler.submit(3, 10, 50)
+    figures = scheduler.statistics()
+    assert (figures.decoding, figures.prefilling, figures.queued) == (1, 1, 1)
+    assert [scheduler.cancel(seq) for seq in (1, 2, 3, 3, 4)] == [True, True, True, False, False]
+    assert scheduler.plan(0.0).step == 0
+    assert sorted(scheduler.releasable()) == [1, 2, 3]
+    assert [scheduler.release(seq) for seq in (1, 2, 3)] == [32, 128, 0]
+    assert scheduler.statistics().kv_used_bytes == 0
+
+
+@BOTH
+def test_deadlines(implementation):
+    scheduler = make(implementation)
+    assert scheduler.next_deadline() == math.inf
+    scheduler.submit(1, 10, 50, deadline=5.0)
+    scheduler.submit(2, 10, 50, deadline=4.0)
+    scheduler.submit(3, 10, 50)
+    assert scheduler.next_deadline() == 4.0
+    assert scheduler.plan(3.9).expired == ()
+    plan = scheduler.plan(4.0)
+    assert (plan.expired, plan.decode) == ((2,), (1,))
+    scheduler.commit(1, 50.0)
+    assert scheduler.next_deadline() == 5.0
+    assert scheduler.plan(4.5).expired == ()
+    scheduler.commit(2, 50.0)
+    assert scheduler.plan(100.0).expired == (1,)
+    assert scheduler.next_deadline() == math.inf
+
+
+# --- order --------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_one_client_is_served_in_order_of_arrival(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    for seq, prompt_tokens in ((5, 200), (3, 10), (4, 10)):
+        scheduler.submit(seq, prompt_tokens, 1)
+    assert prefill_order(drain(scheduler)) == [5, 5, 5, 5, 3, 4]
+
+
+@BOTH
+def test_a_long_prompt_does_not_block_another_clients_short_one(implementation):
+    scheduler = make(implementation, max_chunk_tokens=512)
+    scheduler.submit(1, 100_000, 1, client="long")
+    run(scheduler)
+    scheduler.submit(2, 80, 1, client="short")
+    assert [run(scheduler)[1] for _ in range(3)] == [1, 2, 1]  # equal counters: arrival; then the least served
+
+
+@BOTH
+def test_clients_get_equal_tokens_not_equal_requests(implementation):
+    scheduler = make(implementation, max_rows=2)
+    served = [0, 0]
+    for seq in range(400):
+        scheduler.submit(seq, (300, 30)[seq % 2], 10, client="ab"[seq % 2])
+    for _ in range(800):
+        decode, prefill, _, tokens = run(scheduler)
+        for seq in decode:
+            served[seq % 2] += 1
+        if prefill >= 0:
+            served[prefill % 2] += tokens + 1
+    assert min(served) > 3000
+    assert abs(served[0] - served[1]) <= 2 * 310
+
+
+@BOTH
+def test_idleness_is_no_credit(implementation):
+    scheduler = make(implementation, max_rows=1)
+    scheduler.submit(0, 300, 1, client="early")
+    run(scheduler)  # "early" was served 301 tokens and goes idle
+    for seq in range(1, 11):
+        scheduler.submit(seq, 300, 1, client="busy")
+    for _ in range(5):
+        run(scheduler)
+    for seq in range(11, 16):
+        scheduler.submit(seq, 300, 1, client="early")
+        scheduler.submit(seq + 5, 300, 1, client="new")
+    clients = ["early" if seq < 1 or 11 <= seq < 16 else "new" if seq >= 16 else "busy" for seq in range(21)]
+    order = [clients[seq] for seq in prefill_order([run(scheduler) for _ in range(12)])]
+    for turn in range(0, 12, 3):  # nobody works off a credit: all three take turns from the start
+        assert sorted(order[turn : turn + 3]) == ["busy", "early", "new"]
+
+
+@BOTH
+def test_after_an_idle_time_nobody_starts_ahead(implementation):
+    scheduler = make(implementation)
+    scheduler.submit(0, 300, 1, client="regular")
+    drain(scheduler)
+    for seq, client in enumerate(["new", "new", "regular", "new", "regular"], start=1):
+        scheduler.submit(seq, 100, 1, client=client)
+    assert prefill_order(drain(scheduler)) == [1, 3, 2, 5, 4]
+
+
+@BOTH
+def test_an_idle_client_keeps_its_debt_however_many_others_come_and_go(implementation):
+    scheduler = make(implementation, max_rows=2)
+    scheduler.submit(0, 10, 1000, client="steady")
+    run(scheduler)
+    scheduler.submit(1, 900, 1, client="heavy")
+    for _ in range(900 // 32):  # then "heavy" is idle, far ahead of "steady"
+        run(scheduler)
+    for seq in range(100, 200):
+        scheduler.submit(seq, 10, 1, client=f"visitor {seq}")
+        scheduler.cancel(seq)
+        scheduler.release(seq)
+    scheduler.submit(2, 30, 1, client="heavy")
+    scheduler.submit(3, 30, 1, client="new")
+    assert prefill_order(run(scheduler) for _ in range(4)) == [3, 2]
+
+
+@BOTH
+def test_priority_goes_first(implementation):
+    scheduler = make(implementation, max_rows=1)
+    for seq, priority in enumerate([0, -1, 2, 2, 1]):
+        scheduler.submit(seq, 10, 1, priority=priority)
+    assert prefill_order(drain(scheduler)) == [2, 3, 4, 0, 1]
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_never_fits_and_the_budget_as_a_limit_of_max_tokens(implementation):
+    scheduler = make(implementation, kv_budget_bytes=330, kv_bytes_per_token=3, kv_bytes_per_sequence=10)
+    with pytest.raises(NeverFits) as refusal:  # 320 bytes hold 3 quanta, 96 tokens
+        scheduler.submit(1, 96, 1)
+    assert (refusal.value.needed_bytes, refusal.value.budget_bytes) == (10 + 4 * 96, 330)
+    assert scheduler.submit(1, 95, 2**40) == 2
+    assert scheduler.submit(2, 60, 1000) == 37
+    steps = drain(scheduler)
+    assert sum(decode == (2,) for decode, *_ in steps) == 36
+    assert scheduler.statistics().preemptions == 0
+
+
+@BOTH
+@pytest.mark.parametrize(("prompt_tokens", "max_tokens", "quanta"), [(63, 9, 2), (64, 9, 3), (64, 1, 2), (1, 1, 1)])
+def test_admission_takes_whole_quanta_for_the_prompt_and_the_first_decode(
+    implementation, prompt_tokens, max_tokens, quanta
+):
+    scheduler = make(implementation, kv_bytes_per_token=3, kv_bytes_per_sequence=7)
+    scheduler.submit(1, prompt_tokens, max_tokens)
+    assert scheduler.statistics().kv_used_bytes == 0
+    scheduler.plan(0.0)
+    assert scheduler.statistics().kv_used_bytes == 7 + quanta * 32 * 3
+
+
+@BOTH
+def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(implementation):
+    scheduler = make(implementation, kv_budget_bytes=5 * 32)
+    scheduler.submit(1, 60, 60)  # 2 quanta, then up to 4
+    scheduler.submit(2, 50, 40)  # 2 quanta, then 3
+    given = {1: 0, 2: 0}
+    prefills = []
+    while any(given[seq] < limit for seq, limit in ((1, 60), (2, 40))):
+        plan = scheduler.plan(0.0)
+        assert plan.preempted in ((), (2,))
+        for seq in plan.decode:
+            given[seq] += 1
+        if plan.prefill >= 0:
+            prefills.append((plan.prefill, plan.prefill_start, plan.prefill_tokens, given[plan.prefill]))
+            given[plan.prefill] += plan.prefill_last
+        scheduler.commit(plan.step, 50.0)
+        for seq in scheduler.releasable():
+            scheduler.release(seq)
+    assert given == {1: 60, 2: 40}
+    assert scheduler.statistics().preemptions == 1
+    assert scheduler.statistics().kv_used_bytes == 0
+    first, second, again = prefills
+    assert (first[0], second) == (1, (2, 0, 50, 0))
+    assert again[:2] == (2, 0)
+    assert again[2] == 50 + again[3], "it prefills its prompt and its answer so far"
+
+
+@BOTH
+def test_growth_preempts_the_lowest_priority_first(implementation):
+    scheduler = make(implementation, kv_budget_bytes=4 * 32)
+    scheduler.submit(1, 10, 100)
+    run(scheduler)
+    scheduler.submit(2, 30, 90, priority=1)
+    preempted = []
+    for _ in range(60):
+        plan = scheduler.plan(0.0)
+        preempted += plan.preempted
+        scheduler.commit(plan.step, 50.0)
+    assert preempted == [1]
+
+
+@BOTH
+def test_rows_wait_for_kv_that_ended_sequences_still_hold(implementation):
+    scheduler = make(implementation, kv_budget_bytes=4 * 32)
+    scheduler.submit(1, 60, 10)  # its 5th decode needs a third quantum
+    scheduler.submit(2, 40, 100)
+    while scheduler.plan(0.0).decode != (1, 2):
+        scheduler.commit(scheduler.statistics().steps, 50.0)
+    scheduler.commit(scheduler.statistics().steps, 50.0)
+    for _ in range(2):
+        step = scheduler.plan(0.0).step
+        if step < 5:
+            scheduler.commit(step, 50.0)
+    scheduler.cancel(2)
+    assert scheduler.plan(0.0).step == 0
+    scheduler.commit(5, 50.0)
+    assert scheduler.release(2) == 64
+    plan = scheduler.plan(0.0)
+    assert (plan.decode, plan.preempted) == ((1,), ())
+    assert scheduler.statistics().preemptions == 0
+
+
+@BOTH
+def test_a_waiting_sequence_is_overtaken_a_bounded_number_of_times(implementation):
+    scheduler = make(implementation, kv_budget_bytes=10 * 32, max_rows=8)
+    scheduler.submit(0, 30, 200)
+    run(scheduler)
+    scheduler.submit(1, 300, 1)  # 10 quanta: waits for the first to end
+    for seq in range(2, 40):
+        scheduler.submit(seq, 10, 1)
+    order = prefill_order(drain(scheduler))
+    assert order.index(1) == 8
+    assert order[:8] == list(range(2, 10))
+
+
+@BOTH
+def test_at_most_max_rows_hold_rows_the_unreleased_included(implementation):
+    scheduler = make(implementation, max_rows=2)
+    for seq in range(3):
+        scheduler.submit(seq, 10, 1)
+    for step in (1, 2):
+        assert scheduler.plan(0.0).prefill == step - 1
+        scheduler.commit(step, 50.0)
+    assert scheduler.plan(0.0).step == 0
+    scheduler.release(0)
+    assert scheduler.plan(0.0).prefill == 2
+
+
+# --- the cost model and the chunk ---------------------------------------------------------------------
+
+
+def cpu_ms(rows, context, tokens, start):
+    """Measured on a CPU with SmolLM2 in float32: a pass costs 55 ms, a prompt token 2.1, a decoding row 3.5."""
+    decode_ms = 52.0 + 3.5 * rows + 0.004 * context if rows else 0.0
+    return decode_ms + (55.0 + 2.1 * tokens + 0.0005 * tokens * (start + tokens / 2) if tokens else 0.0)
+
+
+def with_decoding_rows(implementation, rows=1, **changes):
+    """A scheduler that has just decoded a while with this many rows on that CPU."""
+    scheduler = make(implementation, max_rows=16, **changes)
+    for seq in range(rows):
+        scheduler.submit(seq, 85, 100_000, client="decoding")
+    for _ in range(4 * rows + 10):
+        run(scheduler, cost_ms=lambda plan: cpu_ms(len(plan.decode), 100 * len(plan.decode), plan.prefill_tokens, 0))
+    return scheduler
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_an_85_token_prompt_goes_in_one_chunk_where_the_target_allows_it(implementation, rows):
+    scheduler = with_decoding_rows(implementation, rows, itl_target_ms=330.0)
+    scheduler.submit(100, 85, 1, client="new")
+    assert run(scheduler)[1:] == (100, 0, 85)
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_steps_with_a_chunk_keep_the_target_on_average(implementation, rows):
+    noise = random.Random(rows)
+    scheduler = with_decoding_rows(implementation, rows, itl_target_ms=250.0)
+    costs_ms = []
+
+    def cost_ms(plan):
+        exact_ms = cpu_ms(len(plan.decode), 200 * len(plan.decode), plan.prefill_tokens, plan.prefill_start)
+        if plan.prefill >= 0:
+            costs_ms.append(exact_ms)
+        return exact_ms * noise.uniform(0.9, 1.1)
+
+    for seq in range(100, 150):
+        scheduler.submit(seq, 40 + 31 * seq % 200, 1, client="new")
+    while scheduler.statistics().queued + scheduler.statistics().prefilling:
+        run(scheduler, cost_ms=cost_ms)
+    assert 150.0 < statistics.mean(costs_ms) <= 250.0
+    assert max(costs_ms) <= 1.25 * 250.0
+
+
+@BOTH
+def test_chunks_are_whole_tiles_and_a_short_tail_is_not_left_behind(implementation):
+    scheduler = with_decoding_rows(implementation, 2)
+    scheduler.submit(100, 69, 1, client="new")
+    assert run(scheduler)[1:] == (100, 0, 69)  # 64 tokens keep the target; 5 more cost less than a pass of their own
+    scheduler.submit(101, 500, 1, client="new")
+    chunks = []
+    while sum(chunks) < 500:
+        chunks.append(run(scheduler)[3])
+    assert all(tokens % 32 == 0 for tokens in chunks[:-1])
+    assert len(chunks) < 500 // 32
+
+
+@BOTH
+def test_with_nobody_decoding_the_chunk_is_the_largest_that_the_step_limit_allows(implementation):
+    scheduler = make(implementation, max_chunk_tokens=512, max_step_ms=420.0)
+    scheduler.submit(1, 5000, 1)
+    chunks = [run(scheduler, cost_ms=lambda plan: cpu_ms(0, 0, plan.prefill_tokens, 0))[3] for _ in range(8)]
+    assert chunks[-1] == 160  # 397 ms
+    scheduler = make(implementation, max_chunk_tokens=512)
+    scheduler.submit(1, 5000, 1)
+    assert [run(scheduler)[3] for _ in range(2)] == [512, 512]
+
+
+@BOTH
+def test_before_any_measurement_a_chunk_beside_decoding_rows_is_modest_and_progress_is_certain(implementation):
+    for itl_target_ms, expected in ((1.0, [32]), (250.0, [32, 64, 96, 128]), (1e6, [128])):
+        scheduler = make(implementation, itl_target_ms=itl_target_ms)
+        scheduler.submit(1, 10, 100)
+        scheduler.plan(0.0)
+        scheduler.submit(2, 1000, 1)
+        plan = scheduler.plan(0.0)
+        assert plan.decode == (1,)
+        assert plan.prefill_tokens in expected
+
+
+@BOTH
+def test_predictions_converge_after_few_steps(implementation):
+    scheduler = make(implementation)
+    scheduler.submit(0, 100, 30)
+    scheduler.submit(1, 1000, 30)
+    drain(
+        scheduler,
+        cost_ms=lambda plan: cpu_ms(len(plan.decode), 100, plan.prefill_tokens, plan.prefill_start),
+    )
+    for tokens in (64, 128, 256, 512):
+        assert scheduler.predict_ms(0, 0, tokens, 0) == pytest.approx(cpu_ms(0, 0, tokens, 0), rel=0.1)
+    assert scheduler.predict_ms(1, 100, 64, 0) == pytest.approx(cpu_ms(1, 100, 64, 0), rel=0.1)
+
+
+@BOTH
+@pytest.mark.parametrize("speed", [0.01, 1.0, 30.0])
+def test_equal_chunks_give_right_predictions_there_and_cautious_ones_elsewhere(implementation, speed):
+    noise = random.Random(1)
+    scheduler = make(implementation, max_chunk_tokens=64, max_step_ms=1e9)
+    scheduler.submit(0, 64 * 60, 1)
+    for _ in range(60):
+        run(scheduler, cost_ms=lambda plan: speed * noise.uniform(0.9, 1.1) * cpu_ms(0, 0, plan.prefill_tokens, 0))
+    seen_ms = speed * cpu_ms(0, 0, 64, 0)
+    assert scheduler.predict_ms(0, 0, 64, 32 * 60) == pytest.approx(seen_ms, rel=0.1)
+    assert 0.6 * speed * cpu_ms(0, 0, 512, 0) < scheduler.predict_ms(0, 0, 512, 0) < 9 * seen_ms
+
+
+@BOTH
+@pytest.mark.parametrize("outlier", [0.0, 0.001, 20.0, 1e6])
+@pytest.mark.parametrize("at", [0, 1, 20])
+def test_one_outlier_does_not_ruin_the_fit(implementation, outlier, at):
+    scheduler = make(implementation, max_chunk_tokens=128)
+    scheduler.submit(0, 128 * 40, 1)
+    for step in range(40):
+        factor = outlier if step == at else 1.0
+        run(scheduler, cost_ms=lambda plan, factor=factor: factor * cpu_ms(0, 0, plan.prefill_tokens, 0))
+        if step >= at + 12:
+            assert scheduler.predict_ms(0, 0, 128, 128 * step) == pytest.approx(cpu_ms(0, 0, 128, 0), rel=0.2)
+
+
+@BOTH
+def test_a_lasting_change_of_speed_is_learned_in_three_steps(implementation):
+    scheduler = with_decoding_rows(implementation)
+    for _ in range(3):
+        run(scheduler, cost_ms=400.0)
+    assert scheduler.predict_ms(1, 100, 0, 0) == pytest.approx(400.0, rel=0.05)
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, -0.5])
+def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implementation, value):
+    scheduler = make(implementation)
+    for name in ("max_rows", "kv_budget_bytes", "kv_bytes_per_token", "kv_bytes_per_sequence", "kv_quantum_tokens"):
+        with pytest.raises(ValueError, match=f"{name} .*{value}"):
+            make(implementation, **{name: value})
+    for name in ("max_chunk_tokens", "itl_target_ms", "max_step_ms"):
+        with pytest.raises(ValueError, match=f"{name} .*{value}"):
+            make(implementation, **{name: value})
+    good = {"seq": 1, "prompt_tokens": 10, "max_tokens": 5, "priority": 0, "deadline": 9.0}
+    for name in good:
+        if (name, value) not in (("deadline", math.inf), ("priority", -1)):
+            with pytest.raises(ValueError, match=f"{name} .*{value}"):
+                scheduler.submit(**(good | {name: value}))
+    for name in ("decode_rows", "decode_context", "chunk_tokens", "chunk_start"):
+        arguments = dict.fromkeys(("decode_rows", "decode_context", "chunk_tokens", "chunk_start"), 1)
+        with pytest.raises(ValueError, match=f"{name} .*{value}"):
+            scheduler.predict_ms(**(arguments | {name: value}))
+    scheduler.submit(**good)
+    with pytest.raises(ValueError, match=f"now .*{value}"):
+        scheduler.plan(value)
+    scheduler.plan(0.0)
+    with pytest.raises(ValueError, match=f"elapsed_ms .*{value}"):
+        scheduler.commit(1, value)
+    with pytest.raises(ValueError, match=f"step {value} "):
+        scheduler.commit(value, 1.0)
+    scheduler.commit(1, 1.0)
+
+
+@BOTH
+def test_calls_out_of_order_are_refused(implementation):
+    scheduler = make(implementation)
+    with pytest.raises(ValueError, match="step 1 cannot be committed"):
+        scheduler.commit(1, 1.0)
+    scheduler.submit(1, 10, 100)
+    with pytest.raises(ValueError, match="seq 1 is known"):
+        scheduler.submit(1, 10, 100)
+    with pytest.raises(ValueError, match="seq 1 cannot be released"):
+        scheduler.release(1)
+    with pytest.raises(ValueError, match="seq 2 cannot be released"):
+        scheduler.release(2)
+    scheduler.plan(0.0)
+    scheduler.plan(0.0)
+    with pytest.raises(RuntimeError, match="steps 1 and 2"):
+        scheduler.plan(0.0)
+    with pytest.raises(ValueError, match="step 2 cannot be committed"):
+        scheduler.commit(2, 1.0)
+    with pytest.raises(ValueError, match="seq 9 cannot have finished"):
+        scheduler.commit(1, 1.0, (9,))
+    scheduler.commit(1, 1.0)
+    scheduler.commit(2, 1.0, (1,))
+    scheduler.release(1)
+    scheduler.submit(1, 10, 100)
+
+
+def test_the_same_calls_give_the_same_plans():
+    def history(implementation):
+        calls = random.Random(3)
+        scheduler = make(implementation, kv_budget_bytes=600)
+        plans = []
+        for seq in range(300):
+            scheduler.submit(seq, calls.randint(1, 300), calls.randint(1, 60), client=f"client-{calls.randrange(5)}")
+            for _ in range(calls.randrange(12)):
+                plans.append(run(scheduler, cost_ms=calls.uniform(1.0, 500.0)))
+            scheduler.cancel(calls.randrange(seq + 1))
+        return plans, drain(scheduler, bound=20_000), scheduler.statistics()
+
+    first = history(Scheduler)
+    assert first[2].preemptions > 0
+    assert history(Scheduler) == first
+    assert history(ReferenceScheduler) == first
+
+
+# --- the compiled core alone --------------------------------------------------------------------------
+
+
+def test_the_steady_state_allocates_nothing():
+    scheduler = make(Scheduler, max_rows=8, kv_budget_bytes=2**40)
+    for seq in range(1008):
+        scheduler.submit(seq, 100, 1_000_000, client=f"client-{seq % 7}", deadline=1e9)
+    while scheduler.statistics().decoding < 8:
+        scheduler.commit(scheduler.plan(0.0).step, 50.0)
+    plan = scheduler.plan(0.0)
+    decode = plan.decode
+    before = sys.getallocatedblocks()
+    for step in range(plan.step, plan.step + 3000):
+        scheduler.commit(step, 50.0)
+        assert scheduler.plan(1.0) is plan
+        assert plan.decode is decode
+        assert scheduler.releasable() == ()
+    assert sys.getallocatedblocks() - before <= 4  # the loop's own variables
+
+
+def test_ten_thousand_sequences_and_their_ids_come_and_go():
+    scheduler = make(Scheduler, max_rows=3)
+    shuffled = random.Random(0)
+    for seq in range(10_000):
+        scheduler.submit(2**40 + seq, 100, 1, client=f"client-{seq}", priority=shuffled.randrange(3))
+    cancelled = shuffled.sample(range(10_000), 9_000)
+    for seq in cancelled:
+        assert scheduler.cancel(2**40 + seq)
+    assert len(scheduler.releasable()) == 9_000
+    order = [seq - 2**40 for seq in prefill_order(drain(scheduler, bound=3000))]
+    assert set(order) == set(range(10_000)) - set(cancelled)

@@ -1,0 +1,198 @@
+"""The compiled scheduler and the pure-Python reference, driven together by Hypothesis in any order of calls."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from lmx._sched import NeverFits, Scheduler
+from tests.sched_reference import ReferenceScheduler
+
+PLAN_FIELDS = ("step", "decode", "prefill", "prefill_start", "prefill_tokens", "prefill_last", "preempted", "expired")
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    seqs = Bundle("seqs")
+
+    @initialize(
+        max_rows=st.integers(1, 4),
+        quanta=st.integers(1, 12),
+        quantum_tokens=st.sampled_from([8, 32, 50]),
+        per_sequence=st.sampled_from([0, 70]),
+        max_chunk_tokens=st.sampled_from([32, 64, 200]),
+        itl_target_ms=st.sampled_from([1.0, 120.0, 250.0]),
+    )
+    def start(self, max_rows, quanta, quantum_tokens, per_sequence, max_chunk_tokens, itl_target_ms):
+        self.max_rows = max_rows
+        self.budget_bytes = quanta * quantum_tokens * 10 + per_sequence
+        sizes = {
+            "max_rows": max_rows,
+            "kv_budget_bytes": self.budget_bytes,
+            "kv_bytes_per_token": 10,
+            "kv_bytes_per_sequence": per_sequence,
+            "kv_quantum_tokens": quantum_tokens,
+            "max_chunk_tokens": max_chunk_tokens,
+            "itl_target_ms": itl_target_ms,
+        }
+        self.compiled, self.reference = Scheduler(**sizes), ReferenceScheduler(**sizes)
+        self.now = 0.0
+        self.next_seq = 0
+        self.live = {}  # seq -> deadline
+        self.planned_members = {}  # uncommitted step -> its sequences
+        self.ended = set()  # cancelled or finished: in no later plan
+        self.released = set()
+        self.tokens_left = {}
+
+    def both(self, name, *args, **kwargs):
+        """The same call to both; the same answer or the same kind of error."""
+        answers = []
+        for scheduler in (self.reference, self.compiled):
+            try:
+                answers.append(getattr(scheduler, name)(*args, **kwargs))
+            except ValueError as error:
+                answers.append(type(error))
+        assert answers[0] == answers[1], (name, args, answers)
+        return answers[1]
+
+    @rule(
+        target=seqs,
+        prompt_tokens=st.integers(1, 300),
+        max_tokens=st.integers(1, 60),
+        client=st.sampled_from(["a", "b", "c"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        patience=st.sampled_from([0.0, 2.0, 9.0, float("inf")]),
+    )
+    def submit(self, prompt_tokens, max_tokens, client, priority, patience):
+        seq, self.next_seq = self.next_seq, self.next_seq + 1
+        deadline = self.now + patience
+        answer = self.both(
+            "submit", seq, prompt_tokens, max_tokens, client=client, priority=priority, deadline=deadline
+        )
+        if answer is NeverFits:
+            return multiple()
+        assert 1 <= answer <= max_tokens
+        self.live[seq] = deadline
+        self.tokens_left[seq] = answer
+        return seq
+
+    @rule(visitors=st.integers(1, 20), prompt_tokens=st.integers(1, 20))
+    def visit(self, visitors, prompt_tokens):
+        """New clients that go at once: the client table has to grow or forget them, without changing any order."""
+        for _ in range(visitors):
+            seq, self.next_seq = self.next_seq, self.next_seq + 1
+            if self.both("submit", seq, prompt_tokens, 1, client=f"visitor {seq}") is not NeverFits:
+                assert self.both("cancel", seq)
+                assert self.both("release", seq) == 0
+
+    @rule(seq=seqs)
+    def cancel(self, seq):
+        was_live = self.both("cancel", seq)
+        assert was_live == (seq in self.live)
+        self.end(seq)
+
+    def end(self, seq):
+        if self.live.pop(seq, None) is not None:
+            self.ended.add(seq)
+
+    @precondition(lambda self: len(self.planned_members) < 2)
+    @rule(seconds=st.sampled_from([0.0, 0.1, 3.0]))
+    def plan(self, seconds):
+        self.now += seconds
+        self.plan_step()
+
+    def plan_step(self):
+        expected, plan = self.reference.plan(self.now), self.compiled.plan(self.now)
+        for field in PLAN_FIELDS:
+            assert getattr(plan, field) == getattr(expected, field), field
+        assert set(plan.expired) == {seq for seq, deadline in self.live.items() if deadline <= self.now}
+        for seq in plan.expired:
+            self.end(seq)
+        members = set(plan.decode) | ({plan.prefill} if plan.prefill >= 0 else set())
+        assert members <= self.live.keys(), "an ended sequence is in a later plan"
+        assert not members & set(plan.preempted)
+        assert len(members) <= self.max_rows
+        assert plan.prefill not in plan.decode
+        if plan.step:
+            self.planned_members[plan.step] = members
+        else:
+            assert not members
+        for seq in (*plan.decode, *((plan.prefill,) if plan.prefill_last else ())):
+            self.tokens_left[seq] -= 1
+            if self.tokens_left[seq] == 0:
+                self.end(seq)
+        return plan
+
+    @precondition(lambda self: self.planned_members)
+    @rule(elapsed_ms=st.floats(0.0, 5000.0), data=st.data())
+    def commit(self, elapsed_ms, data):
+        step = min(self.planned_members)
+        members = sorted(self.planned_members[step])
+        self.commit_step(elapsed_ms, data.draw(st.lists(st.sampled_from(members), unique=True)) if members else [])
+
+    def commit_step(self, elapsed_ms, finished):
+        step = min(self.planned_members)
+        finished = [seq for seq in finished if seq not in self.released]
+        self.both("commit", step, elapsed_ms, finished)
+        del self.planned_members[step]
+        for seq in finished:
+            self.end(seq)
+
+    @rule()
+    def release(self):
+        before = self.compiled.statistics().kv_used_bytes
+        releasable = sorted(self.compiled.releasable())
+        assert releasable == sorted(self.reference.releasable())
+        in_flight = set().union(*self.planned_members.values())
+        assert set(releasable) == {seq for seq in self.ended if seq not in in_flight}
+        for seq in releasable:
+            before -= self.both("release", seq)
+            self.ended.remove(seq)
+            self.released.add(seq)
+        assert self.compiled.statistics().kv_used_bytes == before
+
+    @rule(rows=st.integers(0, 4), context=st.integers(0, 999), chunk=st.integers(0, 200), start=st.integers(0, 400))
+    def predict(self, rows, context, chunk, start):
+        cost_ms = self.both("predict_ms", rows, context, chunk, start)
+        assert 0.0 <= cost_ms < float("inf")
+
+    @invariant()
+    def same_figures(self):
+        if not hasattr(self, "compiled"):
+            return
+        figures = self.both("statistics")
+        assert 0 <= figures.kv_used_bytes <= self.budget_bytes
+        assert figures.queued + figures.prefilling + figures.decoding == len(self.live)
+        assert figures.ending == len(self.ended)
+        assert figures.prefilling + figures.decoding <= self.max_rows
+        assert self.both("next_deadline") == min(self.live.values(), default=float("inf"))
+
+    def teardown(self):
+        """Drain: everything that lives ends, within a bound of steps, and no byte is left."""
+        if not hasattr(self, "compiled"):
+            return
+        # Each round of MAX_OVERTAKEN admissions lets the next waiting one in; 40 steps run any one sequence alone.
+        bound = 100 + 80 * (len(self.live) + 1) * 2
+        for _ in range(bound):
+            if not self.live and not self.planned_members:
+                break
+            while len(self.planned_members) >= 2 or (self.planned_members and not self.live):
+                self.commit_step(100.0, [])
+            self.release()
+            if self.live and self.plan_step().step == 0 and self.planned_members:
+                self.commit_step(100.0, [])
+        self.release()
+        assert not self.live, f"{len(self.live)} sequences starve"
+        assert not self.ended
+        assert self.both("statistics").kv_used_bytes == 0
+        assert self.released.isdisjoint(self.compiled.releasable())
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
