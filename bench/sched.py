@@ -4,26 +4,23 @@
 searches the whole queue and admits one (of 64 clients). ``expire``: the same, and in each plan a deadline passes.
 The tests' pure-Python reference runs in the same process, for the ratio.
 
-    python -m bench.sched [--steps 2000]
+    python -m bench sched
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from bench.result import Result, Row
 from lmx._sched import Scheduler
 from tests.sched_reference import ReferenceScheduler
 
 ROWS = 8
 QUEUED = (10, 1_000, 10_000)
 SCENARIOS = ("steady", "admit", "expire")
+TARGET_US = 100.0
 
 
 def measure(implementation: Callable[..., Any], scenario: str, queued: int, steps: int) -> list[float]:
@@ -59,32 +56,23 @@ def measure(implementation: Callable[..., Any], scenario: str, queued: int, step
     return durations
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Microseconds that the scheduler takes for a step.")
-    parser.add_argument("--steps", type=int, default=2000)
-    steps = parser.parse_args().steps
-    results = []
+def run(quick: bool) -> Result:
+    steps = 500 if quick else 2000
+    rows: list[Row] = []
     for scenario, queued in itertools.product(SCENARIOS, QUEUED):
         compiled = sorted(measure(Scheduler, scenario, queued, steps))
         reference = statistics.median(measure(ReferenceScheduler, scenario, queued, 5))
-        results.append(
+        p50 = statistics.median(compiled)
+        rows.append(
             {
                 "scenario": scenario,
                 "queued": queued,
-                "p50_us": round(statistics.median(compiled), 2),
-                "p99_us": round(compiled[int(0.99 * len(compiled))], 2),
-                "reference_p50_us": round(reference, 1),
-                "ratio": round(reference / statistics.median(compiled), 1),
+                "p50_us": p50,
+                "p99_us": compiled[int(0.99 * len(compiled))],
+                "reference_p50_us": reference,
+                "ratio": reference / p50,
+                "target": TARGET_US,
+                "ok": p50 < TARGET_US,
             }
         )
-    table = Table(title=f"plan() + commit(), {ROWS} rows")
-    for name in results[0]:
-        table.add_column(name, justify="left" if name == "scenario" else "right")
-    for result in results:
-        table.add_row(*(str(value) for value in result.values()))
-    Console(stderr=True).print(table)
-    print(json.dumps({"benchmark": "sched", "rows": ROWS, "results": results}))
-
-
-if __name__ == "__main__":
-    main()
+    return Result(f"microseconds of plan() + commit(), {ROWS} rows (ratio: reference by compiled)", rows)

@@ -58,7 +58,7 @@ class EngineSettings(_Section):
     max_rows: int = Field(8, ge=1, le=512)
     max_queue: int = Field(1024, ge=1)
     kv_budget_bytes: int = Field(0, ge=0)
-    max_chunk_tokens: int = Field(512, ge=32, multiple_of=32)
+    max_chunk_tokens: int = Field(0, ge=0, multiple_of=32)
     itl_target_ms: float = Field(250.0, gt=0)
     lookahead: Literal["auto", "on", "off"] = "auto"
     batching: Literal["auto", "single"] = "auto"

@@ -1,0 +1,42 @@
+"""``python -m bench``: runs benchmarks by name, all of them without one."""
+
+import argparse
+import importlib
+import sys
+import time
+from typing import cast
+
+from bench.result import Result, show
+
+NAMES = {
+    "sched": "microseconds of a scheduling decision, against the tests' reference in Python",
+    "engine_vs_bare": "decode tok/s of the engine process, against a bare batched loop over mlx-lm's model",
+    "http_vs_bare": "decode tok/s through HTTP, against the same loop",
+    "http_null": "events a second of the HTTP path, with an engine that costs nothing",
+    "cancel_latency": "from the client's close to freed KV, against the step time",
+    "long_prompt": "worst gap of running streams while a long prompt arrives, against the target",
+    "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
+    "prefill": "prompt tok/s by chunk size",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:16} {what}" for name, what in NAMES.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *NAMES], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: minutes for all together, and more noise")
+    options = parser.parse_args()
+    for name in options.names or NAMES:
+        started = time.monotonic()
+        print(f"{name} ...", file=sys.stderr)
+        module = importlib.import_module(f"bench.{name}")
+        result = cast(Result, module.run(options.quick))
+        show(name, result, time.monotonic() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The models that are measured: float32 folders, made once, the same weights for every contestant."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lmx.hub.inventory import EMBEDDED_ID, resolve
+from tests.models import build_model
+
+CACHE = Path(tempfile.gettempdir()) / f"lmx-bench-{os.getuid()}"
+OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
+SIZES = {"llama-8x512": (8, 512), "llama-4x128": (4, 128)}
+NAMES = ("smollm2", *SIZES)
+
+
+def with_openblas() -> dict[str, str]:
+    """The environment for a process that runs a model without lmx's launcher."""
+    return {**os.environ, "LD_PRELOAD": str(OPENBLAS)} if OPENBLAS.exists() else dict(os.environ)
+
+
+def folder(name: str) -> Path:
+    """The folder of a model in NAMES, made once."""
+    path = CACHE / name
+    if not path.exists():
+        unfinished = CACHE / f"{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # In a process of its own: this one shall not hold MLX's threads while it measures.
+        subprocess.run([sys.executable, "-m", "bench.models", name, str(unfinished)], check=True)
+        unfinished.rename(path)
+    return path
+
+
+def folder_without_eos(name: str) -> Path:
+    """The same model with no end-of-sequence token, for mlx-lm's server, which cannot be told to ignore it."""
+    source, path = folder(name), CACHE / f"{name}.no-eos"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    for file in source.iterdir():
+        if file.name in ("config.json", "tokenizer_config.json"):
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings.pop("eos_token_id" if file.name == "config.json" else "eos_token", None)
+            (path / file.name).write_text(json.dumps(settings), encoding="utf-8")
+        else:
+            (path / file.name).symlink_to(file)
+    return path
+
+
+def _make(name: str, path: Path) -> None:
+    if name in SIZES:
+        layers, width = SIZES[name]
+        build_model("llama", path, num_hidden_layers=layers, hidden_size=width)
+    else:
+        _dequantize(resolve(EMBEDDED_ID, CACHE).path, path)
+
+
+def _dequantize(source: Path, path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import dequantize_model, load_model, save_model
+
+    model, config = load_model(source)
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    save_model(path, model)
+    config.pop("quantization", None)
+    config.pop("quantization_config", None)
+    (path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / file, path / file)
+
+
+if __name__ == "__main__":
+    _make(sys.argv[1], Path(sys.argv[2]))

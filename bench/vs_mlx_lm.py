@@ -1,0 +1,129 @@
+"""Side by side with ``mlx_lm.server``: the same requests, client, weights and BLAS, in turn; and one stream against
+``mlx_lm.stream_generate`` without any server."""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.bare import bare_loop
+from bench.models import folder, folder_without_eos
+from bench.peer import mlx_lm_server
+from bench.result import Result, Row, alternate, median_ratio
+from lmx.bench.client import Client, Request
+from lmx.bench.figures import Figures, figures
+from lmx.bench.prompts import Prompts
+from lmx.bench.server import running_server
+
+TARGETS = {"smollm2": 1.15, "llama-8x512": 1.3}
+"""Whole-run tok/s with 8 streams, ours by theirs."""
+GAP_TARGET = 0.3
+"""Worst gap with 8 streams, ours by theirs."""
+SINGLE_TARGET = 0.95
+PROMPT_WORDS = 60
+REQUESTS = 16
+MAX_TOKENS = 64
+
+
+@dataclass
+class _Contestant:
+    client: Client
+    runs: dict[int, list[Figures]]
+
+    def measure(self, streams: int, prompts: Prompts, max_tokens: int, count: int) -> float:
+        requests = [Request(prompts.words(PROMPT_WORDS), max_tokens) for _ in range(count)]
+        finished = self.client.run(requests, streams)
+        assert all(stream.completion_tokens == max_tokens for stream in finished), "an answer ended early"
+        found = figures(finished, streams)
+        self.runs.setdefault(streams, []).append(found)
+        return found.generation_tokens_per_s
+
+    def worst_gap_ms(self, streams: int) -> float:
+        """The median over the runs of each run's worst."""
+        return statistics.median(run.itl_ms.max for run in self.runs[streams] if run.itl_ms)
+
+
+def run(quick: bool) -> Result:
+    rows: list[Row] = []
+    for name in ("smollm2",) if quick else ("smollm2", "llama-8x512"):
+        rows += _servers(name, quick)
+        rows.append(_single_stream(name, quick))
+    return Result("whole-run tok/s and worst gap; theirs: mlx_lm.server, last rows: mlx_lm.stream_generate", rows)
+
+
+def _servers(name: str, quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    path, prompts = folder(name), Prompts(0)
+    with (
+        running_server(str(path)) as server,
+        mlx_lm_server(folder_without_eos(name)) as peer_url,
+        Client(server.url, path.name) as our_client,
+        Client(peer_url, "default_model") as their_client,
+    ):
+        ours, theirs = _Contestant(our_client, {}), _Contestant(their_client, {})
+        for contestant in (ours, theirs):
+            contestant.measure(8, prompts, 8, 8)  # warm-up
+            contestant.runs.clear()
+        for streams in (8,) if quick else (1, 4, 8):
+            requests = REQUESTS if streams == 8 else 2 * streams
+            repeats = 3 if streams == 8 and not quick else 1
+            ours_speed, theirs_speed = alternate(
+                repeats,
+                partial(ours.measure, streams, prompts, MAX_TOKENS, requests),
+                partial(theirs.measure, streams, prompts, MAX_TOKENS, requests),
+            )
+            ratio = median_ratio(ours_speed, theirs_speed)
+            gaps = ours.worst_gap_ms(streams), theirs.worst_gap_ms(streams)
+            target = TARGETS[name] if streams == 8 else None
+            rows.append(
+                {
+                    "model": name,
+                    "streams": streams,
+                    "ours tok/s": statistics.median(ours_speed),
+                    "theirs tok/s": statistics.median(theirs_speed),
+                    "ratio": ratio,
+                    "target": target,
+                    "our gap ms": gaps[0],
+                    "their gap ms": gaps[1],
+                    "gap ratio": gaps[0] / gaps[1],
+                    "gap target": GAP_TARGET if streams == 8 else None,
+                    "ok": None if target is None else ratio >= target and gaps[0] <= GAP_TARGET * gaps[1],
+                }
+            )
+    return rows
+
+
+def _single_stream(name: str, quick: bool) -> Row:
+    """Generation after the first token."""
+    path: Path = folder(name)
+    prompts = Prompts(1)
+    tokens = 32 if quick else 64
+    with (
+        running_server(str(path)) as server,
+        Client(server.url, path.name) as client,
+        bare_loop(folder_without_eos(name)) as bare,
+    ):
+
+        def ours() -> float:
+            [stream] = client.run([Request(prompts.words(PROMPT_WORDS), tokens)], 1)
+            return (tokens - 1) / (stream.event_times[-1] - stream.event_times[0])
+
+        def theirs() -> float:
+            return bare.stream_tokens_per_s(prompts.words(PROMPT_WORDS), tokens)
+
+        ours(), theirs()
+        our_speed, their_speed = alternate(3 if quick else 5, ours, theirs)
+    ratio = median_ratio(our_speed, their_speed)
+    return {
+        "model": name,
+        "streams": "1, no server",
+        "ours tok/s": statistics.median(our_speed),
+        "theirs tok/s": statistics.median(their_speed),
+        "ratio": ratio,
+        "target": SINGLE_TARGET,
+        "our gap ms": None,
+        "their gap ms": None,
+        "gap ratio": None,
+        "gap target": None,
+        "ok": ratio >= SINGLE_TARGET,
+    }

@@ -1,0 +1,122 @@
+"""The HTTP application: routes of every face, and the rules all of them share (API.md, "Common").
+
+Before a request: its id, the access rules. After: the headers that every response carries. Errors go through
+``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.http``.
+"""
+
+import logging
+from functools import partial
+from typing import Any
+
+import trio
+from quart import Blueprint, Quart, Response, g, request
+from quart_schema import Info, QuartSchema
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from lmx import __version__
+from lmx.api import admin, chat, completions, docs
+from lmx.api import models as model_routes
+from lmx.api.access import authorize, origin_allowed
+from lmx.api.call import Call, current_call, request_id
+from lmx.api.errors import error_response, expected, from_http
+from lmx.api.events import EventStream, HTTPConnection
+from lmx.api.paths import with_normal_paths
+from lmx.config import ServerSettings, Settings
+from lmx.serving.metrics import Metrics
+from lmx.serving.models import Models
+
+
+def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTrio:
+    """The whole HTTP face over ``models``."""
+    app = QuartTrio("lmx.api", static_folder=None)
+    app.asgi_http_class = HTTPConnection
+    app.asgi_app = with_normal_paths(app.asgi_app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
+    app.logger.setLevel(logging.WARNING)
+    _add_rules(app, settings.server, metrics)
+    _add_errors(app, settings.server)
+    for routes in (
+        _root(),
+        chat.blueprint(models, settings),
+        completions.blueprint(models, settings),
+        model_routes.blueprint(models, settings),
+        admin.blueprint(models, metrics),
+        docs.blueprint(),
+    ):
+        app.register_blueprint(routes)
+    info = Info("lmx", __version__, description="A headless LLM inference server with OpenAI's API.")
+    # Our own docs page instead of the extension's three: theirs load their scripts from the internet.
+    QuartSchema(app, info=info, swagger_ui_path=None, redoc_ui_path=None, scalar_ui_path=None)
+    app.json.sort_keys = False
+    return app
+
+
+def _add_rules(app: Quart, settings: ServerSettings, metrics: Metrics) -> None:
+    @app.before_request
+    async def admit() -> None:
+        address = request.remote_addr or ""
+        g.call = Call(request_id(), trio.current_time(), address)
+        if not _is_preflight(settings):
+            g.call.key_name = authorize(settings, request.path, request.headers, address)
+
+    @app.after_request
+    async def add_headers(response: Response) -> Response:
+        call = current_call()
+        response.headers["x-request-id"] = call.id
+        response.headers["openai-processing-ms"] = str(round((trio.current_time() - call.started) * 1000))
+        if settings.cors_origins:
+            _add_cors(response, settings)
+        count = partial(_count, metrics, call, request.blueprint or "")
+        if isinstance(response, EventStream):
+            response.on_end = count
+        else:
+            count(response.status_code)
+        return response
+
+
+def _count(metrics: Metrics, call: Call, face: str, status: int) -> None:
+    metrics.requests.labels(call.model, face, str(status), call.finish).inc()
+
+
+def _is_preflight(settings: ServerSettings) -> bool:
+    """A browser asks, without the key, whether a page of an allowed origin may send a request."""
+    asks = request.method == "OPTIONS" and "access-control-request-method" in request.headers
+    return asks and origin_allowed(settings, request.headers.get("origin", ""))
+
+
+def _add_cors(response: Response, settings: ServerSettings) -> None:
+    origin = request.headers.get("origin", "")
+    response.headers.add("vary", "origin")
+    if not origin or not origin_allowed(settings, origin):
+        return
+    response.headers["access-control-allow-origin"] = origin
+    response.headers["access-control-expose-headers"] = "x-request-id, openai-processing-ms, retry-after"
+    if _is_preflight(settings):
+        response.headers["access-control-allow-methods"] = "GET, HEAD, POST, DELETE, OPTIONS"
+        wanted = request.headers.get("access-control-request-headers", "authorization, content-type")
+        response.headers["access-control-allow-headers"] = wanted
+        response.headers["access-control-max-age"] = "600"
+
+
+def _add_errors(app: Quart, settings: ServerSettings) -> None:
+    @app.errorhandler(Exception)
+    async def refuse(error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return error_response(expected(error, current_call().id))
+        response = error_response(from_http(error, request.method, request.path, settings.max_body_bytes))
+        if isinstance(error, MethodNotAllowed):
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        return response
+
+
+def _root() -> Blueprint:
+    routes = Blueprint("root", __name__)
+
+    @routes.get("/")
+    @routes.get("/api/hello")
+    async def hello() -> dict[str, Any]:
+        """Whether anybody is there."""
+        return {"name": "lmx", "version": __version__, "docs": "/docs", "openapi": "/openapi.json"}
+
+    return routes

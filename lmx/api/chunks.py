@@ -1,0 +1,75 @@
+"""An answer as OpenAI's stream of chunks: the ``Sink`` that both OpenAI faces write through.
+
+An event is built from bytes made once for the stream and the JSON of its text; nothing else may be done for each token
+(aim: 3,000 events a second on one core over 8 connections).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmx.api.answer import to_json
+from lmx.api.events import COMMENT, DONE, EventWriter
+from lmx.api.generation import Choice, Delta, Job, usage
+from lmx.protocol import Logprobs
+
+ChoiceObject = Callable[[int, str | None, dict[str, Any] | None, str | None], dict[str, Any]]
+"""(index, text or None for none, logprobs, finish_reason) to the face's entry of ``choices``."""
+
+PLACEHOLDER = "\0"
+
+
+class ChunkStream:
+    """``heading`` is what every chunk repeats, ``first`` the choices that are sent with the headers."""
+
+    def __init__(
+        self,
+        job: Job,
+        writer: EventWriter,
+        heading: dict[str, Any],
+        choice_object: ChoiceObject,
+        *,
+        first: Sequence[dict[str, Any]],
+        with_usage: bool,
+        format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]],
+    ) -> None:
+        self._job = job
+        self._writer = writer
+        self._heading = heading
+        self._choice_object = choice_object
+        self._first = first
+        self._with_usage = with_usage
+        self._format_logprobs = format_logprobs
+        # Split at the last placeholder: the heading holds the client's word for the model, whatever that is.
+        frames = [self._chunk(choice_object(i, PLACEHOLDER, None, None)) for i in range(len(job.requests))]
+        self._frames = [frame.rsplit(to_json(PLACEHOLDER), 1) for frame in frames]
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        return self._event({"choices": [choice]} | ({"usage": None} if self._with_usage else {}))
+
+    def _event(self, fields: dict[str, Any]) -> bytes:
+        return b"data: " + to_json(self._heading | fields) + b"\n\n"
+
+    async def begin(self) -> None:
+        await self._writer.start(b"".join(map(self._chunk, self._first)))
+
+    async def delta(self, choice: Choice, delta: Delta) -> None:
+        index, events = choice.index, b""
+        if delta.logprobs:
+            logprobs = self._format_logprobs(index, delta.logprobs)
+            events = self._chunk(self._choice_object(index, delta.text, logprobs, None))
+        elif delta.text:
+            before, after = self._frames[index]
+            events = before + json.dumps(delta.text).encode() + after
+        if delta.finish:
+            events += self._chunk(self._choice_object(index, None, None, delta.finish))
+        if events:
+            await self._writer.write(events)
+
+    async def quiet(self) -> None:
+        await self._writer.write(COMMENT)
+
+    async def end(self, choices: Sequence[Choice]) -> None:
+        """The usage chunk when it was asked for, and [DONE]."""
+        last = self._event({"choices": [], "usage": usage(self._job, choices)}) if self._with_usage else b""
+        await self._writer.write(last + DONE)

@@ -1,0 +1,92 @@
+"""Server-sent events, written by the handler's own task straight into ASGI.
+
+Quart would iterate an async generator, whose leases then end when the generator is closed; here a coroutine writes, so
+that leaving it is leaving its leases, and nothing but one bytes object passes per event. A failure before the first
+byte is still an ordinary error response; after it, an error event ends the stream.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from quart import Response
+from quart.utils import encode_headers
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from lmx.api.errors import error_event, error_response, expected
+
+COMMENT = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"
+
+Send = Callable[[Any], Awaitable[None]]
+
+
+class EventWriter:
+    """The open stream. ``write`` returns when the bytes are with the kernel, so a slow reader slows its own request."""
+
+    def __init__(self, send: Send, response: Response) -> None:
+        self._send = send
+        self._response = response
+        self.started = False
+
+    async def start(self, first: bytes) -> None:
+        """Send the headers and the first events at once. Cancelled: the connection is of no more use."""
+        self.started = True
+        await send_start(self._send, self._response)
+        await self.write(first)
+
+    async def write(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+
+async def send_start(send: Send, response: Response) -> None:
+    headers = encode_headers(response.headers)
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+
+
+class EventStream(Response):
+    """A response whose body is written by ``produce`` once the headers are decided (after_request hooks included)."""
+
+    def __init__(self, produce: Callable[[EventWriter], Awaitable[None]], request_id: str) -> None:
+        super().__init__(b"", content_type="text/event-stream; charset=utf-8")
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        self.on_end: Callable[[int], None] = lambda status: None
+        """Called at the end with 200, or the status of the error that ended it; not when the client went before."""
+        self._produce = produce
+        self._request_id = request_id
+
+    async def send_to(self, send: Send) -> None:
+        """Run ``produce`` to the stream's end. Cancelled: ``produce`` has unwound, with all it held."""
+        writer = EventWriter(send, self)
+        status, rest = self.status_code, b""
+        try:
+            await self._produce(writer)
+        except Exception as error:
+            failure = expected(error, self._request_id)
+            status = failure.status
+            if writer.started:
+                rest = error_event(failure)
+            else:
+                refusal = error_response(failure)
+                rest = await refusal.get_data(as_text=False)
+                for name in ("content-type", "cache-control", "x-accel-buffering"):
+                    del self.headers[name]
+                self.headers.extend(refusal.headers)
+                self.status_code = status
+                await send_start(send, self)
+        self.on_end(status)
+        await send({"type": "http.response.body", "body": rest, "more_body": False})
+
+
+class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
+    """Quart-Trio's request runner, for which an EventStream writes itself."""
+
+    async def handle_request(self, nursery: trio.Nursery, request: Any, send: Send) -> None:
+        response = await self.app.handle_request(request)
+        if isinstance(response, EventStream):
+            await response.send_to(send)
+        else:
+            await self._send_response(send, response)
+        nursery.cancel_scope.cancel()

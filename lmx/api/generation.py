@@ -1,0 +1,247 @@
+"""From a validated request to its answer's pieces: leases, text, stop strings, deadlines; the same for every face.
+
+A ``Job`` holds one ``GenerateRequest`` for each choice. ``run`` holds their leases in one nursery and hands each piece
+to a ``Sink`` that knows the face's wire format. It must never return, or raise, with a lease held. Called by
+``lmx.api.chat`` and ``lmx.api.completions``.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from lmx.api.call import Call
+from lmx.api.errors import raise_single
+from lmx.api.schemas import GenerationFields
+from lmx.chat.text import TextStream
+from lmx.config import ServerSettings
+from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
+from lmx.protocol import Logprobs, Sampling
+from lmx.serving.engine import Chunk, GenerateRequest
+from lmx.serving.models import Served
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Distance of two choices' seeds: 2^64 divided by the golden ratio, so that no two of n are near (Knuth, TAOCP 6.4)."""
+UINT64 = 2**64 - 1
+SEED_BITS = 53
+"""Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    served: Served
+    requests: tuple[GenerateRequest, ...]
+    """One for each choice: n for the first prompt, then n for the next."""
+    n: int
+    stop: tuple[str, ...]
+    seed: int
+    """What the client gave or we drew; choice i of a prompt samples with a seed derived from it."""
+    deadline: float
+    """On Trio's clock."""
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice gained."""
+
+    text: str
+    logprobs: tuple[tuple[int, Logprobs], ...]
+    """Of each token that counts into the text, when asked for."""
+    finish: str | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """The account of one sequence of a job while it runs. Pure: chunks in, deltas out, whatever the chunks' borders."""
+
+    index: int
+    text: TextStream
+    has_stop: bool
+    wants_logprobs: bool
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    finish: str | None = None
+    stopped: bool = False
+    """Ended by a stop string: the engine does not know it yet."""
+
+    def feed(self, chunk: Chunk) -> Delta:
+        logprobs: tuple[tuple[int, Logprobs], ...] = ()
+        if self.has_stop or self.wants_logprobs:
+            text, logprobs = self._feed_each(chunk)
+        else:
+            text = self.text.feed(chunk.tokens)
+            self.completion_tokens += len(chunk.tokens)
+        if chunk.finish and not self.stopped:
+            text += self.text.finish()
+            self.finish = "stop" if self.text.stopped else chunk.finish
+        return Delta(text, logprobs, self.finish)
+
+    def _feed_each(self, chunk: Chunk) -> tuple[str, tuple[tuple[int, Logprobs], ...]]:
+        """Token by token: what follows a stop string in the same chunk must not count, however tokens were merged."""
+        text, logprobs = "", []
+        for position, token in enumerate(chunk.tokens):
+            text += self.text.feed((token,))
+            self.completion_tokens += 1
+            is_end = chunk.finish == "stop" and position == len(chunk.tokens) - 1
+            if self.wants_logprobs and not is_end:
+                logprobs.append((token, chunk.logprobs[position]))
+            if self.text.stopped:
+                self.stopped, self.finish = True, "stop"
+                break
+        return text, tuple(logprobs)
+
+
+class Sink(Protocol):
+    """Where a job's pieces go. All methods may be cancelled; ``delta`` and ``quiet`` run concurrently for n > 1."""
+
+    async def begin(self) -> None:
+        """Every choice has its lease: nothing more can be refused."""
+
+    async def delta(self, choice: Choice, delta: Delta) -> None: ...
+
+    async def quiet(self) -> None:
+        """A choice has brought nothing for ``quiet_s``."""
+
+
+async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
+    """Generate all choices of ``job`` into ``sink``; returns them finished.
+
+    Raises what the leases raise, or DeadlineExceeded. Cancelled: every lease has been given back first.
+    """
+    choices = [
+        Choice(index, job.served.chat.text_stream(job.stop), bool(job.stop), request.sampling.logprobs >= 0)
+        for index, request in enumerate(job.requests)
+    ]
+    with trio.CancelScope(deadline=job.deadline) as limit:
+        try:
+            async with trio.open_nursery() as nursery:
+                leased = trio.Event()
+                for choice in choices:
+                    await nursery.start(_run_choice, job, choice, sink, quiet_s, leased)
+                await sink.begin()
+                leased.set()
+        except BaseExceptionGroup as group:
+            raise_single(group)
+    if limit.cancelled_caught:
+        raise DeadlineExceeded(
+            "The request's time (field `timeout`, header x-request-timeout or the server's limit) is up."
+        )
+    job.call.finish = choices[0].finish or ""
+    return choices
+
+
+async def _run_choice(
+    job: Job, choice: Choice, sink: Sink, quiet_s: float, leased: trio.Event, *, task_status: trio.TaskStatus[None]
+) -> None:
+    async with job.served.engine.generate(job.requests[choice.index]) as tokens:
+        task_status.started()
+        await leased.wait()
+        while choice.finish is None:
+            with trio.move_on_after(quiet_s) as patience:
+                chunk = await tokens.receive()
+            if patience.cancelled_caught:
+                await sink.quiet()
+                continue
+            delta = choice.feed(chunk)
+            choice.cached_tokens = tokens.cached_tokens
+            if choice.stopped:
+                break
+            await sink.delta(choice, delta)
+    if choice.stopped:  # only now: the lease ends before a slow client takes its last piece
+        await sink.delta(choice, delta)
+
+
+def make_job(
+    served: Served,
+    fields: GenerationFields,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    logprobs: int,
+    prompt_param: str,
+    call: Call,
+    settings: ServerSettings,
+) -> Job:
+    """The engine requests for n choices of each prompt. ``max_tokens`` -1: as many as there is room for.
+
+    Raises ContextLengthExceeded, or InvalidRequest for a logit_bias outside the vocabulary or a bad x-request-timeout.
+    """
+    seed = secrets.randbits(SEED_BITS) if fields.seed is None else fields.seed
+    n = fields.n or 1
+    bias = _logit_bias(fields, served.chat.vocab_size)
+    deadline = call.deadline(fields.timeout, settings)
+    remaining_s = deadline - trio.current_time()
+    call.model = served.id
+    requests = []
+    for prompt in prompts:
+        room = _room(served, len(prompt), prompt_param)
+        for index in range(n):
+            requests.append(
+                GenerateRequest(
+                    prompt=prompt,
+                    max_tokens=room if max_tokens == -1 else min(max_tokens, room),
+                    sampling=_sampling(fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs),
+                    client=call.client(fields.user),
+                    priority=fields.priority or 0,
+                    deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
+                    ignore_eos=bool(fields.ignore_eos),
+                )
+            )
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
+    return Job(served, tuple(requests), n, stop, seed, deadline, call)
+
+
+def _room(served: Served, prompt_tokens: int, param: str) -> int:
+    ready = served.engine.ready
+    # While the model loads only its folder can tell; where that does not (0), the engine refuses what never fits.
+    context = (ready.context_length if ready else served.folder.context_length) or 2**31 - 1
+    if prompt_tokens >= context:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the {param}.",
+            param=param,
+        )
+    return context - prompt_tokens
+
+
+def _sampling(fields: GenerationFields, seed: int, bias: dict[int, float] | None, logprobs: int) -> Sampling:
+    penalty = fields.repetition_penalty if fields.repetition_penalty is not None else fields.repeat_penalty
+    return Sampling(
+        seed=seed,
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_k=max(fields.top_k or 0, 0),
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        min_p=fields.min_p or 0.0,
+        repetition_penalty=1.0 if penalty is None else penalty,
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        logit_bias=bias,
+        logprobs=logprobs,
+    )
+
+
+def _logit_bias(fields: GenerationFields, vocab_size: int) -> dict[int, float] | None:
+    bias = {}
+    for key, value in (fields.logit_bias or {}).items():
+        if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
+            raise InvalidRequest(
+                f"logit_bias: {key[:40]!r} is not a token id of this model (0 to {vocab_size - 1}).", param="logit_bias"
+            )
+        bias[int(key)] = value
+    return bias or None
+
+
+def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
+    """OpenAI's usage object. A prompt that several choices share counts once."""
+    prompts = choices[:: job.n]
+    prompt_tokens = sum(len(job.requests[choice.index].prompt) for choice in prompts)
+    completion_tokens = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
+    }

@@ -1,0 +1,188 @@
+"""The command ``lmx``: reads the settings, binds the port, and holds the server's life together from start to the last
+signal.
+
+The order matters: everything that can be refused (settings, port, model) is refused before anything is started, with
+one line that says the way out and exit code 2. The engines outlive the HTTP face, so that the last request can still
+give its lease back.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from lmx.api.app import create_app
+from lmx.api.http import BACKLOG, serve_http
+from lmx.config import Settings, load_settings
+from lmx.errors import ConfigError, LmxError, ModelOverloaded
+from lmx.serving.metrics import Metrics
+from lmx.serving.models import Models
+
+CONFIG = Path("lmx.toml")
+OPEN_FILES = 65_536
+LAST_WORDS_S = 2.0
+"""After ``drain_s``: how long requests have to send the error that ends them."""
+
+logger = logging.getLogger("lmx")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        settings = _settings(options)
+        logger.setLevel(settings.server.log_level.upper())
+        _raise_open_files()
+        return trio.run(_Server(settings, _bind(settings.server.host, settings.server.port)).run)
+    except LmxError as error:
+        logger.error("%s", error.message)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmx", description="A headless LLM inference server with OpenAI's API.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model over HTTP")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="settings (default: lmx.toml here, if there is one)")
+    serve.add_argument("--host", help="address to listen on; 0.0.0.0: every network (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="0 takes a free one (default: 1234)")
+    serve.add_argument(
+        "--model", metavar="PATH_OR_ID", help="MLX folder, GGUF file, or id (default: the embedded model)"
+    )
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given: dict[str, dict[str, Any]] = {
+        "server": {"host": options.host, "port": options.port},
+        "model": {"default": options.model},
+    }
+    overrides = {
+        section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
+    }
+    path = options.config or (CONFIG if CONFIG.exists() else None)
+    return load_settings(path, os.environ, overrides)
+
+
+def _raise_open_files() -> None:
+    """Each connection is a file; the soft limit is often 256 (macOS) or 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError) as error:
+            logger.warning("the limit of open files stays at %d: %s", soft, error)
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Listen on every address of ``host``; port 0 takes one free port for all of them. Raises ConfigError."""
+    sockets: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol_number, _, address in dict.fromkeys(addresses):
+            sock = socket.socket(family, kind, protocol_number)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address[0], port or sockets[0].getsockname()[1], *address[2:]))
+            sock.listen(BACKLOG)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise _bind_error(error, host, port) from None
+    return sockets
+
+
+def _bind_error(error: OSError, host: str, port: int) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        way_out = (
+            f"another program (LM Studio, or another lmx?) uses it; `lsof -nP -iTCP:{port} -sTCP:LISTEN` names it. "
+            "Stop it, or choose another port with --port (0 takes a free one)"
+        )
+    elif error.errno == errno.EACCES:
+        way_out = "ports below 1024 need more rights; choose a higher one with --port"
+    else:
+        way_out = (
+            f"{error.strerror or error}; --host must be an address or name of this machine (0.0.0.0: every network)"
+        )
+    return ConfigError(f"Cannot listen on {host} port {port}: {way_out}.", param="server.port")
+
+
+class _Server:
+    """One run of ``lmx serve``."""
+
+    def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        self._models: Models | None = None
+        self._shutdown = trio.Event()
+        self._serving = trio.CancelScope()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit code."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._watch_signals)
+            code = await self._serve()
+            nursery.cancel_scope.cancel()
+        return code
+
+    async def _serve(self) -> int:
+        metrics = Metrics()
+        try:
+            # Not abandoned on a signal: it may run a converter, and a half-made model folder helps nobody.
+            models = self._models = await trio.to_thread.run_sync(Models.load, self._settings, metrics)
+        except LmxError as error:
+            logger.error("%s", error.message)
+            return 2
+        async with trio.open_nursery() as nursery:
+            await nursery.start(models.run)
+            nursery.start_soon(self._drain, models)
+            app = create_app(models, self._settings, metrics)
+            with self._serving:
+                await self._serve_http(app)
+            nursery.cancel_scope.cancel()
+        logger.info("stopped")
+        return 0
+
+    async def _serve_http(self, app: Any) -> None:
+        serve = partial(serve_http, app, self._sockets, self._settings, shutdown=self._shutdown)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve)
+            for sock in self._sockets:
+                host, port = sock.getsockname()[:2]
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def _drain(self, models: Models) -> None:
+        """After the first signal: refuse what is new, let what runs finish in time, end the rest with a clear error."""
+        await self._shutdown.wait()
+        models.draining = True
+        drain_s = self._settings.server.drain_s
+        logger.info("stopping; running requests have %g s to finish (a second signal ends at once)", drain_s)
+        await trio.sleep(drain_s)
+        models.fail_all(ModelOverloaded("The server is shutting down; this request did not finish in time."))
+        await trio.sleep(LAST_WORDS_S)
+        self._serving.cancel()
+
+    async def _watch_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                if self._shutdown.is_set():
+                    if self._models is not None:
+                        self._models.kill()
+                    logger.warning("second signal: ended at once")
+                    os._exit(128 + number)
+                self._shutdown.set()

@@ -1,0 +1,157 @@
+"""One request's place in the engine, seen from both sides: what the engine gave, and what the reader has taken.
+
+``Lease`` is the account that ``lmx.serving.engine`` keeps of a sequence (it alone writes to it); ``TokenStream`` is the
+face that the request's task reads. Adding tokens costs an append and at most one wake-up, never an await: one Step
+frame carries every row, and no reader may hold up another.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from lmx import protocol
+from lmx.errors import DeadlineExceeded, LmxError
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What to generate. The engine clamps ``max_tokens`` to the room its context leaves."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: protocol.Sampling
+    client: str = ""
+    """Whom fair scheduling counts the tokens for."""
+    priority: int = 0
+    deadline_s: float | None = None
+    """Seconds from taking the lease, loading and queueing included."""
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """All tokens that waited for the reader, merged."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[protocol.Logprobs, ...]
+    """One for each token if the request asked for them, else none."""
+    finish: str | None
+    """"stop" (the last token is an EOS) or "length": nothing follows. None: more follows."""
+
+
+class Lease:
+    """The account of one sequence."""
+
+    __slots__ = (
+        "cached_tokens",
+        "cancel_reason",
+        "closed",
+        "crashed",
+        "deadline",
+        "error",
+        "finish",
+        "first_token_at",
+        "freed",
+        "last_token_at",
+        "logprobs",
+        "request",
+        "seq",
+        "submitted",
+        "taken_at",
+        "tokens",
+        "wake",
+    )
+
+    def __init__(self, seq: int, request: GenerateRequest, now: float) -> None:
+        self.seq = seq
+        self.request = request
+        self.taken_at = now
+        self.deadline = math.inf if request.deadline_s is None else now + request.deadline_s
+        self.tokens: list[int] = []
+        """Not yet read."""
+        self.logprobs: list[protocol.Logprobs] = []
+        self.finish: str | None = None
+        self.error: LmxError | None = None
+        self.cancel_reason: str | None = None
+        """Why the server ended it, where neither the engine nor the reader did: "deadline", "slow_reader",
+        "shutdown"."""
+        self.cached_tokens = 0
+        self.first_token_at: float | None = None
+        self.last_token_at = now
+        self.submitted = False
+        """An engine process knows it and has not confirmed it free."""
+        self.crashed = False
+        """Its forward was running when an engine died."""
+        self.closed = False
+        """The reader has left."""
+        self.freed = trio.Event()
+        """The engine has confirmed it free, or has died."""
+        self.wake = trio.Event()
+        """Something has changed for the reader; replaced by the reader before it waits."""
+
+    @property
+    def over(self) -> bool:
+        """No further token is wanted."""
+        return self.closed or self.finish is not None or self.error is not None
+
+    def feed(self, row: protocol.Tokens) -> None:
+        """Take one step's tokens."""
+        self.tokens += row.tokens
+        if row.logprobs:
+            self.logprobs += row.logprobs
+        if row.finish is not None:
+            self.finish = row.finish
+        self.wake.set()
+
+    def fail(self, error: LmxError, *, cancel_reason: str | None = None) -> None:
+        """Nothing more comes: tokens that wait may still be read, then ``error`` is raised. The first error counts."""
+        if not self.over:
+            self.error = error
+            self.cancel_reason = cancel_reason
+            self.wake.set()
+
+
+class TokenStream:
+    """What a lease gives to read. For one task at a time."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV was found and not computed; known from the first chunk on."""
+        return self._lease.cached_tokens
+
+    async def receive(self) -> Chunk:
+        """Wait for tokens and take all there are. Cancelled: nothing was taken.
+
+        Raises trio.EndOfChannel after the chunk with the finish, and what ended the sequence otherwise: EngineDied,
+        SequenceFailed, DeadlineExceeded, ContextLengthExceeded, ModelLoadingFailed or ModelOverloaded.
+        """
+        lease = self._lease
+        await trio.lowlevel.checkpoint()
+        while not lease.tokens:
+            if lease.error is not None:
+                raise lease.error
+            if lease.finish is not None:
+                raise trio.EndOfChannel
+            lease.wake = trio.Event()
+            with trio.move_on_at(lease.deadline) as limit:
+                await lease.wake.wait()
+            if limit.cancelled_caught:
+                lease.fail(DeadlineExceeded("The request's time is up."), cancel_reason="deadline")
+        chunk = Chunk(tuple(lease.tokens), tuple(lease.logprobs), lease.finish)
+        lease.tokens.clear()
+        lease.logprobs.clear()
+        return chunk
+
+    def __aiter__(self) -> "TokenStream":
+        return self
+
+    async def __anext__(self) -> Chunk:
+        try:
+            return await self.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None

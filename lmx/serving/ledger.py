@@ -1,0 +1,312 @@
+"""The account of one model's leases against its engine: who waits, who is submitted, what came for whom, what is free
+again.
+
+It turns protocol messages into changes of leases and decides which waiting lease is submitted when, the retry after a
+crash included (DESIGN §1). It does no I/O and never awaits: ``lmx.serving.engine`` gives it the messages and a way to
+send.
+"""
+
+import logging
+from collections.abc import Callable
+from itertools import count
+
+import trio
+
+from lmx import protocol
+from lmx.config import EngineSettings
+from lmx.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineDied,
+    InvalidRequest,
+    LmxError,
+    ModelOverloaded,
+    QueueFull,
+    SequenceFailed,
+)
+from lmx.serving.failures import Failure
+from lmx.serving.lease import GenerateRequest, Lease
+from lmx.serving.meter import Meter
+
+RETRY_AFTER_MAX_S = 60.0
+
+Send = Callable[[protocol.Message], None]
+
+logger = logging.getLogger("lmx.engine")
+
+
+class Ledger:
+    """Every live lease is in ``leases``, and in exactly one of: suspects, parked, submitted, or over and not yet given
+    back.
+
+    ``on_success`` is called when a request got its first token: the engine is of use.
+    """
+
+    def __init__(self, name: str, settings: EngineSettings, meter: Meter, on_success: Callable[[], None]) -> None:
+        self.leases: dict[int, Lease] = {}
+        self.submitted: dict[int, Lease] = {}
+        """The engine knows them and has not freed them."""
+        self.waiting = 0
+        """Leases without a first token."""
+        self.stats: protocol.Stats | None = None
+        self.kv_sequence_bytes = 0
+        self.working = trio.Event()
+        """Set while the engine owes something; replaced when it owes nothing."""
+        self.progress_at = 0.0
+        """When the step counter moved last, or the engine began to owe something."""
+        self.longest_step_s = 0.0
+        self._name = name
+        self._settings = settings
+        self._meter = meter
+        self._on_success = on_success
+        self._numbers = count(1)
+        self._parked: dict[int, Lease] = {}
+        self._suspects: dict[int, Lease] = {}
+        """Their forward was running at a crash: each goes once more, alone, before the parked ones."""
+        self._alone: Lease | None = None
+        self._in_forward: frozenset[int] = frozenset()
+        self._canary_due = False
+        self._send: Send | None = None
+        self._context_length = 0
+
+    # --- leases ----------------------------------------------------------------------------------
+
+    def take(self, request: GenerateRequest) -> Lease:
+        """A new lease, submitted as soon as there is an engine to take it. Raises QueueFull."""
+        now = trio.current_time()
+        if self.waiting >= self._settings.max_queue:
+            raise QueueFull(
+                f"{self.waiting} requests wait for the model {self._name!r} already ([engine] max_queue is "
+                f"{self._settings.max_queue}). Try again later.",
+                retry_after_s=self._retry_after_s(now),
+            )
+        lease = Lease(next(self._numbers), request, now)
+        self.leases[lease.seq] = self._parked[lease.seq] = lease
+        self.waiting += 1
+        self._pump()
+        return lease
+
+    def _retry_after_s(self, now: float) -> float:
+        """A place comes free whenever a request gets its first token."""
+        starts_per_s = self._meter.starts.per_second(now, 60)
+        return min(RETRY_AFTER_MAX_S, max(1.0, 1 / starts_per_s)) if starts_per_s else 1.0
+
+    def close(self, lease: Lease) -> bool:
+        """The reader leaves. True if that, and not the engine, ends the sequence: the engine is told to cancel it."""
+        cancels = lease.cancel_reason is not None or not lease.over
+        lease.closed = True
+        self._parked.pop(lease.seq, None)
+        self._suspects.pop(lease.seq, None)
+        if lease.submitted and cancels:
+            self._cancel(lease)
+        return cancels
+
+    def give_back(self, lease: Lease) -> None:
+        """The lease's sequence is free: the end of the account."""
+        del self.leases[lease.seq]
+        if lease.first_token_at is None:
+            self.waiting -= 1
+        self._pump()
+
+    def _cancel(self, lease: Lease) -> None:
+        if self._send is not None:
+            self._send(protocol.Cancel(lease.seq))
+
+    # --- the engine comes and goes -----------------------------------------------------------------
+
+    def attach(self, send: Send, ready: protocol.Ready) -> None:
+        """An engine is ready: what waits is submitted. A first canary brings the figures of the engine at rest."""
+        self._send = send
+        self._context_length = ready.context_length
+        self.longest_step_s = 0.0
+        self._send_canary(send)
+        self._pump()
+
+    def detach(self, failure: Failure) -> None:
+        """The engine is gone, and with it every sequence. Those with an answer begun fail; a suspect waits for its
+        second try."""
+        self._send = None
+        for lease in self.submitted.values():
+            lease.submitted = False
+            suspect = lease.seq in self._in_forward and lease.first_token_at is None and not lease.over
+            if suspect and failure.cause != "shutdown" and not lease.crashed:
+                lease.crashed = True
+                self._suspects[lease.seq] = lease
+                continue
+            lease.fail(self._death(lease, failure, suspect=suspect))
+            lease.freed.set()
+        self.submitted.clear()
+        self.stats, self.kv_sequence_bytes = None, 0
+        self._alone, self._in_forward, self._canary_due = None, frozenset(), False
+        self._note_work()
+
+    def _death(self, lease: Lease, failure: Failure, *, suspect: bool) -> LmxError:
+        if failure.cause == "shutdown":
+            return ModelOverloaded(f"The model {self._name!r} was stopped: {failure}.")
+        if suspect and lease.crashed:
+            return SequenceFailed(
+                f"This request ended the engine of {self._name!r} twice, the second time while it ran alone, and is "
+                f"refused: {failure}."
+            )
+        return EngineDied(
+            f"The engine of {self._name!r} ended while it worked on this request: {failure}. It is being restarted."
+        )
+
+    def fail_all(self, error: LmxError) -> None:
+        """Every request ends with ``error``; what ran is cancelled as its reader leaves."""
+        for lease in self.leases.values():
+            lease.fail(error, cancel_reason="shutdown")
+
+    def fail_waiting(self, error: LmxError) -> None:
+        """There will be no engine for those who wait."""
+        for lease in (*self._suspects.values(), *self._parked.values()):
+            lease.fail(error)
+        self._suspects.clear()
+        self._parked.clear()
+
+    def _pump(self) -> None:
+        """Submit what waits: suspects one at a time, each alone until it has its first token or is free; then
+        everybody."""
+        while self._send is not None:
+            if self._alone is not None and self._alone.submitted and self._alone.first_token_at is None:
+                return
+            self._alone = None
+            if self._suspects and self.submitted:
+                return  # alone means alone
+            waiting = self._suspects or self._parked
+            if not waiting:
+                return
+            lease = waiting.pop(next(iter(waiting)))
+            if self._submit(lease, self._send) and lease.crashed:
+                self._alone = lease
+
+    def _submit(self, lease: Lease, send: Send) -> bool:
+        request, now = lease.request, trio.current_time()
+        room = self._context_length - len(request.prompt)
+        if room < 1:
+            lease.fail(
+                ContextLengthExceeded(
+                    f"This model's maximum context length is {self._context_length} tokens. However, your prompt "
+                    f"resulted in {len(request.prompt)} tokens. Please reduce its length."
+                )
+            )
+        elif lease.deadline <= now:
+            lease.fail(DeadlineExceeded("The request's time was up before the model could take it."))
+        else:
+            send(
+                protocol.Submit(
+                    lease.seq,
+                    protocol.pack_tokens(request.prompt),
+                    min(request.max_tokens, room),
+                    request.sampling,
+                    request.client,
+                    request.priority,
+                    None if request.deadline_s is None else lease.deadline - now,
+                    request.ignore_eos,
+                )
+            )
+            lease.submitted = True
+            self.submitted[lease.seq] = lease
+            self._note_work()
+        return lease.submitted
+
+    # --- messages ----------------------------------------------------------------------------------
+
+    def handle(self, message: protocol.Message) -> None:
+        """Any message of a running engine but Ready and a failed load."""
+        match message:
+            case protocol.Step():
+                self._step(message)
+            case protocol.Running(seqs=seqs):
+                self._in_forward = frozenset(seqs)
+            case protocol.Freed():
+                self._freed(message)
+            case protocol.Failed():
+                self._failed(message)
+            case protocol.Stats():
+                self.stats = message
+                self.kv_sequence_bytes = message.kv_used_bytes
+                self._canary_due = False
+                self._note_work()
+            case _:
+                raise ValueError(f"an engine does not send {type(message).__name__}")
+
+    def _step(self, step: protocol.Step) -> None:
+        now = trio.current_time()
+        self.progress_at = now
+        self.longest_step_s = max(self.longest_step_s, step.elapsed_ms / 1000)
+        self._meter.step(step.elapsed_ms)
+        for started in step.started:
+            if started.seq in self.submitted:
+                self.submitted[started.seq].cached_tokens = started.cached_tokens
+        for row in step.rows:
+            lease = self.submitted.get(row.seq)
+            if lease is None or not row.tokens:
+                continue
+            self._meter.tokens(lease, len(row.tokens), now)
+            first = lease.first_token_at is None
+            if first:
+                lease.first_token_at = now
+                self.waiting -= 1
+                self._on_success()
+            lease.last_token_at = now
+            if lease.over:
+                continue  # cancelled; the engine has not heard it yet
+            lease.feed(row)
+            if len(lease.tokens) > self._settings.max_unread_tokens and lease.finish is None:
+                self._drop_slow_reader(lease)
+            if first and lease is self._alone:
+                self._pump()
+
+    def _drop_slow_reader(self, lease: Lease) -> None:
+        text = (
+            f"{len(lease.tokens)} tokens were not read in time ([engine] max_unread_tokens); the request was cancelled."
+        )
+        lease.tokens.clear()
+        lease.logprobs.clear()
+        lease.fail(SequenceFailed(text), cancel_reason="slow_reader")
+        self._cancel(lease)
+
+    def _freed(self, message: protocol.Freed) -> None:
+        self._meter.freed(message, trio.current_time())
+        self.kv_sequence_bytes = max(0, self.kv_sequence_bytes - message.kv_bytes)
+        lease = self.submitted.pop(message.seq, None)
+        if lease is None:
+            raise ValueError(f"the engine freed sequence {message.seq}, which it does not hold")
+        lease.submitted = False
+        lease.fail(SequenceFailed("The engine gave this request up without a reason."))
+        lease.freed.set()
+        self._note_work()
+        self._pump()
+
+    def _failed(self, message: protocol.Failed) -> None:
+        lease = self.submitted.get(message.seq)
+        if lease is None:
+            raise ValueError(f"the engine failed sequence {message.seq}, which it does not hold")
+        if message.code == "timeout":
+            lease.fail(DeadlineExceeded("The request's time is up."))
+        elif message.code == "never_fits":
+            lease.fail(
+                ContextLengthExceeded(f"This request can never fit into the model's KV memory: {message.message}.")
+            )
+        elif message.code == "invalid_token":
+            lease.fail(InvalidRequest(message.message, param="prompt"))
+        else:
+            logger.warning("%s: sequence %d failed (%s): %s", self._name, message.seq, message.code, message.message)
+            lease.fail(SequenceFailed(f"The model could not answer this request ({message.code}): {message.message}."))
+            if self._send is not None and not self._canary_due:
+                self._send_canary(self._send)
+
+    def _send_canary(self, send: Send) -> None:
+        """Ask for a forward pass outside the batch; until it is answered the engine owes something."""
+        self._canary_due = True
+        send(protocol.Canary())
+        self._note_work()
+
+    def _note_work(self) -> None:
+        owes = bool(self.submitted) or self._canary_due
+        if owes and not self.working.is_set():
+            self.progress_at = trio.current_time()
+            self.working.set()
+        elif not owes and self.working.is_set():
+            self.working = trio.Event()

@@ -1,0 +1,82 @@
+"""Everything lmx counts for Prometheus, in a registry of its own.
+
+Counters and histograms are incremented where the fact is known (``lmx.serving.engine``, ``lmx.api``); gauges are read
+from each engine's ``statistics()`` when somebody scrapes, so they can never be stale. Never asks an engine anything.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lmx.serving.statistics import EngineStatistics
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+_GAUGES: tuple[tuple[str, str, Callable[[EngineStatistics], float]], ...] = (
+    ("lmx_live_leases", "Requests that hold a place in the engine.", lambda s: s.live_leases),
+    ("lmx_live_sequences", "Sequences submitted and not yet confirmed free.", lambda s: s.live_sequences),
+    ("lmx_waiting", "Leases without a first token.", lambda s: s.waiting),
+    ("lmx_running", "Leases that have their first token.", lambda s: s.live_leases - s.waiting),
+    ("lmx_kv_sequence_bytes", "KV cache of live sequences.", lambda s: s.kv_sequence_bytes),
+    ("lmx_kv_budget_bytes", "Limit of lmx_kv_sequence_bytes.", lambda s: s.kv_budget_bytes),
+    ("lmx_ready", "1 while the engine takes work.", lambda s: s.state == "ready"),
+)
+_ENGINE_GAUGES = (
+    ("lmx_kv_arena_bytes", "KV buffers, padding and free rows included.", "arena_bytes"),
+    ("lmx_engine_rss_bytes", "Resident memory of the engine process (macOS: footprint).", "rss_bytes"),
+    ("lmx_mlx_active_bytes", "Memory in MLX arrays.", "mlx_active_bytes"),
+    ("lmx_mlx_peak_bytes", "Highest lmx_mlx_active_bytes.", "mlx_peak_bytes"),
+    ("lmx_mlx_cache_bytes", "Freed buffers that MLX keeps.", "mlx_cache_bytes"),
+    ("lmx_mlx_live_arrays", "MLX arrays that Python refers to.", "live_arrays"),
+    ("lmx_preemptions", "Sequences preempted since the engine started.", "preemptions"),
+)
+
+
+class Metrics(Collector):
+    """The registry and its instruments. ``model`` is a model's id in every label set."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._engines: dict[str, Callable[[], EngineStatistics]] = {}
+        counter, histogram = self._counter, self._histogram
+        self.requests = counter("lmx_requests", "HTTP requests answered.", "model", "face", "status", "finish")
+        self.prompt_tokens = counter("lmx_prompt_tokens", "Prompt tokens computed.", "model")
+        self.cached_tokens = counter("lmx_cached_prompt_tokens", "Prompt tokens found in a cache.", "model")
+        self.generated_tokens = counter("lmx_generated_tokens", "Tokens generated.", "model")
+        self.cancellations = counter("lmx_cancellations", "Sequences ended before they finished.", "model", "reason")
+        self.engine_restarts = counter("lmx_engine_restarts", "Engine processes that ended.", "model", "cause")
+        self.ttft = histogram("lmx_time_to_first_token_seconds", "From lease to first token.")
+        self.itl = histogram("lmx_inter_token_seconds", "Between two tokens of a sequence.")
+        self.step = histogram("lmx_step_seconds", "One engine step.")
+        self.cancel_free = histogram("lmx_cancel_free_seconds", "From a cancellation seen to its KV freed.")
+        self.registry.register(self)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("model",), buckets=_SECONDS, registry=self.registry)
+
+    def watch(self, model: str, statistics: Callable[[], EngineStatistics]) -> None:
+        """Show the gauges of this engine at every scrape."""
+        self._engines[model] = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        records = [(model, statistics()) for model, statistics in self._engines.items()]
+        for name, text, read in _GAUGES:
+            family = GaugeMetricFamily(name, text, labels=("model",))
+            for model, record in records:
+                family.add_metric((model,), float(read(record)))
+            yield family
+        for name, text, field in _ENGINE_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=("model",))
+            for model, record in records:
+                if record.engine is not None:
+                    family.add_metric((model,), getattr(record.engine, field))
+            yield family
+
+    def render(self) -> bytes:
+        """Prometheus's text format, version 0.0.4."""
+        return generate_latest(self.registry)

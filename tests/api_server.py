@@ -1,0 +1,154 @@
+"""The whole server in the test's own Trio run, over the null engine: the API's tests see every part from inside.
+
+What a test needs to be real is real: sockets, HTTP, tokenizer, template, leases, an engine process. The engine's
+weights are not; it draws token 300, 301, ... whatever the prompt.
+"""
+
+import json
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import trio
+from safetensors.numpy import save_file
+
+from lmx.api.app import create_app
+from lmx.api.http import serve_http
+from lmx.config import EngineSettings, load_settings
+from lmx.serving.metrics import Metrics
+from lmx.serving.models import Models
+from tests.models import train_tokenizer, write_tokenizer
+
+FIRST_TOKEN = 300
+CONTEXT = 4096
+PATIENCE_S = 10  # bounds a failing test only
+
+
+def write_model(folder: Path) -> Path:
+    """A model folder whose weights are one number: all that the server reads, and nothing that an engine could run."""
+    folder.mkdir()
+    vocab_size = train_tokenizer().get_vocab_size()
+    config = {"model_type": "llama", "vocab_size": vocab_size, "max_position_embeddings": CONTEXT, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    write_tokenizer(folder)
+    return folder
+
+
+def answer_text(tokens: int, first: int = FIRST_TOKEN) -> str:
+    """What the null engine's first ``tokens`` tokens say."""
+    text: str = train_tokenizer().decode(list(range(first, first + tokens)))
+    return text
+
+
+class Server:
+    def __init__(self, port: int, models: Models, shutdown: trio.Event) -> None:
+        self.port = port
+        self.models = models
+        self.engine = models.listing()[0].engine
+        self.shutdown = shutdown
+        self.serving = trio.CancelScope()
+        """Cancel it to end the HTTP face, whatever runs."""
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S)
+        self.sdk = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", http_client=self.http, max_retries=0)
+        self.sockets: list[trio.SocketStream] = []
+
+    async def connect(self, receive_buffer_bytes: int | None = None) -> trio.SocketStream:
+        sock = trio.socket.socket()
+        if receive_buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        await sock.connect(("127.0.0.1", self.port))
+        self.sockets.append(trio.SocketStream(sock))
+        return self.sockets[-1]
+
+    async def send(self, path: str, body: dict[str, Any], behind: bytes = b"", **options: Any) -> trio.SocketStream:
+        """POST over a socket of its own, with ``behind`` after the request."""
+        client = await self.connect(**options)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        await client.send_all(head.encode() + data + behind)
+        return client
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until /admin/status says so of the model's engine."""
+        while not condition((await self.http.get("/admin/status")).json()["models"][0]["engine"]):
+            pass
+
+    async def leased(self, count: int) -> None:
+        await self.until(lambda engine: engine["live_leases"] == count)
+
+    async def free(self) -> None:
+        """No request holds anything, in the server's account and in the engine's."""
+        await self.until(lambda engine: engine["live_leases"] == engine["live_sequences"] == 0)
+        await self.until(lambda engine: engine["kv_sequence_bytes"] == 0)
+
+
+@asynccontextmanager
+async def serving(folder: Path, **options: Any) -> AsyncIterator[Server]:
+    engine = {key: options.pop(key) for key in list(options) if key in EngineSettings.model_fields}
+    settings = load_settings(
+        environ={},
+        overrides={
+            "server": options,
+            "model": {"default": str(folder), "aliases": {"mine": folder.name}},
+            "engine": {"command": [sys.executable, "-m", "bench.null_engine"], "openblas": "off", **engine},
+        },
+    )
+    metrics = Metrics()
+    models = Models.load(settings, metrics)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    started = Server(sock.getsockname()[1], models, trio.Event())
+    async with trio.open_nursery() as engines:
+        await engines.start(models.run)
+        async with trio.open_nursery() as nursery:
+            app = create_app(models, settings, metrics)
+
+            async def serve(task_status: trio.TaskStatus[None]) -> None:
+                with started.serving:
+                    await serve_http(app, [sock], settings, shutdown=started.shutdown, task_status=task_status)
+
+            await nursery.start(serve)
+            await started.engine.wait_state("ready")
+            try:
+                yield started
+            finally:
+                for client in started.sockets:
+                    client.socket.close()
+                with trio.CancelScope(shield=True):
+                    await started.http.aclose()
+            nursery.cancel_scope.cancel()
+        engines.cancel_scope.cancel()
+
+
+Test = Callable[[Server], Awaitable[None]]
+
+
+def with_server(**options: Any) -> Callable[[Test], Callable[..., None]]:
+    """Run the test as a Trio task beside its own server. Options: ``LMX_NULL_…``, [server] and [engine] keys."""
+    null = {key: str(options.pop(key)) for key in list(options) if key.startswith("LMX_")}
+
+    def decorate(test: Test) -> Callable[..., None]:
+        def run(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+            for name, value in {"LMX_NULL_FIRST_TOKEN": str(FIRST_TOKEN), **null}.items():
+                monkeypatch.setenv(name, value)
+
+            async def main() -> None:
+                with trio.fail_after(PATIENCE_S):
+                    async with serving(model_folder, **options) as server:
+                        await test(server)
+
+            trio.run(main)
+
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate

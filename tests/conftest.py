@@ -1,0 +1,38 @@
+"""Fixtures that more than one test file uses: models, and servers that are started once for a whole run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import build_model
+from tests.server import Server, serve
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of random weights with a tokenizer, for whom any text will do."""
+    return build_model("llama", tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def null_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server over the null engine, for tests that leave it as they found it."""
+    with serve(tmp_path_factory.mktemp("null"), "--model", str(tiny_model), null={"step_ms": 1}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the real engine and a model of random weights."""
+    with serve(tmp_path_factory.mktemp("tiny-server"), "--model", str(tiny_model)) as server:
+        server.line(r"lmx: model \S+ ready")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the embedded model, as a user gets it."""
+    with serve(tmp_path_factory.mktemp("smollm2-server")) as server:
+        server.line(r"lmx: model \S+ ready")
+        yield server

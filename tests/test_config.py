@@ -1,0 +1,77 @@
+"""The settings: what lmx.toml promises, which source wins, and what a person reads who made a mistake."""
+
+import itertools
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lmx.config import Settings, load_settings
+from lmx.errors import ConfigError
+
+LMX_TOML = Path(__file__).parents[1] / "lmx.toml"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "lmx.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_lmx_toml_lists_every_setting_with_its_default() -> None:
+    assert tomllib.loads(LMX_TOML.read_text(encoding="utf-8")) == Settings().model_dump()
+    assert load_settings(LMX_TOML, {}) == Settings()
+
+
+def test_every_setting_has_a_comment() -> None:
+    lines = LMX_TOML.read_text(encoding="utf-8").splitlines()
+    bare = [line for before, line in itertools.pairwise(lines) if " = " in line and not before.startswith("# ")]
+    assert [line for line in bare if not line.startswith("#")] == []
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    path = written(tmp_path, "[server]\nhost = '::1'\nport = 1\nkeep_alive_s = 5")
+    settings = load_settings(path, {"LMX_SERVER_PORT": "2", "LMX_SERVER_KEEP_ALIVE_S": "6"}, {"server": {"port": 3}})
+    assert (settings.server.host, settings.server.keep_alive_s, settings.server.port) == ("::1", 6.0, 3)
+
+
+def test_variables_hold_lists_and_tables_as_toml() -> None:
+    environ = {
+        "LMX_MODEL_ALIASES": '{small = "smollm2-135m-instruct"}',
+        "LMX_ENGINE_COMMAND": '["python", "x y.py"]',
+        "LMX_ENGINE_LOOKAHEAD": "off",
+        "LMX_MODEL_CACHE_DIR": "/var/cache/lmx",
+    }
+    settings = load_settings(None, environ)
+    assert settings.model.aliases == {"small": "smollm2-135m-instruct"}
+    assert settings.engine.command == ["python", "x y.py"]
+    assert settings.engine.lookahead == "off"
+    assert settings.model.cache_path == Path("/var/cache/lmx")
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "words"),
+    [
+        ("[server\nport = 1", {}, ["lmx.toml", "not valid TOML", "line 1"]),
+        ("\udcff", {}, ["lmx.toml", "not valid TOML"]),
+        ("[sever]\nport = 1", {}, ["[sever]", "[server]", "[engine]"]),
+        ("port = 1", {}, ["[port]", "[server]"]),
+        ("[server]\nprot = 1", {}, ["[server] prot", "no such setting"]),
+        ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "LMX_SERVER_PORT"]),
+        ("[engine]\nmax_rows = 0", {}, ["[engine] max_rows", "greater than or equal to 1"]),
+        ("[engine]\nmax_chunk_tokens = 100", {}, ["[engine] max_chunk_tokens", "multiple of 32"]),
+        ("", {"LMX_SERVER_PORT": "70000"}, ["[server] port", "70000", "LMX_SERVER_PORT"]),
+        ("", {"LMX_SERVER_CORS_ORIGINS": "http://a"}, ["LMX_SERVER_CORS_ORIGINS", "http://a", "TOML"]),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, environ: dict[str, str], words: list[str]) -> None:
+    path = tmp_path / "lmx.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, environ)
+    assert [word for word in words if word not in caught.value.message] == []
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere\.toml: No such file"):
+        load_settings(tmp_path / "nowhere.toml", {})

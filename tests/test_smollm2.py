@@ -1,0 +1,82 @@
+"""The embedded model as a user meets it: the real SDK, real answers, the same text streamed and whole."""
+
+import concurrent.futures
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server import Server
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def client(smollm2_server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{smollm2_server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def ask(client: openai.OpenAI, question: str, **options: Any) -> str:
+    options = {"temperature": 0, "max_tokens": 24} | options
+    answer = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": question}], **options)
+    return answer.choices[0].message.content or ""
+
+
+@pytest.mark.parametrize(
+    ("question", "word"),
+    [
+        ("What is the capital of France?", "Paris"),
+        ("What color is the sky?", "blue"),
+        ("How many days are in a week?", "7"),
+    ],
+)
+def test_it_answers_questions(client: openai.OpenAI, question: str, word: str) -> None:
+    assert word in ask(client, question)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_streamed_equals_whole_for_the_same_seed(client: openai.OpenAI, temperature: float) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Write one sentence about the sea 🌊."}],
+        "max_tokens": 20,
+        "temperature": temperature,
+        "seed": 11,
+    }
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content != ""
+    assert chunks[-1].usage == whole.usage
+    finishes = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert finishes == [whole.choices[0].finish_reason]
+
+
+def test_a_stop_string_ends_the_answer(client: openai.OpenAI) -> None:
+    assert ask(client, "What is the capital of France?", stop=[" is"]) == "The capital of France"
+
+
+def test_logprobs_are_of_the_tokens_said(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        max_tokens=5,
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == answer.choices[0].message.content
+    for entry in logprobs.content:
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert entry.top_logprobs[1].logprob <= entry.logprob <= 0
+
+
+def test_requests_side_by_side_say_what_they_say_alone(client: openai.OpenAI, smollm2_server: Server) -> None:
+    questions = ["What is the capital of Spain?", "Name a color.", "What is 2 + 2?"]
+    alone = [ask(client, question) for question in questions]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda question: ask(client, question), questions)) == alone
+    smollm2_server.idle()
