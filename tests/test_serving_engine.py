@@ -5,7 +5,6 @@ import functools
 import os
 import random
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,9 +29,8 @@ from lmx.protocol import Load, Sampling
 from lmx.serving.engine import Engine, GenerateRequest, TokenStream
 from lmx.serving.failures import classify
 from lmx.serving.metrics import Metrics
+from tests.server import NULL_ENGINE, ROOT
 
-ROOT = Path(__file__).parents[1]
-NULL_ENGINE = [sys.executable, str(ROOT / "bench" / "null_engine.py")]
 CRASH, HANG, FAIL, KEEP = 7, 8, 9, 10
 FOREVER = 1_000_000
 

@@ -6,7 +6,7 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -183,7 +183,9 @@ def make_job(
                 GenerateRequest(
                     prompt=prompt,
                     max_tokens=room if max_tokens == -1 else min(max_tokens, room),
-                    sampling=_sampling(fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs),
+                    sampling=_sampling(
+                        fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.chat.sampling
+                    ),
                     client=call.client(fields.user),
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
@@ -207,15 +209,22 @@ def _room(served: Served, prompt_tokens: int, param: str) -> int:
     return context - prompt_tokens
 
 
-def _sampling(fields: GenerationFields, seed: int, bias: dict[int, float] | None, logprobs: int) -> Sampling:
+def _sampling(
+    fields: GenerationFields, seed: int, bias: dict[int, float] | None, logprobs: int, defaults: Mapping[str, float]
+) -> Sampling:
+    """``defaults``: the model's own, for what the request leaves open (as vLLM does)."""
     penalty = fields.repetition_penalty if fields.repetition_penalty is not None else fields.repeat_penalty
+
+    def choose(name: str, asked: float | None, otherwise: float) -> float:
+        return defaults.get(name, otherwise) if asked is None else asked
+
     return Sampling(
         seed=seed,
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_k=max(fields.top_k or 0, 0),
-        top_p=1.0 if fields.top_p is None else fields.top_p,
-        min_p=fields.min_p or 0.0,
-        repetition_penalty=1.0 if penalty is None else penalty,
+        temperature=choose("temperature", fields.temperature, 1.0),
+        top_k=max(int(choose("top_k", fields.top_k, 0)), 0),
+        top_p=choose("top_p", fields.top_p, 1.0),
+        min_p=choose("min_p", fields.min_p, 0.0),
+        repetition_penalty=choose("repetition_penalty", penalty, 1.0),
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
         logit_bias=bias,

@@ -27,8 +27,8 @@ from lmx.protocol import Load, Logprobs, Sampling
 
 # Without a setting, KV may take this share of the memory that is free after the load.
 _KV_MEMORY_SHARE = 0.5
-# By device (CPU, GPU). On the CPU attention without a fused kernel makes long chunks slower: 2,048 tokens of SmolLM2 took
-# 10.5 s in chunks of 128, 13.6 s in chunks of 512, 19.6 s in one.
+# By device (CPU, GPU). On the CPU attention without a fused kernel makes long chunks slower: 2,048 tokens of SmolLM2
+# took 10.5 s in chunks of 128, 13.6 s in chunks of 512, 19.6 s in one.
 _CHUNK_TOKENS = (128, 2048)
 _DUMMY = Sampling(seed=0, temperature=0.0)
 
