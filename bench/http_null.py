@@ -42,14 +42,16 @@ def run(quick: bool) -> Result:
 def _measure(label: str, client: Client, server: psutil.Process, tokens: int, repeats: int) -> Row:
     prompts = Prompts(0)
     per_cpu_s: list[float] = []
+    client_us: list[float] = []
     tokens_per_event: list[float] = []
 
     def events_per_s() -> float:
-        cpu, started = _cpu_s(server), time.perf_counter()
+        cpu, own_cpu, started = _cpu_s(server), time.process_time(), time.perf_counter()
         finished = client.run([Request(prompts.words(8), tokens) for _ in range(STREAMS)], STREAMS)
         elapsed_s = time.perf_counter() - started
         events = sum(len(stream.event_times) for stream in finished)
         per_cpu_s.append(events / (_cpu_s(server) - cpu))
+        client_us.append(1e6 * (time.process_time() - own_cpu) / events)
         tokens_per_event.append(sum(stream.completion_tokens for stream in finished) / events)
         return events / elapsed_s
 
@@ -62,6 +64,7 @@ def _measure(label: str, client: Client, server: psutil.Process, tokens: int, re
         "events/s": max(by_clock),
         "tokens/event": min(tokens_per_event),
         "events/server CPU s": best,
+        "client CPU us/event": min(client_us),
         "bare sends/s": max(floor),
         "ratio": median_ratio(per_cpu_s, floor),
         "target": TARGET,

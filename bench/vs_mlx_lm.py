@@ -2,8 +2,9 @@
 ``mlx_lm.stream_generate`` without any server."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 from bench.bare import bare_loop
@@ -22,25 +23,28 @@ GAP_TARGET = 0.3
 SINGLE_TARGET = 0.95
 PROMPT_WORDS = 60
 REQUESTS = 16
-MAX_TOKENS = 64
+EQUAL = (64,)
+MIXED = (32, 96, 48, 80, 64, 40, 88, 56, 72)
+"""Answer lengths, in turn; 64 on average. With equal ones all streams of a wave end together and no prompt ever arrives
+beside running streams, which is mlx-lm's best case; with mixed ones they join and leave as in real use."""
 
 
 @dataclass
 class _Contestant:
     client: Client
-    runs: dict[int, list[Figures]]
+    runs: list[Figures] = field(default_factory=list)
 
-    def measure(self, streams: int, prompts: Prompts, max_tokens: int, count: int) -> float:
-        requests = [Request(prompts.words(PROMPT_WORDS), max_tokens) for _ in range(count)]
+    def measure(self, streams: int, prompts: Prompts, lengths: tuple[int, ...], count: int) -> float:
+        requests = [Request(prompts.words(PROMPT_WORDS), tokens) for tokens in islice(cycle(lengths), count)]
         finished = self.client.run(requests, streams)
-        assert all(stream.completion_tokens == max_tokens for stream in finished), "an answer ended early"
+        assert all(s.completion_tokens == s.request.max_tokens for s in finished), "an answer ended early"
         found = figures(finished, streams)
-        self.runs.setdefault(streams, []).append(found)
+        self.runs.append(found)
         return found.generation_tokens_per_s
 
-    def worst_gap_ms(self, streams: int) -> float:
+    def worst_gap_ms(self) -> float:
         """The median over the runs of each run's worst."""
-        return statistics.median(run.itl_ms.max for run in self.runs[streams] if run.itl_ms)
+        return statistics.median(run.itl_ms.max for run in self.runs if run.itl_ms)
 
 
 def run(quick: bool) -> Result:
@@ -60,25 +64,28 @@ def _servers(name: str, quick: bool) -> list[Row]:
         Client(server.url, path.name) as our_client,
         Client(peer_url, "default_model") as their_client,
     ):
-        ours, theirs = _Contestant(our_client, {}), _Contestant(their_client, {})
+        ours, theirs = _Contestant(our_client), _Contestant(their_client)
         for contestant in (ours, theirs):
-            contestant.measure(8, prompts, 8, 8)  # warm-up
-            contestant.runs.clear()
-        for streams in (8,) if quick else (1, 4, 8):
+            contestant.measure(8, prompts, (8,), 8)  # warm-up
+        loads = [(8, "equal", EQUAL), (8, "mixed", MIXED)]
+        for streams, kind, lengths in loads if quick else [(1, "equal", EQUAL), (4, "mixed", MIXED), *loads]:
+            ours.runs.clear()
+            theirs.runs.clear()
             requests = REQUESTS if streams == 8 else 2 * streams
             repeats = 3 if streams == 8 and not quick else 1
             ours_speed, theirs_speed = alternate(
                 repeats,
-                partial(ours.measure, streams, prompts, MAX_TOKENS, requests),
-                partial(theirs.measure, streams, prompts, MAX_TOKENS, requests),
+                partial(ours.measure, streams, prompts, lengths, requests),
+                partial(theirs.measure, streams, prompts, lengths, requests),
             )
             ratio = median_ratio(ours_speed, theirs_speed)
-            gaps = ours.worst_gap_ms(streams), theirs.worst_gap_ms(streams)
+            gaps = ours.worst_gap_ms(), theirs.worst_gap_ms()
             target = TARGETS[name] if streams == 8 else None
             rows.append(
                 {
                     "model": name,
                     "streams": streams,
+                    "answers": kind,
                     "ours tok/s": statistics.median(ours_speed),
                     "theirs tok/s": statistics.median(theirs_speed),
                     "ratio": ratio,
@@ -116,7 +123,8 @@ def _single_stream(name: str, quick: bool) -> Row:
     ratio = median_ratio(our_speed, their_speed)
     return {
         "model": name,
-        "streams": "1, no server",
+        "streams": 1,
+        "answers": "no server",
         "ours tok/s": statistics.median(our_speed),
         "theirs tok/s": statistics.median(their_speed),
         "ratio": ratio,

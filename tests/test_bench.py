@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from lmx.bench.client import BenchError, Client, Request, Stream
+from lmx.bench.client import BenchError, Request, Stream
 from lmx.bench.figures import decode_tokens_per_s, figures, spread
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
@@ -83,13 +83,10 @@ def test_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-def test_refusal_is_reported(folder: Path) -> None:
-    with (
-        running_server(str(folder)) as server,
-        Client(server.url, "no-such-model") as client,
-        pytest.raises(BenchError, match="404"),
-    ):
-        client.run([Request("hello", 1)], 1)
+def test_refusal_is_reported() -> None:
+    stream = Stream(cast(Any, None), Request("", 1), 0.0)
+    with pytest.raises(BenchError, match=r"404 .*no such model"):
+        stream.feed(b'HTTP/1.1 404 Not Found\r\n\r\n{"error": {"message": "no such model"}}', 1.0)
 
 
 def test_answers_in_any_pieces() -> None:
