@@ -4,15 +4,13 @@ Events a second by the clock, and, steadier on a shared machine, by the server p
 the same server's Python doing nothing but what an event cannot do without: one ``send`` on a socket for each.
 """
 
-import json
 import socket
-import sys
 import threading
 import time
 
 import psutil
 
-from bench.models import folder
+from bench.models import folder, null_engine
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request
 from lmx.bench.prompts import Prompts
@@ -28,13 +26,8 @@ PACED_STEP_MS = 4
 def run(quick: bool) -> Result:
     rows: list[Row] = []
     for label, step_ms in (("as fast as it goes", 0), (f"a step each {PACED_STEP_MS} ms", PACED_STEP_MS)):
-        environment = {
-            "LMX_ENGINE_COMMAND": json.dumps([sys.executable, "-m", "bench.null_engine"]),
-            "LMX_NULL_STEP_MS": str(step_ms),
-            "LMX_NULL_FIRST_TOKEN": "300",  # beyond the single bytes of the builder's vocabulary, so each has text
-        }
         path = folder("llama-4x128")
-        with running_server(str(path), environment) as server, Client(server.url, path.name) as client:
+        with running_server(str(path), null_engine(step_ms)) as server, Client(server.url, path.name) as client:
             rows.append(_measure(label, client, psutil.Process(server.pid), 256 if quick else 1024, 3 if quick else 5))
     return Result(f"{STREAMS} streams through the server, with the null engine", rows)
 

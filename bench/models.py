@@ -22,6 +22,15 @@ def with_openblas() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": str(OPENBLAS)} if OPENBLAS.exists() else dict(os.environ)
 
 
+def null_engine(step_ms: float) -> dict[str, str]:
+    """The environment for an lmx server whose engine draws tokens at no cost, ``step_ms`` apart."""
+    return {
+        "LMX_ENGINE_COMMAND": json.dumps([sys.executable, "-m", "bench.null_engine"]),
+        "LMX_NULL_STEP_MS": str(step_ms),
+        "LMX_NULL_FIRST_TOKEN": "300",  # beyond the single bytes of the builder's vocabulary, so each has text
+    }
+
+
 def folder(name: str) -> Path:
     """The folder of a model in NAMES, made once."""
     path = CACHE / name

@@ -202,9 +202,10 @@ class StepLoop:
             chunk.tokens if chunk else 0,
             chunk.start if chunk else 0,
         )
-        launch = self._backend.launch(decode, chunk)
+        # Before the launch: where the device does not run apart from Python, the launch lasts as long as its step.
         launched_at = self._clock()
-        self._host_s = 0.8 * self._host_s + 0.2 * (launched_at - now)
+        launch = self._backend.launch(decode, chunk)
+        self._host_s = 0.8 * self._host_s + 0.2 * (self._clock() - now)
         return _Running(plan.step, launch, chunk, started, launched_at, predicted_ms / 1e3)
 
     def _complete(self, running: _Running) -> None:

@@ -19,7 +19,6 @@ from lmx.engine.mlx.probe import ProbeResult
 
 # The share of the KV budget that padding may take.
 _PADDING_SHARE = 0.25
-_FIRST_ROWS = 4
 
 
 @dataclass(slots=True)
@@ -98,7 +97,9 @@ class Placement:
             rows = lane.rows if grows else _with_free_row(lane)
             generous = min(round_slots(lane.capacity * 3 // 2), round_slots(self._facts.context_length))
             options += [(lane, rows, max(generous, need)), (lane, rows, need)]
-        options += [(None, min(_FIRST_ROWS, self._facts.max_rows), need), (None, 1, need)]
+        options += [
+            (None, rows, need) for rows in sorted({1, min(4, self._facts.max_rows), self._facts.max_rows}, reverse=True)
+        ]
         held = sum(int(lane.lengths.sum()) for lane in self.lanes)
 
         def padding_bytes(option: tuple[Lane | None, int, int]) -> int:
