@@ -204,11 +204,13 @@ def test_http2_stream_reset(server: Server) -> None:
 
 
 def test_the_sdk_leaves_a_stream(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     messages = [{"role": "user", "content": "Hello!"}]
-    with client.chat.completions.create(
-        model="default", messages=messages, max_tokens=5000, stream=True, extra_body={"ignore_eos": True}
-    ) as stream:
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
+        client.chat.completions.create(
+            model="default", messages=messages, max_tokens=5000, stream=True, extra_body={"ignore_eos": True}
+        ) as stream,
+    ):
         for count, _ in enumerate(stream):
             if count == 5:
                 break

@@ -1,6 +1,7 @@
 """The embedded model as a user meets it: the real SDK, real answers, the same text streamed and whole."""
 
 import concurrent.futures
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,8 +13,10 @@ MODEL = "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
-def client(smollm2_server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{smollm2_server.url}/v1", api_key="none", max_retries=0, timeout=300)
+def client(smollm2_server: Server) -> Iterator[openai.OpenAI]:
+    url = f"{smollm2_server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+        yield client
 
 
 def ask(client: openai.OpenAI, question: str, **options: Any) -> str:
