@@ -367,10 +367,3 @@ def test_a_decoder_of_another_kind_is_refused(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(ModelInvalid, match="WordPiece"):
         ChatModel.load(folder)
-
-
-def test_the_makers_sampling_is_read_and_nonsense_is_not(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path)
-    assert ChatModel.load(tmp_path).sampling == {}
-    (tmp_path / "generation_config.json").write_text('{"temperature": 0.2, "top_k": 40, "top_p": "high"}')
-    assert ChatModel.load(tmp_path).sampling == {"temperature": 0.2, "top_k": 40}

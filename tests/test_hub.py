@@ -443,3 +443,10 @@ def test_a_sentencepiece_vocabulary_encodes_as_sentencepiece_does(tmp_path: Path
             assert tokenizer.encode(text).ids == [oracle.bos_id(), *ids]
             assert tokenizer.decode(ids) == text
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [oracle.eos_id()]
+
+
+def test_the_makers_sampling_is_read_and_nonsense_is_not(tmp_path: Path) -> None:
+    folder = build_model("llama", tmp_path / "model")
+    assert resolve(str(folder), tmp_path).sampling == {}
+    (folder / "generation_config.json").write_text('{"temperature": 0.2, "top_k": 40, "top_p": "high"}')
+    assert resolve(str(folder), tmp_path).sampling == {"temperature": 0.2, "top_k": 40}

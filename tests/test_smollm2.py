@@ -83,3 +83,13 @@ def test_requests_side_by_side_say_what_they_say_alone(client: openai.OpenAI, sm
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert list(pool.map(lambda question: ask(client, question), questions)) == alone
     smollm2_server.idle()
+
+
+def test_a_request_that_leaves_its_sampling_open_takes_the_makers(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Write one sentence about the sea."}]
+    options: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 16, "seed": 5}
+    left_open = client.chat.completions.create(**options)
+    spelled_out = client.chat.completions.create(**options, temperature=0.2, top_p=0.9)
+    hot = client.chat.completions.create(**options, temperature=1, top_p=1)
+    texts = [answer.choices[0].message.content for answer in (left_open, spelled_out, hot)]
+    assert texts[0] == texts[1] != texts[2]

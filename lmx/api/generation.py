@@ -184,7 +184,7 @@ def make_job(
                     prompt=prompt,
                     max_tokens=room if max_tokens == -1 else min(max_tokens, room),
                     sampling=_sampling(
-                        fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.chat.sampling
+                        fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.folder.sampling
                     ),
                     client=call.client(fields.user),
                     priority=fields.priority or 0,

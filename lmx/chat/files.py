@@ -16,8 +16,6 @@ from lmx.hub.folder import read_json
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json; either may be missing."""
@@ -64,13 +62,6 @@ def read_eos_ids(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer
     if not ids:
         raise ModelInvalid(f"{folder} names no end-of-text token: config.json needs an eos_token_id.")
     return frozenset(ids)
-
-
-def read_sampling(folder: Path) -> dict[str, float]:
-    """How the model's makers want it sampled, from generation_config.json: the fields of ``SAMPLING`` that it sets."""
-    config = _optional_json(folder / "generation_config.json")
-    found = {name: config.get(name) for name in SAMPLING}
-    return {name: value for name, value in found.items() if isinstance(value, int | float) and value >= 0}
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

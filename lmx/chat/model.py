@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lmx.chat.files import named_tokens, read_eos_ids, read_sampling, read_settings, read_template
+from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
 from lmx.chat.messages import normalise
 from lmx.chat.pieces import read_pieces
 from lmx.chat.special import SpecialTokens
@@ -25,8 +25,6 @@ class ChatModel:
     eos_ids: frozenset[int]
     vocab_size: int
     """One more than the largest token id; the engine's output matrix may have more rows, as padding."""
-    sampling: dict[str, float]
-    """What a request that does not say takes instead of OpenAI's defaults: see ``files.read_sampling``."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -43,7 +41,6 @@ class ChatModel:
         self._special = SpecialTokens(self._tokenizer)
         settings = read_settings(folder)
         self._template = read_template(folder, settings)
-        self.sampling = read_sampling(folder)
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
         # Some files leave adding BOS to the Python class that they name.

@@ -6,6 +6,7 @@ only, also for models of hundreds of gigabytes) and must never import MLX.
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _CONTEXT_KEYS = (
     "n_ctx",
     "seq_length",
 )
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
@@ -32,6 +34,8 @@ class FolderFacts:
     quantization: str
     size_bytes: int
     """Of the weight files."""
+    sampling: Mapping[str, float]
+    """How the model's makers want it sampled: what generation_config.json sets of _SAMPLING."""
 
 
 def inspect_folder(folder: Path) -> FolderFacts:
@@ -57,7 +61,14 @@ def inspect_folder(folder: Path) -> FolderFacts:
         context_length=_context_length(config),
         quantization=_quantization(config, dtypes),
         size_bytes=sum(shard.stat().st_size for shard in shards),
+        sampling=_read_sampling(folder / "generation_config.json"),
     )
+
+
+def _read_sampling(path: Path) -> dict[str, float]:
+    config = read_json(path, why="it says how to sample") if path.is_file() else {}
+    found = {name: config.get(name) for name in _SAMPLING}
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and value >= 0}
 
 
 def read_json(path: Path, *, why: str) -> dict[str, Any]:

