@@ -60,7 +60,7 @@ class Models:
             lookahead=settings.engine.lookahead,
             batching=settings.engine.batching,
         )
-        environment = engine_environment(settings.engine.openblas)
+        environment = engine_environment(settings.engine.openblas, folder.size_bytes)
         engine = Engine(folder.id, load, settings.engine, metrics, environment)
         return cls(settings, Served(folder.id, folder, chat, engine, int(time.time())))
 
