@@ -94,7 +94,8 @@ class Placement:
         options: list[tuple[Lane | None, int, int]] = [(lane, _with_free_row(lane), lane.slots) for lane in wide]
         if self.lanes and not wide:
             lane = grows or max(self.lanes, key=lambda lane: lane.slots)
-            rows = lane.rows if grows else _with_free_row(lane)
+            # A lane that grows in length gives its free rows back: copying and keeping them would cost most.
+            rows = 1 << (len(lane.in_use) - 1).bit_length() if grows else _with_free_row(lane)
             generous = min(round_slots(lane.capacity * 3 // 2), round_slots(self._facts.context_length))
             options += [(lane, rows, max(generous, need)), (lane, rows, need)]
         options += [
