@@ -27,8 +27,8 @@ _PLACES = (
 
 
 SMALL_BYTES = 32 * 1024 * 1024
-"""The products of a smaller model are not worth a second thread: a step of 4 layers of width 128 took 1.8 instead of 2.1
-ms with one, and the other core is free for the server."""
+"""The products of a smaller model are not worth a second thread: a step of 4 layers of width 128 took 1.8 instead of
+2.1 ms with one, and the other core is free for the server."""
 
 
 def engine_environment(openblas: str, weights_bytes: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
