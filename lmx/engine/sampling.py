@@ -5,9 +5,10 @@ depends on its own logits, its own ``Sampling`` and noise keyed by (seed, positi
 batch. Nothing here reads a device array back: the graph stays lazy. Called by the back ends, once a step.
 
 Order: penalties and bias, temperature, min-p, top-k, top-p (as vLLM). The draw is the Gumbel-max trick, with noise
-from an integer hash (1.8 ms for 8 rows of 49,152 on the CPU). Inverting the cumulative distribution needs one random
-number a row, but the last bits of the logits, which differ between batch shapes, then flip about one draw in a
-thousand (measured); here only near ties flip.
+from an integer hash (1.8 ms for 8 rows of 49,152 on the CPU). Inverting the cumulative
+distribution needs one random number a row, but the last bits of the logits, which differ between batch shapes, move
+every boundary of that distribution, and with them now and then a draw (seen in a test: one token of 24); here only
+near ties flip.
 """
 
 from collections.abc import Sequence
