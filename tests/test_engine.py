@@ -257,6 +257,13 @@ def test_the_engine_ends_with_its_server(folder):
         assert client.process.wait(60) == 0
 
 
+def test_a_request_right_behind_the_load_is_not_lost(folder):
+    with engine_process(folder) as client:
+        seq = client.submit([5, 6, 7], 3)
+        client.wait_freed(seq)
+        assert len(client.answers[seq].tokens) == 3
+
+
 def test_a_terminal_interrupt_is_not_for_the_engine(client):
     client.process.send_signal(signal.SIGINT)
     assert len(client.run([[5, 6, 7]], 4)[0]) == 4

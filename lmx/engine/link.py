@@ -3,7 +3,6 @@ thread."""
 
 import select
 import socket
-import time
 from collections.abc import Iterator
 
 from lmx.protocol import Decoder, Message, encode
@@ -25,8 +24,9 @@ class Link:
     def receive(self, timeout_s: float | None) -> Iterator[Message]:
         """What has arrived, after waiting for it at most ``timeout_s`` (None: as long as it takes). Raises
         ServerGone."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        waited = self._poll.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1e3)
+        kept = list(self._decoder.feed(b""))  # of a last call that was not iterated to its end
+        yield from kept
+        waited = self._poll.poll(0 if kept else None if timeout_s is None else timeout_s * 1e3)
         while waited:
             data = self._sock.recv(_RECEIVE_BYTES)
             if not data:

@@ -68,7 +68,6 @@ class LayerKind:
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     model: nn.Module
-    config: dict[str, Any]
     architecture: str
     context_length: int
     vocab_size: int
@@ -107,14 +106,12 @@ def load(folder: Path) -> LoadedModel:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
     text = config.get("text_config", config)
-    vocab_size = int(_first(text, "vocab_size", default=0))
     probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
     return LoadedModel(
         model=model,
-        config=config,
         architecture=str(config.get("model_type", "unknown")),
         context_length=int(_first(text, "max_position_embeddings", "n_positions", "max_seq_len", default=32768)),
-        vocab_size=probe.shape[-1] or vocab_size,
+        vocab_size=probe.shape[-1],
         eos_ids=_eos_ids(folder, config),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         dtype=dtype,
