@@ -16,6 +16,7 @@ NAMES = {
     "cancel_latency": "from the client's close to freed KV, against the step time",
     "long_prompt": "worst gap of running streams while a long prompt arrives, against the target",
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
+    "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
     "prefill": "prompt tok/s by chunk size",
 }
 

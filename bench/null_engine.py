@@ -111,6 +111,7 @@ class NullEngine:
         self.cycle = [(start + i) % vocab for i in range(vocab) if (start + i) % vocab not in first.eos_ids]
         self.send(
             protocol.Ready(
+                backend="none",
                 architecture=facts.get("model_type", "null"),
                 context_length=min(limit for limit in limits if limit),
                 vocab_size=vocab,

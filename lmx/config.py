@@ -9,12 +9,15 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmx.errors import ConfigError
+
+BackendName = Literal["auto", "mlx", "llama"]
 
 
 class _Section(BaseModel):
@@ -42,6 +45,8 @@ class ModelSettings(_Section):
     aliases: dict[str, str] = {}
     placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder", "auto"]
     cache_dir: str = ""
+    backend: BackendName = "auto"
+    backends: dict[str, BackendName] = {}
     context_length: int = Field(0, ge=0)
 
     @property
@@ -74,10 +79,26 @@ class EngineSettings(_Section):
     command: list[str] = []
 
 
+class KVBits(IntEnum):
+    """llama.cpp's types of KV."""
+
+    F16 = 16
+    Q8_0 = 8
+    Q4_0 = 4
+
+
+class LlamaSettings(_Section):
+    kv_bits: KVBits = KVBits.F16
+    gpu_layers: int = Field(-1, ge=-1)
+    threads: int = Field(0, ge=0, le=512)
+    mmap: bool = True
+
+
 class Settings(_Section):
     server: ServerSettings = ServerSettings()
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    llama: LlamaSettings = LlamaSettings()
 
 
 def load_settings(

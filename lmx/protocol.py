@@ -65,7 +65,9 @@ class Load:
     """Load this model; the first frame. Zero means: the engine decides."""
 
     path: str
-    """An MLX model folder (config.json, safetensors)."""
+    """An MLX model folder (config.json, safetensors), or a GGUF file for llama.cpp."""
+    backend: str = "mlx"
+    """"mlx" or "llama"."""
     eos_ids: tuple[int, ...] = ()
     """Tokens that end an answer, by the tokenizer; the model's own configuration adds to them."""
     context_length: int = 0
@@ -78,6 +80,14 @@ class Load:
     batching: str = "auto"
     """"single": one sequence at a time, even where rows could share a step."""
     stats_interval_s: float = 1.0
+    log_level: str = "info"
+    """"debug": the libraries' own logs too."""
+    kv_bits: int = 16
+    """This and the following are llama.cpp's: the type of KV, 16 (F16), 8 (Q8_0) or 4 (Q4_0)."""
+    gpu_layers: int = -1
+    """Layers on the GPU; -1: all."""
+    threads: int = 0
+    mmap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
+    backend: str
     architecture: str
     context_length: int
     """Longest prompt plus answer: the model's own limit, the request's, or what the KV budget holds."""
@@ -127,7 +138,7 @@ class Ready:
     dtype: str
     """How the weights are held, for example "float32" or "4-bit, group 64"."""
     path: str
-    """How sequences are batched: "arena", "batch" (mlx-lm's batch classes) or "single"."""
+    """How sequences are batched: "arena" (MLX), "unified" (llama.cpp's KV) or "single"."""
     path_reason: str
     load_s: float
 
@@ -258,9 +269,9 @@ def _decode(body: bytes) -> Message:
     elif cls is Submit:
         values[3] = Sampling(*values[3])
     elif cls is Load:
-        values[1] = tuple(values[1])
+        values[2] = tuple(values[2])
     elif cls is Ready:
-        values[3] = tuple(values[3])
+        values[4] = tuple(values[4])
     elif cls is Running:
         values[0] = tuple(values[0])
     message: Message = cls(*values)

@@ -41,11 +41,15 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         "LMX_ENGINE_COMMAND": '["python", "x y.py"]',
         "LMX_ENGINE_LOOKAHEAD": "off",
         "LMX_MODEL_CACHE_DIR": "/var/cache/lmx",
+        "LMX_MODEL_BACKENDS": '{small = "llama"}',
+        "LMX_LLAMA_KV_BITS": "8",
     }
     settings = load_settings(None, environ)
     assert settings.model.aliases == {"small": "smollm2-135m-instruct"}
     assert settings.engine.command == ["python", "x y.py"]
     assert settings.engine.lookahead == "off"
+    assert settings.model.backends == {"small": "llama"}
+    assert settings.llama.kv_bits == 8
     assert settings.model.cache_path == Path("/var/cache/lmx")
 
 
@@ -60,6 +64,8 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "LMX_SERVER_PORT"]),
         ("[engine]\nmax_rows = 0", {}, ["[engine] max_rows", "greater than or equal to 1"]),
         ("[engine]\nmax_chunk_tokens = 100", {}, ["[engine] max_chunk_tokens", "multiple of 32"]),
+        ("[llama]\nkv_bits = 5", {}, ["[llama] kv_bits", "16, 8 or 4", "5"]),
+        ("[model]\nbackend = 'mlc'", {}, ["[model] backend", "'mlc'", "'llama'"]),
         ("", {"LMX_SERVER_PORT": "70000"}, ["[server] port", "70000", "LMX_SERVER_PORT"]),
         ("", {"LMX_SERVER_CORS_ORIGINS": "http://a"}, ["LMX_SERVER_CORS_ORIGINS", "http://a", "TOML"]),
     ],

@@ -7,32 +7,54 @@ import signal
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from lmx.engine.mlx import adapter
 from lmx.protocol import Failed, Sampling
 from tests.engine_client import GREEDY, engine, engine_process
-from tests.models import KINDS, build_model
+from tests.models import KINDS, build_gguf, build_model
 
 PROMPT_LENGTHS = (1, 7, 64, 150, 33, 301)
+BACKENDS = ("mlx", "llama")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_model("llama", tmp_path_factory.mktemp("llama") / "model")
+def gguf(tmp_path_factory):
+    """The same weights for both back ends: a GGUF file, and the MLX folder beside it."""
+    return build_gguf(tmp_path_factory.mktemp("llama") / "model.gguf")
 
 
-@pytest.fixture(scope="module", params=["on", "off"], ids=["overlapped", "plain"])
-def client(request, folder):
+@pytest.fixture(scope="module")
+def folder(gguf):
+    return gguf.with_suffix(".mlx")
+
+
+@pytest.fixture(params=BACKENDS)
+def load(request, gguf, folder):
+    """What makes an engine load the model on one back end or the other."""
+    return {"folder": gguf if request.param == "llama" else folder, "backend": request.param}
+
+
+@pytest.fixture(scope="module", params=["mlx overlapped", "mlx plain", "llama plain"])
+def client(request, folder, gguf):
     """One engine for the tests that leave it as they found it: every test ends with nothing held."""
-    with engine(folder, lookahead=request.param, max_rows=4, max_chunk_tokens=64, context_length=2560) as client:
+    backend, loop = request.param.split()
+    path = gguf if backend == "llama" else folder
+    lookahead = "on" if loop == "overlapped" else "off"
+    with engine(
+        path, backend=backend, lookahead=lookahead, max_rows=4, max_chunk_tokens=64, context_length=2560
+    ) as client:
         yield client
         assert_nothing_held(client)
 
 
 def assert_nothing_held(client):
+    """The scheduler's account, and the back end's own: ``rows`` counts what llama.cpp itself says of its cells."""
     stats = client.idle_stats()
     assert (stats.queued, stats.prefilling, stats.decoding, stats.ending) == (0, 0, 0, 0)
-    assert (stats.kv_used_bytes, stats.arena_bytes) == (0, 0)
+    assert stats.kv_used_bytes == 0
+    # llama.cpp keeps its buffer from load to exit.
+    assert stats.arena_bytes == (stats.kv_budget_bytes if client.ready.backend == "llama" else 0)
 
 
 def prompts_for(vocab_size, lengths=PROMPT_LENGTHS, seed=0):
@@ -55,6 +77,19 @@ def alone(folder, prompts, max_tokens):
     return answers
 
 
+def assert_greedy(folder, prompts, answers, within=0.05):
+    """Every token has the largest logit, or one that is close, after what stands before it.
+
+    For llama.cpp, whose KV is F16 and whose sums depend on the batch's shape: a near tie may fall either way (logits
+    have a spread of about 1.5).
+    """
+    loaded = adapter.load(folder)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = loaded.model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        short = mx.max(logits, axis=-1) - mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
+        assert float(mx.max(short)) <= within
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_batched_equals_alone_for_every_architecture(kind, tmp_path):
     folder = build_model(kind, tmp_path / "model")
@@ -65,8 +100,17 @@ def test_batched_equals_alone_for_every_architecture(kind, tmp_path):
         assert_nothing_held(client)
 
 
-def test_one_at_a_time_where_rows_cannot_share_a_step(folder):
-    with engine(folder, batching="single") as client:
+@pytest.mark.parametrize("lookahead", ["on", "off"])
+def test_llama_says_what_mlx_says_batched_and_alone(folder, gguf, lookahead):
+    prompts = prompts_for(1000)
+    with engine(gguf, backend="llama", max_rows=4, max_chunk_tokens=64, lookahead=lookahead) as client:
+        assert_greedy(folder, prompts, client.run(prompts, 24))
+        assert_greedy(folder, prompts, [client.run([prompt], 24)[0] for prompt in prompts])
+        assert_nothing_held(client)
+
+
+def test_one_at_a_time_where_rows_cannot_share_a_step(load, folder):
+    with engine(**load, batching="single") as client:
         assert client.ready.path == "single"
         prompts = prompts_for(client.ready.vocab_size, (5, 40, 300))
         assert client.run(prompts, 8) == alone(folder, prompts, 8)
@@ -172,13 +216,15 @@ def test_what_cannot_run_is_refused_with_the_numbers(client):
     assert client.answers[unknown].failed.code == "invalid_token"
 
 
-def test_preempted_sequences_come_back_and_say_the_same(folder):
+def test_preempted_sequences_come_back_and_say_the_same(load, folder):
     prompts = prompts_for(1000, (200, 220, 240, 230))
-    with engine(folder, max_rows=4) as client:
+    with engine(**load, max_rows=4) as client:
         expected = client.run(prompts, 120)
         per_token = client.ready.kv_bytes_per_token
-    with engine(folder, max_rows=4, context_length=512, kv_budget_bytes=5 * 256 * per_token) as client:
-        assert client.run(prompts, 120) == expected
+    with engine(**load, max_rows=4, context_length=512, kv_budget_bytes=5 * 256 * per_token) as client:
+        answers = client.run(prompts, 120)
+        assert_greedy(folder, prompts, answers)
+        assert answers == expected or client.ready.backend == "llama"
         assert client.idle_stats().preemptions > 0
         assert max(answer.started for answer in client.answers.values()) > 1
         assert_nothing_held(client)
@@ -196,14 +242,20 @@ def test_lengths_far_apart_live_in_lanes_within_the_padding_share(folder):
         assert_nothing_held(client)
 
 
-def test_a_row_that_turns_non_finite_fails_alone(tmp_path):
-    folder = build_model("llama", tmp_path / "model", tie_word_embeddings=False)
-    weights = mx.load(str(folder / "model.safetensors"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_turns_non_finite_fails_alone(backend, tmp_path):
     poison = 77
-    weights["model.embed_tokens.weight"][poison] = mx.nan
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    path = build_gguf(tmp_path / "model.gguf")
+    if backend == "llama":
+        embeddings = next(t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
+        embeddings.data[poison] = np.nan
+    else:
+        path = path.with_suffix(".mlx")
+        weights = mx.load(str(path / "model.safetensors"))
+        weights["model.embed_tokens.weight"][poison] = mx.nan
+        mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
     prompts = [[t + 1 if t == poison else t for t in p] for p in prompts_for(1000, (30, 40))]
-    with engine(folder, max_rows=4) as client:
+    with engine(path, backend=backend, max_rows=4) as client:
         expected = client.run(prompts, 30)
         for _ in range(2):  # the second time in the row that held NaN
             seqs = [client.submit(prompts[0], 30), client.submit([poison] * 20, 30), client.submit(prompts[1], 30)]
@@ -248,8 +300,8 @@ def test_ten_thousand_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
         assert max(arrays) - min(arrays) <= 2, arrays
 
 
-def test_the_engine_ends_with_its_server(folder):
-    with engine_process(folder) as client:
+def test_the_engine_ends_with_its_server(load):
+    with engine_process(**load) as client:
         client.wait(lambda: client.ready is not None)
         client.submit([5] * 10, 5000)
         client.wait(lambda: len(client.answers[1].tokens) > 2)
@@ -257,8 +309,8 @@ def test_the_engine_ends_with_its_server(folder):
         assert client.process.wait(60) == 0
 
 
-def test_a_request_right_behind_the_load_is_not_lost(folder):
-    with engine_process(folder) as client:
+def test_a_request_right_behind_the_load_is_not_lost(load):
+    with engine_process(**load) as client:
         seq = client.submit([5, 6, 7], 3)
         client.wait_freed(seq)
         assert len(client.answers[seq].tokens) == 3

@@ -38,10 +38,10 @@ samplings = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(samplings, min_size=1, max_size=5), st.integers(0, 2**20), st.integers(0, 99))
-def test_a_row_draws_what_it_draws_alone_on_either_library(rows, seed, position):
+@given(st.lists(samplings, min_size=1, max_size=5), st.integers(0, 2**20), st.integers(0, 99), st.sampled_from([3, 30]))
+def test_a_row_draws_what_it_draws_alone_on_either_library(rows, seed, position, spread):
     rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (len(rows), VOCAB)).astype(np.float32)
+    logits = rng.normal(0, spread, (len(rows), VOCAB)).astype(np.float32)
     answer = rng.integers(0, 2, (len(rows), VOCAB)).astype(np.int32)
     seen = answer + rng.integers(0, 2, answer.shape).astype(np.int32)
     together = draw(mx, logits, rows, position, (seen, answer))

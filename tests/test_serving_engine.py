@@ -592,3 +592,15 @@ def test_the_cause_of_a_death_is_named(returncode: int, line: str, cause: str) -
     failure = classify(returncode, ["starting", line], loading=False)
     assert failure.cause == cause
     assert line in str(failure)
+
+
+def test_an_abort_is_told_by_what_was_said_before_the_fault_handler() -> None:
+    lines = [
+        "starting",
+        "ggml.c:77: GGML_ASSERT(a) failed",
+        "Fatal Python error: Aborted",
+        "",
+        "Thread 0x1:",
+        "  File x",
+    ]
+    assert "GGML_ASSERT(a) failed" in str(classify(-signal.SIGABRT, lines, loading=True))

@@ -6,7 +6,7 @@ Answered from state at hand; nothing here may wait for an engine, which may be b
 import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
@@ -15,6 +15,8 @@ from quart import Blueprint, Response, request
 from lmx import __version__
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models, Served
+
+PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
 
 def blueprint(models: Models, metrics: Metrics) -> Blueprint:
@@ -44,7 +46,7 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
         memory, process = psutil.virtual_memory(), psutil.Process()
         return {
             "version": __version__,
-            "versions": {name: version(name) for name in ("mlx", "mlx-lm", "quart", "hypercorn", "trio")},
+            "versions": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "platform": platform.platform(),
             "uptime_s": round(time.monotonic() - started, 3),
@@ -60,12 +62,21 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
     return routes
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # an extra
+        return None
+
+
 def _model_status(served: Served) -> dict[str, Any]:
     folder, engine = served.folder, served.engine
     return {
         "id": served.id,
         "state": engine.state,
         "format": folder.format,
+        "backend": folder.backend,
+        "backend_reason": folder.backend_reason,
         "quantization": folder.quantization,
         "size_bytes": folder.size_bytes,
         "ready": asdict(engine.ready) if engine.ready else None,

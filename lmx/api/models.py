@@ -62,6 +62,8 @@ def _model_object(served: Served) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "lmx",
         "max_model_len": _context_length(served),
+        "backend": served.folder.backend,
+        "backend_reason": served.folder.backend_reason,
     }
 
 

@@ -8,9 +8,9 @@ import socket
 import sys
 import time
 
+from lmx.engine.backend import Backend
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
-from lmx.engine.mlx.backend import MLXBackend
 from lmx.errors import ModelInvalid
 from lmx.protocol import Failed, Load, Ready
 
@@ -33,13 +33,14 @@ def _serve(link: Link) -> int:
         raise ValueError(f"the first frame must be Load, not {type(options).__name__}")
     started = time.monotonic()
     try:
-        backend = MLXBackend.load(options)
+        backend = _load(options)
     except ModelInvalid as error:
         link.send(Failed(-1, "model_invalid", error.message))
         return 3
     facts = backend.facts
     link.send(
         Ready(
+            backend=options.backend,
             architecture=facts.architecture,
             context_length=facts.context_length,
             vocab_size=facts.vocab_size,
@@ -58,6 +59,17 @@ def _serve(link: Link) -> int:
     overlapped = facts.asynchronous if options.lookahead == "auto" else options.lookahead == "on"
     (loop.run_overlapped if overlapped else loop.run_plain)()
     return 0
+
+
+def _load(options: Load) -> Backend:
+    """Imports one back end only: MLX alone takes half a second. Raises ModelInvalid."""
+    if options.backend == "llama":
+        from lmx.engine.llama.backend import LlamaBackend
+
+        return LlamaBackend.load(options)
+    from lmx.engine.mlx.backend import MLXBackend
+
+    return MLXBackend.load(options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ _GAMMA = 0x9E3779B97F4A7C15
 # Up to this top_k a partial selection is cheaper than sorting the vocabulary (0.3 against 3 ms a row of 49,152 on the
 # CPU).
 _SELECT_LIMIT = 1024
+# Below the likeliest by this much (in nats, after the temperature) a token cannot be drawn: noise lies in (-2.9, 16.7).
+# Nor do all such tokens together change a sum of probabilities in float32 (262,144 · e^-30 is 2^-25).
+_SPAN = 30.0
 
 Array = Any
 
@@ -66,6 +69,8 @@ class SamplingBatch:
         self.penalised = any(penalised(row) for row in rows)
         self.wants_logprobs = any(row.logprobs >= 0 for row in rows)
         self._ids = xp.arange(vocab_size, dtype=xp.uint32)[None]
+        self._narrow = xp is np and len(rows) == 1
+        """Shapes may depend on values, so only the tokens that can win need noise and order."""
         self._temperature = self._column([row.temperature or 1.0 for row in rows])
         self._is_greedy = xp.array([row.temperature == 0 for row in rows])
         self._log_min_p = None
@@ -152,11 +157,16 @@ class SamplingBatch:
         x = x - xp.max(x, axis=-1, keepdims=True)
         if self._log_min_p is not None:
             x = xp.where(x >= self._log_min_p, x, -xp.inf)
+        ids = self._ids
+        if self._narrow:
+            keep = np.flatnonzero(x[0] >= -_SPAN)
+            x, ids = x[:, keep], ids[:, keep]
         if self._nucleus_rows is not None:
             x = xp.where(x >= self._threshold(x), x, -xp.inf)
-        return xp.argmax(x + self._gumbel(keys), axis=-1).astype(xp.int32)
+        chosen = xp.argmax(x + self._gumbel(keys, ids), axis=-1)
+        return (ids[0, chosen] if self._narrow else chosen).astype(xp.int32)
 
-    def _gumbel(self, keys: Array) -> Array:
+    def _gumbel(self, keys: Array, ids: Array) -> Array:
         """(B, V) standard Gumbel noise, keyed by row and token.
 
         The hash is Wellons' "lowbias32" (2018); 23 bits become a number in (0, 1) that float32 holds exactly.
@@ -166,7 +176,7 @@ class SamplingBatch:
         def word(value: int) -> Array:
             return xp.array(value, dtype=xp.uint32)
 
-        h = (self._ids * word(_GAMMA & 0xFFFFFFFF)) ^ keys
+        h = (ids * word(_GAMMA & 0xFFFFFFFF)) ^ keys
         h = (h ^ (h >> word(16))) * word(0x21F0AAAD)
         h = (h ^ (h >> word(15))) * word(0xD35A2D97)
         h = h ^ (h >> word(15))
@@ -180,7 +190,7 @@ class SamplingBatch:
         """
         xp = self.xp
         x = x[self._nucleus_rows]
-        if self._select:
+        if self._select and self._select < x.shape[-1]:
             x = -xp.partition(-x, self._select - 1, axis=-1)[:, : self._select]
         x = -xp.sort(-x, axis=-1)
         mass = xp.where(xp.arange(x.shape[-1])[None] < self._top_k, xp.exp(x), 0)

@@ -211,7 +211,7 @@ class Engine:
         if process.killed_for is not None:
             return Failure("hung", process.killed_for, loading)
         assert process.returncode is not None
-        return classify(process.returncode, process.tail, loading=loading)
+        return classify(process.returncode, tuple(process.tail), loading=loading)
 
     def _handle(self, message: protocol.Message) -> None:
         match message:

@@ -56,7 +56,9 @@ def classify(returncode: int, last_lines: Sequence[str], *, loading: bool) -> Fa
         for cause, words in _WORDS:
             if re.search(words, line, re.IGNORECASE):
                 return Failure(cause, f"{ended}; {line.strip()}", loading)
-    last = next((line.strip() for line in reversed(last_lines) if line.strip()), "no output")
+    # Python's fault handler prints where it was; why (an assertion of llama.cpp or MLX) stands before it.
+    fault = next((i for i, line in enumerate(last_lines) if i and line.startswith("Fatal Python error")), None)
+    last = next((line.strip() for line in reversed(last_lines[:fault]) if line.strip()), "no output")
     cause = "killed" if -returncode in (signal.SIGKILL, signal.SIGTERM) else "bug"
     return Failure(cause, f"{ended}; {last}", loading)
 

@@ -4,6 +4,7 @@ One model in this version; ``resolve`` and ``listing`` are all that the API face
 and routing can come without them. Built by ``lmx.cli`` in a thread (``load`` blocks: it may convert a GGUF file).
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,10 @@ from lmx.hub.inventory import ModelFolder, resolve
 from lmx.serving.engine import Engine
 from lmx.serving.metrics import Metrics
 from lmx.serving.openblas import engine_environment
+
+BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
+
+logger = logging.getLogger("lmx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,14 @@ class Models:
 
         Raises ModelNotFound, ModelInvalid, ConfigError.
         """
-        folder = resolve(settings.model.default, settings.model.cache_path)
-        chat = ChatModel.load(folder.path)
+        name = settings.model.default
+        backend = settings.model.backends.get(name, settings.model.backend)
+        folder = resolve(name, settings.model.cache_path, backend)
+        logger.info("model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
+        chat = ChatModel.load(folder.words)
         load = protocol.Load(
             path=str(folder.path),
+            backend=folder.backend,
             eos_ids=tuple(sorted(chat.eos_ids)),
             context_length=settings.model.context_length,
             max_rows=settings.engine.max_rows,
@@ -59,8 +68,13 @@ class Models:
             itl_target_ms=settings.engine.itl_target_ms,
             lookahead=settings.engine.lookahead,
             batching=settings.engine.batching,
+            log_level=settings.server.log_level,
+            kv_bits=settings.llama.kv_bits,
+            gpu_layers=settings.llama.gpu_layers,
+            threads=settings.llama.threads,
+            mmap=settings.llama.mmap,
         )
-        environment = engine_environment(settings.engine.openblas, folder.size_bytes)
+        environment = engine_environment(folder.backend, settings.engine.openblas, folder.size_bytes)
         engine = Engine(folder.id, load, settings.engine, metrics, environment)
         return cls(settings, Served(folder.id, folder, chat, engine, int(time.time())))
 

@@ -31,13 +31,16 @@ SMALL_BYTES = 32 * 1024 * 1024
 2.1 ms with one, and the other core is free for the server."""
 
 
-def engine_environment(openblas: str, weights_bytes: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of an engine process. ``openblas``: "auto", "off", or the library's path.
+def engine_environment(
+    backend: str, openblas: str, weights_bytes: int, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of an engine process. ``openblas``: "auto", "off", or the library's path. llama.cpp brings its
+    own kernels.
 
     Raises ConfigError for a path that does not exist.
     """
     environment = {**environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    if sys.platform != "linux" or openblas == "off":
+    if backend == "llama" or sys.platform != "linux" or openblas == "off":
         return environment
     if openblas == "auto":
         library = _find()

@@ -1,0 +1,128 @@
+"""llama.cpp behind lmx on the embedded model's GGUF, side by side with its own faces (``llama_cpp.Llama``, a bare loop
+over ``llama_decode``, ``llama_cpp.server``) and with MLX on the same file. All with the same number of threads."""
+
+import json
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from bench.bare_llama import CELLS, bare_llama
+from bench.peer import llama_cpp_server
+from bench.result import Result, Row, alternate, median_ratio
+from lmx.bench.client import Client, Request
+from lmx.bench.figures import decode_tokens_per_s
+from lmx.bench.prompts import Prompts
+from lmx.bench.server import running_server
+from lmx.engine.llama.backend import default_threads
+from lmx.hub.inventory import EMBEDDED_ID, embedded_gguf
+
+PROMPT_WORDS = 60
+CLIENTS = 8
+STREAMS_TARGET, SINGLE_TARGET, SERVER_TARGET, LOAD_TARGET = 0.9, 0.95, 3.0, 1.5
+
+
+def run(quick: bool) -> Result:
+    path = embedded_gguf()
+    times = 3 if quick else 7
+    tokens = 64
+    prompts = Prompts(0)
+    rows: list[Row] = []
+    with (
+        bare_llama(path) as bare,
+        running_server(EMBEDDED_ID, {"LMX_MODEL_BACKEND": "llama"}) as server,
+        Client(server.url, EMBEDDED_ID) as client,
+    ):
+        [warm_up] = client.run([Request(prompts.words(PROMPT_WORDS), 8)], 1)
+        ours, theirs = alternate(
+            times,
+            partial(_decode, client, prompts, 1, tokens),
+            lambda: bare.stream_tokens_per_s(prompts.words(PROMPT_WORDS), tokens),
+        )
+        rows.append(_row("1 stream, decode tok/s", "Llama.generate", ours, theirs, SINGLE_TARGET))
+        ours, theirs = alternate(
+            times,
+            partial(_decode, client, prompts, CLIENTS, tokens),
+            partial(bare.decode_tokens_per_s, CLIENTS, warm_up.prompt_tokens, tokens),
+        )
+        rows.append(_row("8 streams, decode tok/s", "bare llama_decode", ours, theirs, STREAMS_TARGET))
+        with llama_cpp_server(path, CELLS, default_threads()) as peer:
+            ours, theirs = alternate(
+                1 if quick else 3,
+                partial(_whole_run, server.url, EMBEDDED_ID, prompts, 2 * CLIENTS, tokens),
+                partial(_whole_run, peer, str(path), prompts, 2 * CLIENTS, tokens),
+            )
+        rows.append(_row("8 clients, whole-run tok/s", "llama_cpp.server", ours, theirs, SERVER_TARGET))
+        loads, theirs = alternate(times, _load_s, bare.load_s)
+        rows.append(_row("load, seconds", "Llama(...)", loads, theirs, LOAD_TARGET, less_is_better=True))
+        with (
+            running_server(EMBEDDED_ID, {"LMX_MODEL_BACKEND": "mlx"}) as mlx_server,
+            Client(mlx_server.url, EMBEDDED_ID) as mlx_client,
+        ):
+            for streams in (1, CLIENTS):
+                measures = (partial(_decode, c, prompts, streams, tokens // 2) for c in (client, mlx_client))
+                rows.append(
+                    _row(f"{streams} stream(s), decode tok/s", "MLX, same file", *alternate(2, *measures), None)
+                )
+    return Result("lmx on llama.cpp against llama.cpp's own faces (medians; ratio: median of pairs)", rows)
+
+
+def _row(
+    what: str, baseline: str, ours: list[float], theirs: list[float], target: float | None, less_is_better: bool = False
+) -> Row:
+    ratio = median_ratio(ours, theirs)
+    met = None if target is None else ratio <= target if less_is_better else ratio >= target
+    return {
+        "what": what,
+        "baseline": baseline,
+        "ours": sorted(ours)[len(ours) // 2],
+        "theirs": sorted(theirs)[len(theirs) // 2],
+        "ratio": ratio,
+        "target": target,
+        "ok": met,
+    }
+
+
+def _decode(client: Client, prompts: Prompts, streams: int, tokens: int) -> float:
+    # The first stream decodes while the last is in prefill, so that it needs more tokens.
+    requests = [Request(prompts.words(PROMPT_WORDS), tokens + streams) for _ in range(streams)]
+    speed = decode_tokens_per_s(client.run(requests, streams), streams)
+    assert speed is not None
+    return speed
+
+
+def _whole_run(url: str, model: str, prompts: Prompts, requests: int, tokens: int) -> float:
+    """All generated tokens by the whole run of ``CLIENTS`` clients that do not stream."""
+    bodies = [
+        {
+            "model": model,
+            "prompt": prompts.words(PROMPT_WORDS),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "logit_bias": {"0": -100, "2": -100},  # no end before max_tokens, in words that both servers know
+        }
+        for _ in range(requests)
+    ]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        generated = sum(pool.map(partial(_complete, url), bodies))
+    assert generated == requests * tokens, "an answer ended early"
+    return generated / (time.perf_counter() - started)
+
+
+def _complete(url: str, body: dict[str, object]) -> int:
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        usage: dict[str, int] = json.load(response)["usage"]
+    return usage["completion_tokens"]
+
+
+def _load_s() -> float:
+    """What an engine says of its own load."""
+    with (
+        running_server(EMBEDDED_ID, {"LMX_MODEL_BACKEND": "llama"}) as server,
+        urllib.request.urlopen(f"{server.url}/admin/status", timeout=60) as response,
+    ):
+        return float(json.load(response)["models"][0]["ready"]["load_s"])

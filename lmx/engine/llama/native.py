@@ -1,0 +1,209 @@
+"""Everything taken from llama-cpp-python, and nothing else of lmx imports it: a model, its KV, one batch at a time.
+
+The bindings are ctypes over llama.cpp's C API, which changes between versions, so the tested one is pinned
+(``lmx[gguf]``). Knows slots (llama.cpp's sequence ids) and cells of KV; no scheduler, no sampling. Called by
+``lmx.engine.llama.backend`` on the engine's one thread. A ``GGML_ASSERT`` in here aborts the process: the server tells
+the reason from the last lines.
+"""
+
+import ctypes
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmx.engine.budget import KVCost
+from lmx.errors import ModelInvalid
+
+# llama.cpp would start a debugger to print a backtrace when it aborts; Python's fault handler tells enough.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+import llama_cpp as C
+
+KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
+_PROBE_CELLS = 256
+_LOG_LINES = 40
+# enum ggml_log_level, which the bindings lack.
+_WARN, _ERROR, _CONT = 3, 4, 5
+_LEVELS = {_WARN: "warning", _ERROR: "error"}
+# The cells of all sequences together may well be more than the model's context, which each one keeps within.
+_NO_CONCERN = "n_ctx_train"
+
+
+class _Log:
+    """llama.cpp's log: warnings and errors go to this process's output, which is the engine's log in the server; of the
+    rest the last lines are kept, to explain a load that fails."""
+
+    def __init__(self) -> None:
+        self.errors: deque[str] = deque(maxlen=_LOG_LINES)
+        self.everything = False
+        self._level = 0
+        self._line = ""
+        self._callback = C.llama_log_callback(self._take)
+        C.llama_log_set(self._callback, None)
+
+    def _take(self, level: int, text: bytes, _: Any) -> None:
+        if level != _CONT:
+            self._level = level
+        *lines, self._line = (self._line + text.decode(errors="replace")).split("\n")
+        for line in filter(str.strip, lines):
+            if self._level == _ERROR:
+                self.errors.append(line.strip())
+            if self.everything or (self._level in _LEVELS and _NO_CONCERN not in line):
+                print(f"llama.cpp: {_LEVELS.get(self._level, 'info')}: {line}")
+
+
+_log = _Log()
+
+
+class Model:
+    """The weights of one GGUF file. Raises ModelInvalid with llama.cpp's own reason."""
+
+    def __init__(self, path: str, *, gpu_layers: int, mmap: bool, log_everything: bool = False) -> None:
+        _log.everything = log_everything
+        _log.errors.clear()
+        C.llama_backend_init()
+        parameters = C.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        parameters.load_mode = C.LLAMA_LOAD_MODE_MMAP if mmap else C.LLAMA_LOAD_MODE_NONE
+        self.pointer = C.llama_model_load_from_file(path.encode(), parameters)
+        if not self.pointer:
+            raise ModelInvalid(f"llama.cpp cannot load {path}: {_reason()}.")
+        weakref.finalize(self, C.llama_model_free, self.pointer)
+        if C.llama_model_has_encoder(self.pointer) or not C.llama_model_has_decoder(self.pointer):
+            raise ModelInvalid(f"{path} is an encoder; lmx generates text with decoder-only models.")
+        vocabulary = C.llama_model_get_vocab(self.pointer)
+        self.vocab_size = int(C.llama_vocab_n_tokens(vocabulary))
+        named = (C.llama_vocab_eos(vocabulary), C.llama_vocab_eot(vocabulary))
+        self.eos_ids = tuple(int(token) for token in named if token >= 0)
+        self.context_length = int(C.llama_model_n_ctx_train(self.pointer))
+        self.window = int(C.llama_model_n_swa(self.pointer))
+        self.recurrent = bool(C.llama_model_is_recurrent(self.pointer) or C.llama_model_is_hybrid(self.pointer))
+        self.weights_bytes = int(C.llama_model_size(self.pointer))
+        self.quantization = str(C.llama_ftype_name(C.llama_model_ftype(self.pointer)).decode())
+        self.architecture = self._metadata("general.architecture")
+        self.on_gpu = bool(C.llama_supports_gpu_offload()) and gpu_layers != 0
+
+    def _metadata(self, key: str) -> str:
+        text = ctypes.create_string_buffer(256)
+        length = C.llama_model_meta_val_str(self.pointer, key.encode(), text, len(text))
+        return text.value.decode(errors="replace") if length >= 0 else ""
+
+    def measure_kv(self, kv_bits: int) -> KVCost:
+        """By llama.cpp's own measure, its copy of a sequence's state (a few bytes a cell of bookkeeping included): what
+        two tokens, in a context of the smallest size, add to it."""
+        context = Context(self, cells=_PROBE_CELLS, slots=1, chunk_tokens=32, kv_bits=kv_bits, threads=1)
+        whole, partial = [], []
+        for position in range(2):
+            context.decode([0], [position], [0], [False])
+            whole.append(C.llama_state_seq_get_size(context.pointer, 0))
+            partial.append(C.llama_state_seq_get_size_ext(context.pointer, 0, C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))
+        per_token, in_window = whole[1] - whole[0], 0
+        if self.window:
+            in_window = partial[1] - partial[0]
+            per_token -= in_window
+        constant = partial[0] if self.recurrent else 0
+        return KVCost(max(per_token, 1), constant + in_window * self.window)
+
+
+def _reason() -> str:
+    return "; ".join(dict.fromkeys(list(_log.errors)[-3:])).rstrip(".") or "it gives no reason"
+
+
+class Context:
+    """KV of ``cells`` tokens that ``slots`` sequences share (llama.cpp's unified KV), and the buffers of one forward.
+
+    Raises ModelInvalid when llama.cpp cannot make it, for want of memory above all.
+    """
+
+    def __init__(self, model: Model, *, cells: int, slots: int, chunk_tokens: int, kv_bits: int, threads: int) -> None:
+        self.batch_tokens = chunk_tokens + slots
+        parameters = C.llama_context_default_params()
+        parameters.n_ctx = cells
+        parameters.n_batch = parameters.n_ubatch = self.batch_tokens
+        parameters.n_seq_max = slots
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
+        # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
+        parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_bits == 16 else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        parameters.kv_unified = True
+        parameters.swa_full = False
+        parameters.no_perf = True
+        _log.errors.clear()
+        self.pointer = C.llama_init_from_model(model.pointer, parameters)
+        if not self.pointer:
+            raise ModelInvalid(f"llama.cpp cannot make a context of {cells} tokens: {_reason()}.")
+        # The model is an argument only to be kept alive as long as this.
+        weakref.finalize(self, lambda pointer, _: C.llama_free(pointer), self.pointer, model)
+        self._memory = C.llama_get_memory(self.pointer)
+        self._vocab_size = model.vocab_size
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """llama.cpp's batch over NumPy arrays, so that filling it costs no call a token."""
+        size = self.batch_tokens
+        self._tokens, self._positions, self._slots = (np.zeros(size, np.int32) for _ in range(3))
+        self._one = np.ones(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        self._slot_pointers = self._slots.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+
+        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+        self._batch = C.llama_batch(
+            n_tokens=0,
+            token=pointer(self._tokens, C.llama_token),
+            pos=pointer(self._positions, C.llama_pos),
+            n_seq_id=pointer(self._one, ctypes.c_int32),
+            seq_id=pointer(self._slot_pointers, ctypes.POINTER(C.llama_seq_id)),
+            logits=pointer(self._wanted, ctypes.c_int8),
+        )
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], wanted: Sequence[bool]
+    ) -> npt.NDArray[np.float32]:
+        """One forward of at most ``batch_tokens`` tokens, each of one slot at its position; its KV is kept.
+
+        The logits (n, V) of the n ``wanted`` tokens, in their order: a view that the next call overwrites.
+        """
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._slots[:count] = slots
+        self._wanted[:count] = wanted
+        self._batch.n_tokens = count
+        status = C.llama_decode(self.pointer, self._batch)
+        if status != 0:
+            problem = "found no free KV cells, though the scheduler counted some" if status == 1 else "failed"
+            raise RuntimeError(f"llama_decode of {count} tokens {problem} (status {status}): {_reason()}")
+        rows = int(self._wanted[:count].sum())
+        if not rows:
+            return np.empty((0, self._vocab_size), np.float32)
+        return np.ctypeslib.as_array(C.llama_get_logits(self.pointer), (rows, self._vocab_size))
+
+    def forget(self, slot: int, start: int = 0) -> bool:
+        """Free the slot's cells from position ``start`` on. False, with nothing changed: its cache cannot go back to
+        ``start`` (a recurrent state, a window that has moved on)."""
+        return bool(C.llama_memory_seq_rm(self._memory, slot, start, -1))
+
+    def last_position(self, slot: int) -> int:
+        """The highest position whose KV the slot holds; -1: none."""
+        return int(C.llama_memory_seq_pos_max(self._memory, slot))
+
+    def wipe(self) -> None:
+        """Forget every slot and zero every cell."""
+        C.llama_memory_clear(self._memory, True)
+
+    def export_slot(self, slot: int) -> bytes:
+        size = C.llama_state_seq_get_size(self.pointer, slot)
+        data = (ctypes.c_uint8 * size)()
+        written = C.llama_state_seq_get_data(self.pointer, data, size, slot)
+        return ctypes.string_at(data, written)
+
+    def import_slot(self, slot: int, data: bytes) -> bool:
+        """Fill a free slot; False, with nothing changed, for data that do not fit this model and KV type."""
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        return bool(C.llama_state_seq_set_data(self.pointer, buffer, len(data), slot))
