@@ -63,7 +63,7 @@ def _make(name: str, path: Path) -> None:
         layers, width = SIZES[name]
         build_model("llama", path, num_hidden_layers=layers, hidden_size=width)
     else:
-        _dequantize(resolve(EMBEDDED_ID, CACHE).path, path)
+        _dequantize(resolve(EMBEDDED_ID, CACHE, "mlx").path, path)
 
 
 def _dequantize(source: Path, path: Path) -> None:

@@ -24,7 +24,7 @@ USER = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    return ChatModel.load(resolve(EMBEDDED_ID, tmp_path_factory.mktemp("cache")).path)
+    return ChatModel.load(resolve(EMBEDDED_ID, tmp_path_factory.mktemp("cache")).words)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""Opens a GGUF file and checks that lmx can convert it, before anything is loaded.
+"""A GGUF model as the converter reads it: metadata and tensors, over all parts of a split file.
 
-Part of the converter process. Every refusal names the file, what it holds, and the way out. Facts about the format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Part of the converter process; imports no MLX. Refuses what no engine can load, naming the file and the way out; what
+MLX alone cannot load is ``lmx.hub.gguf_mlx``'s to say.
 """
 
 from collections import Counter
@@ -9,39 +9,52 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from lmx.errors import ModelInvalid
-
-ARCHITECTURES = ("llama",)
-TENSOR_TYPES = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0")
-"""What ``mx.load`` takes over bit for bit. The K- and IQ-quants have no packed form in MLX."""
+from lmx.hub.gguf_header import Tensor, read_header
+from lmx.hub.gguf_parts import part_paths
 
 
 class GgufFile:
-    """Metadata and tensor list of a checked file. Raises ModelInvalid."""
+    """Metadata and tensor table of a checked file. Raises ModelInvalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ModelInvalid(f"{path} is no GGUF file: it begins with {magic!r} where b'GGUF' is expected.")
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-            raise ModelInvalid(
-                f"{path} is truncated or damaged: its {path.stat().st_size} bytes end before the metadata or the "
-                f"tensor data that its header announces ({error}). Download the file again."
-            ) from None
-        self._fields = reader.fields
-        self.tensor_types: dict[str, str] = {t.name: t.tensor_type.name for t in reader.tensors}
+        header = read_header(path)
+        self._fields = header.fields
+        self.tensors = header.tensors
+        self.parts = [path]
+        if self.get("split.count", 1) > 1:
+            self._add_parts(self.get("split.no"), self.get("split.count"))
         self.architecture = str(self.get("general.architecture", ""))
-        self._check(reader.tensors)
+        if not self.architecture:
+            raise ModelInvalid(f"{path} does not name its architecture (general.architecture); no engine can load it.")
+        if not self.tensors:
+            raise ModelInvalid(f"{path} holds a vocabulary only and no weights. Name the model's own file.")
+
+    def _add_parts(self, number: int, count: int) -> None:
+        paths = part_paths(self.path)
+        if len(paths) != count or number >= count or paths[number] != self.path:
+            raise ModelInvalid(
+                f"{self.path} is part {number + 1} of {count} of a split model; llama.cpp finds the others by name. "
+                f"Call the parts NAME-00001-of-{count:05}.gguf to NAME-{count:05}-of-{count:05}.gguf."
+            )
+        if number != 0:
+            raise ModelInvalid(f"{self.path} is part {number + 1} of {count}. Name the first: {paths[0]}")
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ModelInvalid(
+                f"{self.path} is split into {count} parts, of which are missing: {', '.join(missing)}. "
+                f"Download them into {self.path.parent}."
+            )
+        self.parts = paths
+        for path in paths[1:]:
+            self.tensors |= read_header(path).tensors
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object."""
-        field = self._fields.get(key)
-        return default if field is None else field.contents()
+        return self._fields.get(key, default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's own, for example ``llama.block_count``."""
@@ -54,33 +67,18 @@ class GgufFile:
         return value
 
     @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.parts)
+
+    @property
     def quantization(self) -> str:
         """The type that most matrices have."""
-        matrices = Counter(
-            kind for name, kind in self.tensor_types.items() if kind != "F32" and "token_embd" not in name
-        )
-        return matrices.most_common(1)[0][0] if matrices else "F32"
+        matrices = [t for t in self.tensors.values() if len(t.shape) > 1 and t.name != "token_embd.weight"]
+        kinds = Counter(str(tensor.kind.name) for tensor in matrices or self.tensors.values())
+        return kinds.most_common(1)[0][0]
 
-    def _check(self, tensors: list[Any]) -> None:
-        path = self.path
-        if self.get("split.count", 1) > 1:
-            raise ModelInvalid(
-                f"{path} is one of {self.get('split.count')} parts of a split model. Join them first: "
-                "llama-gguf-split --merge FIRST-PART OUTPUT.gguf"
-            )
-        if self.architecture not in ARCHITECTURES:
-            raise ModelInvalid(
-                f"{path} is of the architecture {self.architecture!r}; lmx converts {', '.join(ARCHITECTURES)}. "
-                "Take the model as an MLX folder (mlx-community on Hugging Face has most)."
-            )
-        if not tensors:
-            raise ModelInvalid(f"{path} holds a vocabulary only and no weights. Name the model's own file.")
-        if self.own("expert_count", 0) > 0:
-            raise ModelInvalid(f"{path} is a mixture of experts, which lmx converts from MLX folders only.")
-        unread = Counter(kind for kind in self.tensor_types.values() if kind not in TENSOR_TYPES)
-        if unread:
-            found = ", ".join(f"{kind} ({count} tensors)" for kind, count in unread.most_common())
-            raise ModelInvalid(
-                f"{path} holds tensors of type {found}; MLX reads {', '.join(TENSOR_TYPES)}. "
-                "Take a file in one of these, or the model as an MLX folder."
-            )
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes, mapped from the file: (rows, ..., bytes of a row)."""
+    data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, tensor.nbytes)
+    return np.reshape(data, gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))

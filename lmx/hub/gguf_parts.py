@@ -1,0 +1,24 @@
+"""How the parts of a split GGUF file are called: ``NAME-00001-of-00003.gguf``, as llama.cpp writes and finds them.
+
+Names only, nothing is opened. Called by the inventory, by the key of a conversion, and by the converter.
+"""
+
+import re
+from pathlib import Path
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
+
+
+def part_paths(path: Path) -> list[Path]:
+    """All parts that ``path``, one of them, belongs to, the first one first, present or not; else ``[path]``."""
+    found = _PART.fullmatch(path.stem)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    return [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}{path.suffix}") for number in range(1, count + 1)]
+
+
+def model_name(path: Path) -> str:
+    """The file's name without ".gguf" and the number of a part."""
+    found = _PART.fullmatch(path.stem)
+    return found["stem"] if found else path.stem
