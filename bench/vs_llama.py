@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from bench.bare_llama import CELLS, bare_llama
+from bench.models import CACHE
 from bench.peer import llama_cpp_server
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request
@@ -15,7 +16,7 @@ from lmx.bench.figures import decode_tokens_per_s
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
 from lmx.engine.llama.backend import default_threads
-from lmx.hub.inventory import EMBEDDED_ID, embedded_gguf
+from lmx.hub.inventory import EMBEDDED_ID, resolve
 
 PROMPT_WORDS = 60
 CLIENTS = 8
@@ -23,7 +24,7 @@ STREAMS_TARGET, SINGLE_TARGET, SERVER_TARGET, LOAD_TARGET = 0.9, 0.95, 3.0, 1.5
 
 
 def run(quick: bool) -> Result:
-    path = embedded_gguf()
+    path = resolve(EMBEDDED_ID, CACHE, "llama").path
     times = 3 if quick else 7
     tokens = 64
     prompts = Prompts(0)

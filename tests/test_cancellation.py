@@ -1,6 +1,7 @@
-"""The promise, against the real engine: whenever and however a client goes, its KV is free and every account says so.
+"""The promise, against the real engines: whenever and however a client goes, its KV is free and every account says so.
 
-The API's own tests drive more states through the null engine; here the sequences are real ones, in real arenas.
+The API's own tests drive more states through the null engine; here the sequences are real ones, in MLX's arenas and in
+llama.cpp's cells.
 """
 
 import concurrent.futures
@@ -20,18 +21,21 @@ import httpx
 import openai
 import pytest
 
-from tests.models import build_model
+from tests.models import build_gguf
 from tests.server import Server, serve
 
 STORM = 300
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog, and 17 of 42 others do not. " * 150
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough that a long prompt takes many steps and a stream can be left in the middle."""
-    folder = tmp_path_factory.mktemp("cancel") / "llama"
-    return build_model("llama", folder, num_hidden_layers=4, hidden_size=256, eos_token_id=None)
+@pytest.fixture(scope="module", params=["mlx", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for each back end, of the same weights: an MLX folder, a GGUF file.
+
+    Large enough that a long prompt takes many steps and a stream can be left in the middle.
+    """
+    gguf = build_gguf(tmp_path_factory.mktemp("cancel") / "model.gguf", num_hidden_layers=4, hidden_size=256)
+    return gguf if request.param == "llama" else gguf.with_suffix(".mlx")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +43,15 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     settings = {
         "engine": {"max_rows": 2, "max_chunk_tokens": 32},
         "server": {"write_timeout_s": 0.5},
+        "model": backend(model),
     }
     with serve(tmp_path_factory.mktemp("server"), "--model", str(model), settings=settings) as server:
         server.line(r"lmx: model \S+ ready")
         yield server
+
+
+def backend(model: Path) -> dict[str, str]:
+    return {"backend": "llama" if model.suffix == ".gguf" else "mlx"}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -217,16 +226,16 @@ def test_the_sdk_leaves_a_stream(server: Server) -> None:
     server.idle()
 
 
-def test_a_storm_of_streams_leaves_nothing(tiny_server: Server) -> None:
+def test_a_storm_of_streams_leaves_nothing(storm_server: Server) -> None:
     """300 streams, each left after a random number of events, by FIN or by reset; memory is back where it was."""
-    with send(tiny_server) as sock:
+    with send(storm_server) as sock:
         read_chunks(sock, 2)
-    tiny_server.idle()
-    active_bytes = tiny_server.engine()["engine"]["mlx_active_bytes"]
+    storm_server.idle()
+    active_bytes = storm_server.engine()["engine"]["mlx_active_bytes"]
     draw = random.Random(8)
 
     def one(events: int, go: Callable[[socket.socket], None], fields: dict[str, Any]) -> None:
-        sock = send(tiny_server, **fields)
+        sock = send(storm_server, **fields)
         data = b""
         while data.count(b"data: ") < events and b"[DONE]" not in data:
             data += sock.recv(65536)
@@ -244,16 +253,29 @@ def test_a_storm_of_streams_leaves_nothing(tiny_server: Server) -> None:
             storm.append(pool.submit(one, draw.choice([0, 1, 2, 5, 20]), draw.choice([GO["fin"], reset]), fields))
         for one_of_them in storm:
             one_of_them.result()
-    tiny_server.idle()
-    record = tiny_server.engine()["engine"]
-    assert record["arena_bytes"] == 0
+    storm_server.idle()
+    record = storm_server.engine()["engine"]
+    llama = storm_server.status()["models"][0]["backend"] == "llama"
+    assert record["arena_bytes"] == (record["kv_budget_bytes"] if llama else 0)  # llama.cpp keeps its buffer
     assert abs(record["mlx_active_bytes"] - active_bytes) <= 4096
+
+
+@pytest.fixture(scope="module", params=["mlx", "llama"])
+def storm_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if request.param == "mlx":
+        yield request.getfixturevalue("tiny_server")
+        return
+    folder = tmp_path_factory.mktemp("storm")
+    model = build_gguf(folder / "model.gguf")
+    with serve(folder, "--model", str(model), settings={"model": backend(model)}) as server:
+        server.line(r"lmx: model \S+ ready")
+        yield server
 
 
 @pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "no step for")])
 def test_an_engine_that_dies_or_hangs(model: Path, tmp_path: Path, number: signal.Signals, cause: str) -> None:
     """Its clients get a clear error at once, a stream in an event of its own; the next request works."""
-    settings = {"engine": {"hang_timeout_s": 1.0, "restart_backoff_s": 0.05}}
+    settings = {"engine": {"hang_timeout_s": 1.0, "restart_backoff_s": 0.05}, "model": backend(model)}
     with serve(tmp_path, "--model", str(model), settings=settings) as server:
         server.line(r"lmx: model \S+ ready")
         sock = send(server)
@@ -279,7 +301,7 @@ def test_an_engine_that_dies_or_hangs(model: Path, tmp_path: Path, number: signa
 
 
 def test_shutdown_with_running_requests_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    settings = {"server": {"drain_s": 0.2}}
+    settings = {"server": {"drain_s": 0.2}, "model": backend(model)}
     with serve(tmp_path, "--model", str(model), settings=settings, stop=False) as server:
         server.line(r"lmx: model \S+ ready")
         socks = [send(server), send(server, messages=[{"role": "user", "content": LONG_PROMPT}])]
