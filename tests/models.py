@@ -252,13 +252,19 @@ GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gem
 
 
 def _gguf_module(kind: str, module: str) -> str:
-    """llama.cpp's name for a module of mlx-lm's, from the table that its converter uses."""
-    import gguf
-
-    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == GGUF_ARCHITECTURES[kind])
-    name = gguf.get_tensor_name_map(architecture, 100).get_name(module)
+    """llama.cpp's name for a module of mlx-lm's."""
+    name = _gguf_names(GGUF_ARCHITECTURES[kind]).get_name(module)
     assert name is not None, module
     return str(name)
+
+
+@functools.cache
+def _gguf_names(architecture: str) -> Any:
+    """The table that llama.cpp's converter uses."""
+    import gguf
+
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(key, 100)  # layers at most
 
 
 def _interleave(weight: Any, *, heads: int) -> Any:

@@ -23,6 +23,7 @@ def facts(**differences: Any) -> GgufFacts:
         "quantization": "Q4_0",
         "size_bytes": 253_000_000,
         "mlx_refusal": "",
+        "sampling": {},
         "inexact": {},
         "parameters": 268_000_000,
         "mlx_bytes": 388_000_000,

@@ -98,6 +98,7 @@ def test_the_words_hold_what_a_server_needs_and_take_no_mlx(good: Path, tmp_path
         size_bytes=good.stat().st_size,
         mlx_refusal="",
         inexact={},
+        sampling={},
         parameters=parameters,
         mlx_bytes=vectors * 4 + (parameters - vectors) // 32 * (16 + 4),
     )
@@ -127,6 +128,16 @@ def test_what_is_damaged_or_half_done_is_made_again(good: Path, tmp_path: Path) 
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after.keys() == before.keys()
     assert [path.name for path in after if after[path] != before[path]] == []
+
+
+def test_the_makers_sampling_is_read_from_the_file(tmp_path: Path) -> None:
+    def metadata(writer: Any) -> None:
+        writer.add_sampling_temp(0.5)
+        writer.add_sampling_top_k(40)
+        writer.add_sampling_mirostat(2)
+
+    path = build_gguf(tmp_path / "a.gguf", metadata=metadata)
+    assert resolve(str(path), tmp_path / "cache").sampling == {"temperature": 0.5, "top_k": 40}
 
 
 def test_converters_at_once_agree(good: Path, tmp_path: Path) -> None:
@@ -190,9 +201,12 @@ def test_a_repository_of_gguf_files_in_the_hugging_face_cache(
 # --- bad files ----------------------------------------------------------------------------------------
 
 
-def bare(path: Path, architecture: str, *, weights: bool, vocabulary: Writes = add_vocabulary) -> Path:
+def bare(
+    path: Path, architecture: str, *, weights: bool, vocabulary: Writes = add_vocabulary, context_length: int = 512
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(512)
+    if context_length:
+        writer.add_context_length(context_length)
     vocabulary(writer)
     if weights:
         writer.add_tensor("token_embd.weight", np.zeros((train_tokenizer().get_vocab_size(), 32), np.float32))
@@ -227,6 +241,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         r"output_norm\.weight is of the type 99",
     ),
     "vocabulary only": (lambda good, path: bare(path, "llama", weights=False), "a vocabulary only and no weights"),
+    "no context length": (
+        lambda good, path: bare(path, "llama", weights=True, context_length=0),
+        r"lacks llama\.context_length",
+    ),
     "no vocabulary": (
         lambda good, path: bare(path, "llama", weights=True, vocabulary=lambda writer: None),
         "no vocabulary",
@@ -278,6 +296,10 @@ ODD: dict[str, tuple[Writes, str]] = {
     "rope factors": (
         lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32)),
         "not Llama 3's",
+    ),
+    "a type without a formula": (
+        lambda w: w.add_tensor("k", np.zeros((1, 292), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_K),
+        "cannot dequantise its tensors of type Q8_K",
     ),
     "a scale": (lambda w: w.add_attention_scale(0.5), r"llama\.attention\.scale"),
     "partly rotated": (lambda w: w.add_key_length(32), "keys have 32 dimensions, its values 16, and 16 are rotated"),

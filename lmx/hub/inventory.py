@@ -134,7 +134,7 @@ def _from_gguf(source: Path, cache_dir: Path, model_id: str, wanted: Wanted) -> 
         context_length=facts.context_length,
         quantization=facts.quantization,
         size_bytes=size_bytes,
-        sampling={},
+        sampling=facts.sampling,
     )
 
 
