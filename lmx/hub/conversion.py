@@ -44,6 +44,8 @@ class GgufFacts:
     """Why MLX cannot run it at all, as a clause; empty if it can."""
     inexact: Mapping[str, int]
     """Tensors of each type for which MLX has no exact form, so that they must be dequantised: {"Q4_K": 27}."""
+    sampling: Mapping[str, float]
+    """How the model's makers want it sampled, as in ``FolderFacts``."""
     parameters: int
     mlx_bytes: int
     """What the weights take on MLX: packed as in the file where MLX can, else as float16."""

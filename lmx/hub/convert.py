@@ -40,6 +40,7 @@ def convert_words(source: Path, folder: Path) -> None:
             size_bytes=file.size_bytes,
             mlx_refusal=refusal,
             inexact=inexact_types(file),
+            sampling=file.sampling,
             parameters=sum(tensor.elements for tensor in file.tensors.values()),
             mlx_bytes=mlx_bytes(file),
         )

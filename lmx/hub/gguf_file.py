@@ -15,6 +15,14 @@ from lmx.errors import ModelInvalid
 from lmx.hub.gguf_header import Tensor, read_header
 from lmx.hub.gguf_parts import part_paths
 
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
 
 class GgufFile:
     """Metadata and tensor table of a checked file. Raises ModelInvalid."""
@@ -63,8 +71,14 @@ class GgufFile:
     def need(self, key: str) -> Any:
         value = self.own(key)
         if value is None:
-            raise ModelInvalid(f"{self.path} lacks the metadata {self.architecture}.{key}; it cannot be converted.")
+            raise ModelInvalid(f"{self.path} lacks {self.architecture}.{key}, without which no engine can load it")
         return value
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """By the names of generation_config.json, from which llama.cpp's converter has them."""
+        found = {name: self.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+        return {name: value for name, value in found.items() if isinstance(value, int | float) and value >= 0}
 
     @property
     def size_bytes(self) -> int:

@@ -66,6 +66,9 @@ def mlx_folder(file: GgufFile) -> tuple[dict[str, Any], dict[str, str]]:
             f"it is split into {len(file.parts)} parts; join them with "
             f"`llama-gguf-split --merge {file.path} OUTPUT.gguf`"
         )
+    for kind in inexact_types(file):
+        if not _is_dequantizable(gguf.GGMLQuantizationType[kind]):
+            raise ModelInvalid(f"the gguf package cannot dequantise its tensors of type {kind}")
     for key in ("attention.scale", "final_logit_softcapping", "attn_logit_softcapping", "logit_scale"):
         if file.own(key, 0.0) != 0.0:
             raise ModelInvalid(f"mlx-lm does not know its {file.architecture}.{key}")
@@ -77,6 +80,14 @@ def inexact_types(file: GgufFile) -> dict[str, int]:
     """The types that MLX has no exact form for, the commonest first."""
     kinds = Counter(t.kind.name for t in file.tensors.values() if t.kind.name not in BITS and t.kind.name not in _PLAIN)
     return dict(kinds.most_common())
+
+
+def _is_dequantizable(kind: gguf.GGMLQuantizationType) -> bool:
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def mlx_bytes(file: GgufFile) -> int:

@@ -12,7 +12,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOT
 def part_paths(path: Path) -> list[Path]:
     """All parts that ``path``, one of them, belongs to, the first one first, present or not; else ``[path]``."""
     found = _PART.fullmatch(path.stem)
-    if found is None:
+    if found is None or not 1 <= int(found["number"]) <= int(found["count"]):
         return [path]
     count = int(found["count"])
     return [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}{path.suffix}") for number in range(1, count + 1)]

@@ -1,4 +1,4 @@
-"""Writes a GGUF file's tensors as the weights of an MLX folder, one tensor in memory at a time.
+"""Writes a GGUF file's tensors as the weights of an MLX folder, never more than a shard of them in memory.
 
 The only part of the converter that needs MLX. Not with ``mx.load``: for the whole file at once it makes float16 of BF16
 and of K-quants without a word, and fails on Q5_0 (mlx 0.32). Here Q4_0, Q4_1 and Q8_0 stay packed and BF16, F16 and F32
@@ -20,7 +20,7 @@ from lmx.hub.gguf_file import GgufFile, raw
 from lmx.hub.gguf_header import Tensor
 from lmx.hub.gguf_mlx import BITS, GROUP_SIZE
 
-_SHARD_BYTES = 1024**3
+_SHARD_BYTES = 1024**3  # or one tensor, if that is larger
 _CHUNK_BYTES = 64 * 1024 * 1024
 
 

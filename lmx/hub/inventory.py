@@ -134,7 +134,7 @@ def _from_gguf(source: Path, cache_dir: Path, model_id: str, wanted: Wanted) -> 
         context_length=facts.context_length,
         quantization=facts.quantization,
         size_bytes=size_bytes,
-        sampling={},
+        sampling=facts.sampling,
     )
 
 
@@ -158,9 +158,8 @@ def _cached_snapshot(repository: str) -> Path | None:
     """The snapshot folder of the repository's main branch in the local cache. Not snapshot_download(): that refuses a
     snapshot for lacking files, such as a README, that nobody needs here; ``inspect_folder`` finds what is missing."""
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     try:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
