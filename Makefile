@@ -37,6 +37,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the same run
+	$(INSTALL) --group bench
 	$(BIN)/python -m bench
 
 install: $(VENV)/installed

@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 
+from tests.backends import BACKENDS
 from tests.models import build_gguf
 from tests.server import Server, serve
 
@@ -28,7 +29,7 @@ STORM = 300
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog, and 17 of 42 others do not. " * 150
 
 
-@pytest.fixture(scope="module", params=["mlx", "llama"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for each back end, of the same weights: an MLX folder, a GGUF file.
 
@@ -260,7 +261,7 @@ def test_a_storm_of_streams_leaves_nothing(storm_server: Server) -> None:
     assert abs(record["mlx_active_bytes"] - active_bytes) <= 4096
 
 
-@pytest.fixture(scope="module", params=["mlx", "llama"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def storm_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param == "mlx":
         yield request.getfixturevalue("tiny_server")

@@ -11,11 +11,11 @@ from gguf import GGUFReader
 
 from lmx.engine.mlx import adapter
 from lmx.protocol import Failed, Sampling
+from tests.backends import BACKENDS, needs_llama
 from tests.engine_client import GREEDY, engine, engine_process
 from tests.models import KINDS, build_gguf, build_model
 
 PROMPT_LENGTHS = (1, 7, 64, 150, 33, 301)
-BACKENDS = ("mlx", "llama")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def load(request, gguf, folder):
     return {"folder": gguf if request.param == "llama" else folder, "backend": request.param}
 
 
-@pytest.fixture(scope="module", params=["mlx overlapped", "mlx plain", "llama plain"])
+@pytest.fixture(scope="module", params=["mlx overlapped", "mlx plain", pytest.param("llama plain", marks=needs_llama)])
 def client(request, folder, gguf):
     """One engine for the tests that leave it as they found it: every test ends with nothing held."""
     backend, loop = request.param.split()
@@ -100,6 +100,7 @@ def test_batched_equals_alone_for_every_architecture(kind, tmp_path):
         assert_nothing_held(client)
 
 
+@needs_llama
 @pytest.mark.parametrize("lookahead", ["on", "off"])
 def test_llama_says_what_mlx_says_batched_and_alone(folder, gguf, lookahead):
     prompts = prompts_for(1000)

@@ -134,7 +134,6 @@ class LlamaBackend:
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
         parts = []
-        chunks = [chunks] if isinstance(chunks, Chunk) else chunks or []  # TEMPORARY
         for sequence in decode:
             row = self._rows[sequence.seq]
             parts.append(_Part(sequence, row, [row.next_token], True))
