@@ -261,8 +261,8 @@ class NullEngine:
         drawn = tuple(self.draw(row) for row in live if row.done == len(row.prompt) and not row.ended)
         self.step += 1
         elapsed_ms = (time.monotonic() - began) * 1000
-        where = (prefill.submit.seq, prefill.done) if prefill is not None else (-1, 0)
-        self.send(protocol.Step(self.step, elapsed_ms, drawn, started, *where))
+        prefills = ((prefill.submit.seq, prefill.done),) if prefill is not None else ()
+        self.send(protocol.Step(self.step, elapsed_ms, drawn, started, prefills))
 
     def draw(self, row: Row) -> protocol.Tokens:
         token = self.cycle[row.drawn % len(self.cycle)]

@@ -1,7 +1,7 @@
 """What a step will cost: two linear models of milliseconds, fitted online. Inline functions for ``_sched.pyx``.
 
-Decode: per step, per row, per token of context. Prefill chunk: per pass over the weights, per token, per token times
-context. Recursive least squares on relative errors with exponential forgetting, in information form: one regulariser
+Decode: per step, per row, per token of context. Prefill: per pass over the weights, per token, per token times context,
+the last two summed over the step's chunks. Recursive least squares on relative errors with exponential forgetting, in information form: one regulariser
 then decides what the measurements leave open (only chunks of 64 tokens seen: how much is the pass, how much the
 tokens?), namely the prior's shape, and it is never forgotten.
 """
@@ -20,9 +20,9 @@ cdef extern from *:
 
 cdef struct Step:  # what an uncommitted step is made of, for the cost model
     int rows
-    long long context
-    long long chunk
-    long long start
+    long long context  # summed over the rows
+    long long chunk  # tokens of all chunks
+    double chunk_context  # summed over the chunks' tokens
 
 cdef struct Fit:  # ms = scale * sum(weight[i] * shape[i] * feature[i])
     double shape[3]
@@ -44,8 +44,12 @@ cdef inline void decode_features(double *x, Step *step) noexcept:
     x[0], x[1], x[2] = 1.0, step.rows, step.context
 
 
-cdef inline void prefill_features(double *x, double chunk, double start) noexcept:
-    x[0], x[1], x[2] = 1.0, chunk, chunk * (start + chunk / 2.0)
+cdef inline double chunk_context(double start, double tokens) noexcept:
+    return tokens * (start + tokens / 2.0)
+
+
+cdef inline void prefill_features(double *x, double tokens, double context) noexcept:
+    x[0], x[1], x[2] = 1.0, tokens, context
 
 
 cdef inline double predict(Fit *fit, double *x) noexcept:

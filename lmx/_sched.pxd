@@ -15,6 +15,7 @@ cdef enum State:
 cdef struct Seq:
     long long kv_bytes  # held, in whole quanta; while queued: what its admission takes
     long long arrival  # kept through preemption
+    long long place  # in _line_up: what its client will have been served when its turn comes
     int priority
     int client
     State state
@@ -29,9 +30,10 @@ cdef struct Seq:
 
 cdef struct Client:
     long long served  # tokens prefilled and generated (the virtual counter of Sheng et al., OSDI 2024)
+    long long ahead  # in _line_up: what its earlier sequences will add
     int live
 
-cdef struct Slots:  # sequences in one condition, in the order in which they came into it
+cdef struct Slots:  # sequences in one condition
     int *items
     int size
 

@@ -41,6 +41,18 @@ class SchedulerStatistics:
     steps: int
     """Steps planned since the start."""
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A chunk of one sequence's prompt."""
+
+    seq: int
+    start: int
+    """Position of the chunk's first token; 0 means that the sequence joins now and needs a row."""
+    tokens: int
+    """A multiple of 32 except at the prompt's end."""
+    last: bool
+    """The chunk ends the prompt, so that this step samples the sequence's next token."""
+
 class Plan:
     """One engine step. ``plan()`` returns the same object each time; read it before planning again."""
 
@@ -52,17 +64,9 @@ class Plan:
     def decode(self) -> tuple[int, ...]:
         """Those that decode in this step. The same tuple object as in the last step while nobody joins or leaves."""
     @property
-    def prefill(self) -> int:
-        """The sequence that prefills in this step, or -1."""
-    @property
-    def prefill_start(self) -> int:
-        """Position of the chunk's first token; 0 means that the sequence joins now and needs a row."""
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens in the chunk (a multiple of 32 except at the prompt's end)."""
-    @property
-    def prefill_last(self) -> bool:
-        """True when the chunk ends the prompt, so that this step samples the sequence's next token."""
+    def prefills(self) -> tuple[Prefill, ...]:
+        """The chunks of this step: beside decoding rows at most one; otherwise one, or several that each end a
+        prompt."""
     @property
     def preempted(self) -> tuple[int, ...]:
         """Sequences whose KV is to be dropped before this step; they prefill again (prompt and answer so far) later."""
@@ -80,6 +84,7 @@ class Scheduler:
         kv_bytes_per_sequence: int = 0,
         kv_quantum_tokens: int = 256,
         max_chunk_tokens: int = 512,
+        max_wave_tokens: int = 1024,
         itl_target_ms: float = 250.0,
         max_step_ms: float = 4000.0,
     ) -> None:
@@ -92,6 +97,10 @@ class Scheduler:
         Beside decoding rows a chunk is sized so that the predicted step stays within ``itl_target_ms`` (a prompt's end
         may stretch it by a tenth, rather than cost a pass of its own); ``max_step_ms`` bounds every step. A chunk has
         at least 32 tokens, whatever is predicted, so that prompts always go on.
+
+        While nobody decodes, the prompt that ends in a step is joined by those next in order, a wave: each one whole
+        and queued until now, of the same priority, of at most ``max_chunk_tokens``, all together of at most
+        ``max_wave_tokens`` and a predicted step of at most 8 × ``itl_target_ms``. The first that does not fit ends it.
 
         Prompts are taken by priority, then by the client that was served fewest tokens (prefilled and generated; Sheng
         et al., "Fairness in Serving Large Language Models", OSDI 2024), then by arrival. Priority is strict: under
@@ -129,6 +138,6 @@ class Scheduler:
         ValueError for one that is not releasable."""
     def next_deadline(self) -> float:
         """Earliest deadline of a live sequence, infinity if none."""
-    def predict_ms(self, decode_rows: int, decode_context: int, chunk_tokens: int, chunk_start: int) -> float:
-        """The fitted cost of such a step (``decode_context``: summed over the rows)."""
+    def predict_ms(self, decode_rows: int, decode_context: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
+        """The fitted cost of such a step (``decode_context``: summed over the rows; ``chunks``: start and tokens)."""
     def statistics(self) -> SchedulerStatistics: ...

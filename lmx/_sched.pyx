@@ -1,4 +1,4 @@
-"""The token scheduler: which sequences decode and which prompt prefills in each engine step (DESIGN §3).
+"""The token scheduler: which sequences decode and which prompts prefill in each engine step (DESIGN §3).
 
 Pure decisions in C structs: no MLX, no I/O, no clock (the time is an argument), no randomness; the same calls give the
 same plans. The engine's step loop is its only caller, from one thread. ``_sched.pyi`` is the contract,
@@ -10,7 +10,9 @@ from libc.math cimport INFINITY, isfinite
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from lmx._cost cimport Fit, Step, decode_features, observe, predict, prefill_features, start_fit
+cimport cython
+
+from lmx._cost cimport Fit, Step, chunk_context, decode_features, observe, predict, prefill_features, start_fit
 
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ cdef enum:
     TILE = 32  # matrix kernels cost whole tiles of 32 rows
     FIRST_CHUNK = 128  # largest chunk beside decoding rows before anything was measured
     MAX_OVERTAKEN = 8  # smaller sequences that may be admitted before one that waits for KV
+    WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
 
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
@@ -41,21 +44,28 @@ class SchedulerStatistics:
     steps: int
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    seq: int
+    start: int
+    tokens: int
+    last: bool
+
+
 cdef class Plan:
     cdef readonly long long step
     cdef readonly tuple decode
-    cdef readonly long long prefill
-    cdef readonly long long prefill_start
-    cdef readonly long long prefill_tokens
-    cdef readonly bint prefill_last
+    cdef readonly tuple prefills
     cdef readonly tuple preempted
     cdef readonly tuple expired
 
 
+@cython.final  # so that its methods call each other directly
 cdef class Scheduler:
     cdef Seq *seqs
     cdef int capacity
-    cdef Slots queue, running, ending  # running: PREFILLING and DECODING, oldest admission first
+    cdef Slots queue, running, ending  # queue: by arrival; running: PREFILLING and DECODING, oldest admission first
+    cdef Slots line  # what _line_up() found
     cdef dict slot_of
     cdef list free_slots
     cdef Client *clients
@@ -68,7 +78,7 @@ cdef class Scheduler:
     cdef int max_rows, rows_used
     cdef long long kv_budget_bytes, kv_used_bytes, kv_ending_bytes, quantum_bytes, kv_bytes_per_sequence
     cdef long long quantum_tokens, capacity_tokens
-    cdef long long max_chunk_tokens
+    cdef long long max_chunk_tokens, max_wave_tokens
     cdef double itl_target_ms, max_step_ms
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
@@ -86,11 +96,10 @@ cdef class Scheduler:
             raise RuntimeError(f"steps {self.committed + 1} and {self.planned} are both uncommitted: commit one first")
         cdef Plan plan = self.last_plan
         cdef Step *step = &self.uncommitted[(self.planned + 1) & 1]
-        plan.step = plan.prefill_start = plan.prefill_tokens = 0
-        plan.prefill = -1
-        plan.prefill_last = False
-        plan.decode = plan.preempted = plan.expired = ()
-        step.rows = step.context = step.chunk = step.start = 0
+        plan.step = 0
+        plan.decode = plan.prefills = plan.preempted = plan.expired = ()
+        step.rows = step.context = step.chunk = 0
+        step.chunk_context = 0.0
         if now >= self.due:
             plan.expired = self._expire(now)
         if self._make_room(plan):
@@ -162,38 +171,115 @@ cdef class Scheduler:
                 i += 1
 
     cdef void _prefill(self, Plan plan, Step *step):
-        """One chunk of the prompt that is first in order, if any can go on or be admitted."""
+        """One chunk of the prompt that is first in order, if any can go on or be admitted; a wave if nobody decodes."""
         # A step that preempts admits nobody: memory is short, and the victim's newest token may still be in flight.
-        cdef int slot = self._next_prompt(self.rows_used < self.max_rows and not plan.preempted)
+        cdef bint admit = not plan.preempted
+        cdef int slot = self._next_prompt(admit and self.rows_used < self.max_rows)
         if slot < 0:
             return
         cdef Seq *seq = &self.seqs[slot]
+        self._take(plan, step, slot, self._chunk_tokens(step, seq))
+        if admit and step.rows == 0 and seq.length == seq.target:
+            self._wave(plan, step, seq.priority)
+
+    cdef void _wave(self, Plan plan, Step *step, int priority):
+        """Queued prompts beside one that ends in this step, while nobody decodes: the next in order, each one whole.
+
+        Requests that come at the same moment then start together. One after the other, each would decode nearly alone
+        beside the next one's chunk, and eight prompts of 85 tokens took 1.3 to 1.5 times as long as in one pass
+        (SmolLM2 and a llama of 8 × 512 on a CPU). It ends at the first that does not fit, so nobody is overtaken; a
+        lower priority does not make a higher one wait. Who comes or is cancelled meanwhile waits for the step's end,
+        hence the time limit.
+        """
+        if not self.prefill_fit.seen:
+            return
+        cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        cdef int i, slot, begun
+        cdef Seq *seq
+        self._line_up(priority)
+        for i in range(self.line.size):
+            slot = self.line.items[i]
+            seq = &self.seqs[slot]
+            begun = self._first_begun()
+            if (
+                seq.target > self.max_chunk_tokens
+                or step.chunk + seq.target > self.max_wave_tokens
+                or self.kv_used_bytes + seq.kv_bytes > self.kv_budget_bytes
+                or self._predict_ms(step, 0, seq.target) > limit_ms
+                or (begun >= 0 and self._first(begun, slot) == begun)
+            ):
+                return
+            self._take(plan, step, slot, seq.target)
+
+    cdef void _line_up(self, int priority) noexcept:
+        """Into ``line``: the queued of this priority that are next in order, as many as rows are free.
+
+        One pass finds them all: whoever is taken counts as served before the client's next one is compared with
+        others, so each one's place is its client's counter and the tokens of the client's earlier ones (the start tags
+        of Goyal et al., "Start-time Fair Queuing", 1996).
+        """
+        cdef int i, j, slot, rows_free = self.max_rows - self.rows_used
+        cdef Seq *seq
+        cdef Client *client
+        self.line.size = 0
+        if rows_free == 0:
+            return
+        for i in range(self.client_capacity):
+            self.clients[i].ahead = 0
+        for i in range(self.queue.size):
+            slot = self.queue.items[i]
+            seq = &self.seqs[slot]
+            if seq.priority < priority:
+                continue
+            if seq.priority > priority:  # it waits for KV
+                self.line.size = 0
+                return
+            client = &self.clients[seq.client]
+            seq.place = client.served + client.ahead
+            client.ahead += seq.target + 1
+            j = self.line.size
+            if j < rows_free:
+                self.line.size += 1
+            elif seq.place < self.seqs[self.line.items[j - 1]].place:
+                j -= 1
+            else:
+                continue
+            while j > 0 and seq.place < self.seqs[self.line.items[j - 1]].place:
+                self.line.items[j] = self.line.items[j - 1]
+                j -= 1
+            self.line.items[j] = slot
+
+    cdef void _take(self, Plan plan, Step *step, int slot, long long tokens):
+        """Prefill so many tokens of this prompt in the step; the prompt's last ones give its next token too."""
+        cdef Seq *seq = &self.seqs[slot]
         if seq.state == QUEUED:
             self._admit(slot)
-        step.start = seq.length
-        step.chunk = self._chunk_tokens(step, seq.target - seq.length)
-        seq.length += step.chunk
+        plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
+        step.chunk += tokens
+        step.chunk_context += chunk_context(seq.length, tokens)
+        seq.length += tokens
         seq.last_step = self.planned + 1
-        self.clients[seq.client].served += step.chunk
-        plan.prefill = seq.id
-        plan.prefill_start = step.start
-        plan.prefill_tokens = step.chunk
-        plan.prefill_last = seq.length == seq.target
-        if plan.prefill_last:
+        self.clients[seq.client].served += tokens
+        if seq.length == seq.target:
             seq.state = DECODING
             self.decoding_changed = True
             self._generate(slot)
+
+    cdef int _first_begun(self) noexcept:
+        """The first in order of those that prefill already; or -1."""
+        cdef int i, best = -1
+        for i in range(self.running.size):
+            if self.seqs[self.running.items[i]].state == PREFILLING:
+                best = self._first(best, self.running.items[i])
+        return best
 
     cdef int _next_prompt(self, bint admit) noexcept:
         """The first in order of those that prefill already and, if ``admit``, of the queued ones whose KV fits; or -1.
 
         The first queued one that does not fit may be overtaken MAX_OVERTAKEN times. Then nobody behind it is admitted.
         """
-        cdef int i, best = -1, fits = -1, waits = -1
+        cdef int i, best = self._first_begun(), fits = -1, waits = -1
         cdef long long free_bytes = self.kv_budget_bytes - self.kv_used_bytes
-        for i in range(self.running.size):
-            if self.seqs[self.running.items[i]].state == PREFILLING:
-                best = self._first(best, self.running.items[i])
         if admit:
             for i in range(self.queue.size):
                 if self.seqs[self.queue.items[i]].kv_bytes <= free_bytes:
@@ -222,8 +308,9 @@ cdef class Scheduler:
             return a if x_served < y_served else b
         return a if x.arrival <= y.arrival else b
 
-    cdef long long _chunk_tokens(self, Step *step, long long left) noexcept:
+    cdef long long _chunk_tokens(self, Step *step, Seq *seq) noexcept:
         """The largest chunk whose step stays within the time limit: whole tiles, or all that is left."""
+        cdef long long left = seq.target - seq.length
         if left <= TILE:
             return left
         cdef long long most = self.max_chunk_tokens
@@ -233,12 +320,13 @@ cdef class Scheduler:
             if not self.prefill_fit.seen:
                 most = min(most, FIRST_CHUNK)
         cdef long long tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self._predict_ms(step, tokens) > limit_ms:
+        while tokens > TILE and self._predict_ms(step, seq.length, tokens) > limit_ms:
             tokens -= TILE
         if (
             left - tokens < TILE
             and left <= most
-            and self._predict_ms(step, left) <= TAIL_SLACK * max(limit_ms, self._predict_ms(step, tokens))
+            and self._predict_ms(step, seq.length, left)
+            <= TAIL_SLACK * max(limit_ms, self._predict_ms(step, seq.length, tokens))
         ):
             return left
         return tokens
@@ -268,7 +356,12 @@ cdef class Scheduler:
         seq.length = 0
         # Room for one decode step too, if there will be one; else it would be preempted as soon as it is admitted.
         seq.kv_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
+        cdef int i = self.queue.size
         append_slot(&self.queue, slot)
+        while i > 0 and self.seqs[self.queue.items[i - 1]].arrival > seq.arrival:  # it was preempted
+            self.queue.items[i] = self.queue.items[i - 1]
+            i -= 1
+        self.queue.items[i] = slot
 
     cdef void _generate(self, int slot):
         """The step being planned samples a token for this sequence; the last one ends it."""
@@ -300,36 +393,47 @@ cdef class Scheduler:
 
     # --- cost ---------------------------------------------------------------------------------------------------------
 
-    cdef double _predict_ms(self, Step *step, long long chunk) noexcept:
+    cdef double _decode_ms(self, Step *step) noexcept:
         cdef double x[3]
-        cdef double cost_ms = 0.0
-        if step.rows:
-            decode_features(x, step)
-            cost_ms += predict(&self.decode_fit, x)
-        if chunk:
-            prefill_features(x, chunk, step.start)
+        if step.rows == 0:
+            return 0.0
+        decode_features(x, step)
+        return predict(&self.decode_fit, x)
+
+    cdef double _predict_ms(self, Step *step, long long start, long long tokens) noexcept:
+        """The step's cost with ``tokens`` more of a prompt, from position ``start`` on."""
+        cdef double x[3]
+        cdef double cost_ms = self._decode_ms(step)
+        if step.chunk + tokens:
+            prefill_features(x, step.chunk + tokens, step.chunk_context + chunk_context(start, tokens))
             cost_ms += predict(&self.prefill_fit, x)
         return cost_ms
 
     cdef void _learn(self, Step *step, double elapsed_ms) noexcept:
-        """A step without a chunk teaches the decode cost; one with a chunk, what the chunk added to it."""
+        """A step without a chunk teaches the decode cost; one with chunks, what they added to it."""
         cdef double x[3]
         cdef bint first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if not step.chunk:
             decode_features(x, step)
             observe(&self.decode_fit, x, elapsed_ms)
         else:
-            prefill_features(x, step.chunk, step.start)
-            observe(&self.prefill_fit, x, elapsed_ms - self._predict_ms(step, 0))
+            prefill_features(x, step.chunk, step.chunk_context)
+            observe(&self.prefill_fit, x, elapsed_ms - self._decode_ms(step))
         if first:  # both are costs of the same machine
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 
-    def predict_ms(self, decode_rows, decode_context, chunk_tokens, chunk_start):
+    def predict_ms(self, decode_rows, decode_context, chunks=()):
         cdef Step step
+        cdef long long start, tokens
         step.rows = _whole("decode_rows", decode_rows, 0)
         step.context = _whole("decode_context", decode_context, 0)
-        step.start = _whole("chunk_start", chunk_start, 0)
-        return self._predict_ms(&step, _whole("chunk_tokens", chunk_tokens, 0))
+        step.chunk = 0
+        step.chunk_context = 0.0
+        for chunk in chunks:
+            start, tokens = _whole("chunk start", chunk[0], 0), _whole("chunk tokens", chunk[1], 0)
+            step.chunk += tokens
+            step.chunk_context += chunk_context(start, tokens)
+        return self._predict_ms(&step, 0, 0)
 
     # --- the public bookkeeping ---------------------------------------------------------------------------------------
 
@@ -342,6 +446,7 @@ cdef class Scheduler:
         kv_bytes_per_sequence=0,
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
+        max_wave_tokens=1024,
         double itl_target_ms=250.0,
         double max_step_ms=4000.0,
     ):
@@ -351,6 +456,7 @@ cdef class Scheduler:
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1, 2**20)
         self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
+        self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
@@ -512,6 +618,7 @@ cdef class Scheduler:
         self.queue.items = <int *>resized(self.queue.items, size * sizeof(int))
         self.running.items = <int *>resized(self.running.items, size * sizeof(int))
         self.ending.items = <int *>resized(self.ending.items, size * sizeof(int))
+        self.line.items = <int *>resized(self.line.items, size * sizeof(int))
         for i in range(self.capacity, size):
             self.seqs[i].state = ENDED
         self.free_slots.extend(range(size - 1, self.capacity - 1, -1))
@@ -524,6 +631,7 @@ cdef class Scheduler:
         free(self.queue.items)
         free(self.running.items)
         free(self.ending.items)
+        free(self.line.items)
 
 
 cdef long long _whole(name, value, low, high=2**31 - 1) except? -1:

@@ -178,9 +178,8 @@ class Step:
     elapsed_ms: float
     rows: tuple[Tokens, ...]
     started: tuple[Started, ...] = ()
-    prefill_seq: int = -1
-    prefill_done: int = 0
-    """Prompt tokens of ``prefill_seq`` computed so far."""
+    prefills: tuple[tuple[int, int], ...] = ()
+    """Each sequence that prefilled in this step, and how many of its prompt's tokens are computed now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +265,7 @@ def _decode(body: bytes) -> Message:
     if cls is Step:
         values[2] = tuple(_tokens(row) for row in values[2])
         values[3] = tuple(Started(*started) for started in values[3])
+        values[4] = tuple((seq, done) for seq, done in values[4])
     elif cls is Submit:
         values[3] = Sampling(*values[3])
     elif cls is Load:

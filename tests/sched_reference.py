@@ -7,22 +7,20 @@ from the sequences, so that its accounting cannot drift. Slow on purpose; used b
 import math
 from dataclasses import dataclass, field
 
-from lmx._sched import NeverFits, SchedulerStatistics
+from lmx._sched import NeverFits, Prefill, SchedulerStatistics
 
 TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
 TAIL_SLACK = 1.1
+WAVE_TARGETS = 8
 
 
 @dataclass
 class Plan:
     step: int = 0
     decode: tuple[int, ...] = ()
-    prefill: int = -1
-    prefill_start: int = 0
-    prefill_tokens: int = 0
-    prefill_last: bool = False
+    prefills: tuple[Prefill, ...] = ()
     preempted: tuple[int, ...] = ()
     expired: tuple[int, ...] = ()
 
@@ -50,7 +48,7 @@ class Step:
     rows: int = 0
     context: int = 0
     chunk: int = 0
-    start: int = 0
+    chunk_context: float = 0.0
 
 
 @dataclass
@@ -122,6 +120,7 @@ class ReferenceScheduler:
         kv_bytes_per_sequence=0,
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
+        max_wave_tokens=1024,
         itl_target_ms=250.0,
         max_step_ms=4000.0,
     ):
@@ -131,6 +130,7 @@ class ReferenceScheduler:
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1)
         self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
+        self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (math.isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
@@ -157,6 +157,9 @@ class ReferenceScheduler:
 
     def used_bytes(self):
         return sum(s.kv_bytes for s in self.sequences.values())
+
+    def rows_used(self):
+        return sum(s.kv_bytes > 0 for s in self.sequences.values())
 
     def kv_bytes_for(self, tokens):
         return self.kv_bytes_per_sequence + math.ceil(tokens / self.quantum_tokens) * self.quantum_bytes
@@ -215,25 +218,44 @@ class ReferenceScheduler:
         s = self.next_prompt(admit=not plan.preempted)
         if s is None:
             return
+        self.take(plan, step, s, self.chunk_tokens(step, s))
+        if not plan.preempted and not step.rows and s.length == s.target and self.prefill_fit.seen:
+            while (following := self.next_of_wave(step, s.priority)) is not None:
+                self.take(plan, step, following, following.target)
+
+    def next_of_wave(self, step, priority):
+        """The next in order, if it is a queued one of this priority and fits whole."""
+        s = min(self.in_state("queued", "prefilling"), key=self.order, default=None)
+        fits = (
+            s is not None
+            and s.state == "queued"
+            and s.priority == priority
+            and self.rows_used() < self.max_rows
+            and self.used_bytes() + self.admission_bytes(s) <= self.kv_budget_bytes
+            and s.target <= self.max_chunk_tokens
+            and step.chunk + s.target <= self.max_wave_tokens
+            and self.cost_ms(step, 0, s.target) <= min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        )
+        return s if fits else None
+
+    def take(self, plan, step, s, tokens):
         if s.state == "queued":
             self.starts += 1
             s.state, s.started, s.kv_bytes = "prefilling", self.starts, self.admission_bytes(s)
-        step.start = plan.prefill_start = s.length
-        step.chunk = plan.prefill_tokens = self.chunk_tokens(step, s.target - s.length)
-        plan.prefill = s.id
-        s.length += step.chunk
+        plan.prefills += (Prefill(s.id, s.length, tokens, s.length + tokens == s.target),)
+        step.chunk += tokens
+        step.chunk_context += tokens * (s.length + tokens / 2.0)
+        s.length += tokens
         s.last_step = self.planned + 1
-        self.served[s.client] += step.chunk
+        self.served[s.client] += tokens
         if s.length == s.target:
-            plan.prefill_last = True
             s.state = "decoding"
             self.generate(s)
 
     def next_prompt(self, admit):
         prefilling = sorted(self.in_state("prefilling"), key=self.order)
         best = prefilling[0] if prefilling else None
-        rows_used = sum(s.kv_bytes > 0 for s in self.sequences.values())
-        if not admit or rows_used == self.max_rows:
+        if not admit or self.rows_used() == self.max_rows:
             return best
         free_bytes = self.kv_budget_bytes - self.used_bytes()
         waits = None
@@ -249,7 +271,8 @@ class ReferenceScheduler:
             waits = waits or s
         return best
 
-    def chunk_tokens(self, step, left):
+    def chunk_tokens(self, step, s):
+        left = s.target - s.length
         most, limit_ms = self.max_chunk_tokens, self.max_step_ms
         if step.rows:
             limit_ms = min(limit_ms, self.itl_target_ms)
@@ -258,10 +281,10 @@ class ReferenceScheduler:
         if left <= TILE:
             return left
         tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self.cost_ms(step, tokens) > limit_ms:
+        while tokens > TILE and self.cost_ms(step, s.length, tokens) > limit_ms:
             tokens -= TILE
-        slack_ms = TAIL_SLACK * max(limit_ms, self.cost_ms(step, tokens))
-        if left - tokens < TILE and left <= most and self.cost_ms(step, left) <= slack_ms:
+        slack_ms = TAIL_SLACK * max(limit_ms, self.cost_ms(step, s.length, tokens))
+        if left - tokens < TILE and left <= most and self.cost_ms(step, s.length, left) <= slack_ms:
             return left
         return tokens
 
@@ -279,29 +302,32 @@ class ReferenceScheduler:
 
     # --- cost ---
 
-    def cost_ms(self, step, chunk):
-        cost_ms = 0.0
-        if step.rows:
-            cost_ms += self.decode_fit.predict((1.0, step.rows, step.context))
-        if chunk:
-            cost_ms += self.prefill_fit.predict((1.0, chunk, chunk * (step.start + chunk / 2.0)))
+    def decode_ms(self, step):
+        return self.decode_fit.predict((1.0, step.rows, step.context)) if step.rows else 0.0
+
+    def cost_ms(self, step, start, tokens):
+        cost_ms = self.decode_ms(step)
+        if step.chunk + tokens:
+            context = step.chunk_context + tokens * (start + tokens / 2.0)
+            cost_ms += self.prefill_fit.predict((1.0, step.chunk + tokens, context))
         return cost_ms
 
     def learn(self, step, elapsed_ms):
         first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if step.chunk:
-            x = (1.0, step.chunk, step.chunk * (step.start + step.chunk / 2.0))
-            self.prefill_fit.observe(x, elapsed_ms - self.cost_ms(step, 0))
+            x = (1.0, step.chunk, step.chunk_context)
+            self.prefill_fit.observe(x, elapsed_ms - self.decode_ms(step))
         else:
             self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms)
         if first:
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 
-    def predict_ms(self, decode_rows, decode_context, chunk_tokens, chunk_start):
-        rows = _whole("decode_rows", decode_rows, 0)
-        context = _whole("decode_context", decode_context, 0)
-        start = _whole("chunk_start", chunk_start, 0)
-        return self.cost_ms(Step(rows, context, 0, start), _whole("chunk_tokens", chunk_tokens, 0))
+    def predict_ms(self, decode_rows, decode_context, chunks=()):
+        step = Step(_whole("decode_rows", decode_rows, 0), _whole("decode_context", decode_context, 0))
+        for start, tokens in chunks:
+            step.chunk += _whole("chunk tokens", tokens, 0)
+            step.chunk_context += tokens * (_whole("chunk start", start, 0) + tokens / 2.0)
+        return self.cost_ms(step, 0, 0)
 
     # --- the public bookkeeping ---
 

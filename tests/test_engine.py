@@ -168,7 +168,7 @@ def test_cancel_frees_in_every_state(client, state):
     )
     answer = client.answers[victim]
     if state == "prefill":
-        client.wait(lambda: any(step.prefill_seq == victim for step in client.steps))
+        client.wait(lambda: any(seq == victim for step in client.steps for seq, _ in step.prefills))
         assert not answer.tokens
     elif state == "decode":
         client.wait(lambda: len(answer.tokens) >= 3)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lmx._sched import NeverFits, Scheduler
+from lmx._sched import NeverFits, Prefill, Scheduler
 from tests.sched_reference import ReferenceScheduler
 
 BOTH = pytest.mark.parametrize("implementation", [Scheduler, ReferenceScheduler], ids=["compiled", "reference"])
@@ -25,7 +25,7 @@ def run(scheduler, now=0.0, cost_ms=50.0, finished=()):
         scheduler.commit(plan.step, cost_ms(plan) if callable(cost_ms) else cost_ms, finished)
     for seq in scheduler.releasable():
         scheduler.release(seq)
-    return plan.decode, plan.prefill, plan.prefill_start, plan.prefill_tokens
+    return plan.decode, tuple((chunk.seq, chunk.start, chunk.tokens) for chunk in plan.prefills)
 
 
 def drain(scheduler, bound=1000, **options):
@@ -39,7 +39,11 @@ def drain(scheduler, bound=1000, **options):
 
 
 def prefill_order(steps):
-    return [prefill for _, prefill, _, _ in steps if prefill >= 0]
+    return [seq for _, chunks in steps for seq, _, _ in chunks]
+
+
+def chunk_tokens(plan):
+    return sum(chunk.tokens for chunk in plan.prefills)
 
 
 # --- a sequence's life --------------------------------------------------------------------------------
@@ -49,7 +53,8 @@ def prefill_order(steps):
 def test_a_prompt_prefills_in_chunks_then_decodes_to_max_tokens(implementation):
     scheduler = make(implementation, max_chunk_tokens=64)
     assert scheduler.submit(7, 150, 3) == 3
-    assert drain(scheduler) == [((), 7, 0, 64), ((), 7, 64, 64), ((), 7, 128, 22), ((7,), -1, 0, 0), ((7,), -1, 0, 0)]
+    chunks = [((7, 0, 64),), ((7, 64, 64),), ((7, 128, 22),)]
+    assert drain(scheduler) == [*(((), chunk) for chunk in chunks), ((7,), ()), ((7,), ())]
     assert scheduler.plan(0.0).step == 0
 
 
@@ -57,7 +62,7 @@ def test_a_prompt_prefills_in_chunks_then_decodes_to_max_tokens(implementation):
 def test_lookahead_counts_planned_tokens_and_holds_the_kv_until_the_last_step_is_committed(implementation):
     scheduler = make(implementation)
     scheduler.submit(1, 20, 2)
-    assert scheduler.plan(0.0).prefill_last
+    assert scheduler.plan(0.0).prefills == (Prefill(1, 0, 20, last=True),)
     assert scheduler.plan(0.0).decode == (1,)
     scheduler.commit(1, 50.0)
     assert scheduler.plan(0.0).step == 0
@@ -136,7 +141,8 @@ def test_a_long_prompt_does_not_block_another_clients_short_one(implementation):
     scheduler.submit(1, 100_000, 1, client="long")
     run(scheduler)
     scheduler.submit(2, 80, 1, client="short")
-    assert [run(scheduler)[1] for _ in range(3)] == [1, 2, 1]  # equal counters: arrival; then the least served
+    # Equal counters: arrival; then the least served.
+    assert prefill_order(run(scheduler) for _ in range(3)) == [1, 2, 1]
 
 
 @BOTH
@@ -146,11 +152,11 @@ def test_clients_get_equal_tokens_not_equal_requests(implementation):
     for seq in range(400):
         scheduler.submit(seq, (300, 30)[seq % 2], 10, client="ab"[seq % 2])
     for _ in range(800):
-        decode, prefill, _, tokens = run(scheduler)
+        decode, chunks = run(scheduler)
         for seq in decode:
             served[seq % 2] += 1
-        if prefill >= 0:
-            served[prefill % 2] += tokens + 1
+        for seq, _, tokens in chunks:
+            served[seq % 2] += tokens + 1
     assert min(served) > 3000
     assert abs(served[0] - served[1]) <= 2 * 310
 
@@ -248,9 +254,9 @@ def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(i
         assert plan.preempted in ((), (2,))
         for seq in plan.decode:
             given[seq] += 1
-        if plan.prefill >= 0:
-            prefills.append((plan.prefill, plan.prefill_start, plan.prefill_tokens, given[plan.prefill]))
-            given[plan.prefill] += plan.prefill_last
+        for chunk in plan.prefills:
+            prefills.append((chunk.seq, chunk.start, chunk.tokens, given[chunk.seq]))
+            given[chunk.seq] += chunk.last
         scheduler.commit(plan.step, 50.0)
         for seq in scheduler.releasable():
             scheduler.release(seq)
@@ -317,11 +323,11 @@ def test_at_most_max_rows_hold_rows_the_unreleased_included(implementation):
     for seq in range(3):
         scheduler.submit(seq, 10, 1)
     for step in (1, 2):
-        assert scheduler.plan(0.0).prefill == step - 1
+        assert [chunk.seq for chunk in scheduler.plan(0.0).prefills] == [step - 1]
         scheduler.commit(step, 50.0)
     assert scheduler.plan(0.0).step == 0
     scheduler.release(0)
-    assert scheduler.plan(0.0).prefill == 2
+    assert [chunk.seq for chunk in scheduler.plan(0.0).prefills] == [2]
 
 
 # --- the cost model and the chunk ---------------------------------------------------------------------
@@ -339,7 +345,7 @@ def with_decoding_rows(implementation, rows=1, **changes):
     for seq in range(rows):
         scheduler.submit(seq, 85, 100_000, client="decoding")
     for _ in range(4 * rows + 10):
-        run(scheduler, cost_ms=lambda plan: cpu_ms(len(plan.decode), 100 * len(plan.decode), plan.prefill_tokens, 0))
+        run(scheduler, cost_ms=lambda plan: cpu_ms(len(plan.decode), 100 * len(plan.decode), chunk_tokens(plan), 0))
     return scheduler
 
 
@@ -348,7 +354,7 @@ def with_decoding_rows(implementation, rows=1, **changes):
 def test_an_85_token_prompt_goes_in_one_chunk_where_the_target_allows_it(implementation, rows):
     scheduler = with_decoding_rows(implementation, rows, itl_target_ms=330.0)
     scheduler.submit(100, 85, 1, client="new")
-    assert run(scheduler)[1:] == (100, 0, 85)
+    assert run(scheduler)[1] == ((100, 0, 85),)
 
 
 @BOTH
@@ -359,8 +365,9 @@ def test_steps_with_a_chunk_keep_the_target_on_average(implementation, rows):
     costs_ms = []
 
     def cost_ms(plan):
-        exact_ms = cpu_ms(len(plan.decode), 200 * len(plan.decode), plan.prefill_tokens, plan.prefill_start)
-        if plan.prefill >= 0:
+        start = plan.prefills[0].start if plan.prefills else 0
+        exact_ms = cpu_ms(len(plan.decode), 200 * len(plan.decode), chunk_tokens(plan), start)
+        if plan.prefills:
             costs_ms.append(exact_ms)
         return exact_ms * noise.uniform(0.9, 1.1)
 
@@ -376,11 +383,12 @@ def test_steps_with_a_chunk_keep_the_target_on_average(implementation, rows):
 def test_chunks_are_whole_tiles_and_a_short_tail_is_not_left_behind(implementation):
     scheduler = with_decoding_rows(implementation, 2)
     scheduler.submit(100, 69, 1, client="new")
-    assert run(scheduler)[1:] == (100, 0, 69)  # 64 tokens keep the target; 5 more cost less than a pass of their own
+    assert run(scheduler)[1] == ((100, 0, 69),)  # 64 tokens keep the target; 5 more cost less than a pass of their own
     scheduler.submit(101, 500, 1, client="new")
     chunks = []
     while sum(chunks) < 500:
-        chunks.append(run(scheduler)[3])
+        ((_, _, tokens),) = run(scheduler)[1]
+        chunks.append(tokens)
     assert all(tokens % 32 == 0 for tokens in chunks[:-1])
     assert len(chunks) < 500 // 32
 
@@ -389,11 +397,12 @@ def test_chunks_are_whole_tiles_and_a_short_tail_is_not_left_behind(implementati
 def test_with_nobody_decoding_the_chunk_is_the_largest_that_the_step_limit_allows(implementation):
     scheduler = make(implementation, max_chunk_tokens=512, max_step_ms=420.0)
     scheduler.submit(1, 5000, 1)
-    chunks = [run(scheduler, cost_ms=lambda plan: cpu_ms(0, 0, plan.prefill_tokens, 0))[3] for _ in range(8)]
-    assert chunks[-1] == 160  # 397 ms
+    for _ in range(8):
+        _, ((_, _, tokens),) = run(scheduler, cost_ms=lambda plan: cpu_ms(0, 0, chunk_tokens(plan), 0))
+    assert tokens == 160  # 397 ms
     scheduler = make(implementation, max_chunk_tokens=512)
     scheduler.submit(1, 5000, 1)
-    assert [run(scheduler)[3] for _ in range(2)] == [512, 512]
+    assert [run(scheduler)[1] for _ in range(2)] == [((1, 0, 512),), ((1, 512, 512),)]
 
 
 @BOTH
@@ -405,7 +414,7 @@ def test_before_any_measurement_a_chunk_beside_decoding_rows_is_modest_and_progr
         scheduler.submit(2, 1000, 1)
         plan = scheduler.plan(0.0)
         assert plan.decode == (1,)
-        assert plan.prefill_tokens in expected
+        assert chunk_tokens(plan) in expected
 
 
 @BOTH
@@ -415,11 +424,13 @@ def test_predictions_converge_after_few_steps(implementation):
     scheduler.submit(1, 1000, 30)
     drain(
         scheduler,
-        cost_ms=lambda plan: cpu_ms(len(plan.decode), 100, plan.prefill_tokens, plan.prefill_start),
+        cost_ms=lambda plan: cpu_ms(
+            len(plan.decode), 100, chunk_tokens(plan), sum(chunk.start for chunk in plan.prefills)
+        ),
     )
     for tokens in (64, 128, 256, 512):
-        assert scheduler.predict_ms(0, 0, tokens, 0) == pytest.approx(cpu_ms(0, 0, tokens, 0), rel=0.1)
-    assert scheduler.predict_ms(1, 100, 64, 0) == pytest.approx(cpu_ms(1, 100, 64, 0), rel=0.1)
+        assert scheduler.predict_ms(0, 0, [(0, tokens)]) == pytest.approx(cpu_ms(0, 0, tokens, 0), rel=0.1)
+    assert scheduler.predict_ms(1, 100, [(0, 64)]) == pytest.approx(cpu_ms(1, 100, 64, 0), rel=0.1)
 
 
 @BOTH
@@ -429,10 +440,10 @@ def test_equal_chunks_give_right_predictions_there_and_cautious_ones_elsewhere(i
     scheduler = make(implementation, max_chunk_tokens=64, max_step_ms=1e9)
     scheduler.submit(0, 64 * 60, 1)
     for _ in range(60):
-        run(scheduler, cost_ms=lambda plan: speed * noise.uniform(0.9, 1.1) * cpu_ms(0, 0, plan.prefill_tokens, 0))
+        run(scheduler, cost_ms=lambda plan: speed * noise.uniform(0.9, 1.1) * cpu_ms(0, 0, chunk_tokens(plan), 0))
     seen_ms = speed * cpu_ms(0, 0, 64, 0)
-    assert scheduler.predict_ms(0, 0, 64, 32 * 60) == pytest.approx(seen_ms, rel=0.1)
-    assert 0.6 * speed * cpu_ms(0, 0, 512, 0) < scheduler.predict_ms(0, 0, 512, 0) < 9 * seen_ms
+    assert scheduler.predict_ms(0, 0, [(32 * 60, 64)]) == pytest.approx(seen_ms, rel=0.1)
+    assert 0.6 * speed * cpu_ms(0, 0, 512, 0) < scheduler.predict_ms(0, 0, [(0, 512)]) < 9 * seen_ms
 
 
 @BOTH
@@ -443,9 +454,9 @@ def test_one_outlier_does_not_ruin_the_fit(implementation, outlier, at):
     scheduler.submit(0, 128 * 40, 1)
     for step in range(40):
         factor = outlier if step == at else 1.0
-        run(scheduler, cost_ms=lambda plan, factor=factor: factor * cpu_ms(0, 0, plan.prefill_tokens, 0))
+        run(scheduler, cost_ms=lambda plan, factor=factor: factor * cpu_ms(0, 0, chunk_tokens(plan), 0))
         if step >= at + 12:
-            assert scheduler.predict_ms(0, 0, 128, 128 * step) == pytest.approx(cpu_ms(0, 0, 128, 0), rel=0.2)
+            assert scheduler.predict_ms(0, 0, [(128 * step, 128)]) == pytest.approx(cpu_ms(0, 0, 128, 0), rel=0.2)
 
 
 @BOTH
@@ -453,7 +464,7 @@ def test_a_lasting_change_of_speed_is_learned_in_three_steps(implementation):
     scheduler = with_decoding_rows(implementation)
     for _ in range(3):
         run(scheduler, cost_ms=400.0)
-    assert scheduler.predict_ms(1, 100, 0, 0) == pytest.approx(400.0, rel=0.05)
+    assert scheduler.predict_ms(1, 100) == pytest.approx(400.0, rel=0.05)
 
 
 # --- errors -------------------------------------------------------------------------------------------
@@ -466,7 +477,7 @@ def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implem
     for name in ("max_rows", "kv_budget_bytes", "kv_bytes_per_token", "kv_bytes_per_sequence", "kv_quantum_tokens"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
-    for name in ("max_chunk_tokens", "itl_target_ms", "max_step_ms"):
+    for name in ("max_chunk_tokens", "max_wave_tokens", "itl_target_ms", "max_step_ms"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
     good = {"seq": 1, "prompt_tokens": 10, "max_tokens": 5, "priority": 0, "deadline": 9.0}
@@ -474,10 +485,13 @@ def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implem
         if (name, value) not in (("deadline", math.inf), ("priority", -1)):
             with pytest.raises(ValueError, match=f"{name} .*{value}"):
                 scheduler.submit(**(good | {name: value}))
-    for name in ("decode_rows", "decode_context", "chunk_tokens", "chunk_start"):
-        arguments = dict.fromkeys(("decode_rows", "decode_context", "chunk_tokens", "chunk_start"), 1)
+    for name in ("decode_rows", "decode_context"):
+        arguments = dict.fromkeys(("decode_rows", "decode_context"), 1)
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             scheduler.predict_ms(**(arguments | {name: value}))
+    for chunk, name in (((value, 1), "chunk start"), ((1, value), "chunk tokens")):
+        with pytest.raises(ValueError, match=f"{name} .*{value}"):
+            scheduler.predict_ms(1, 1, [chunk])
     scheduler.submit(**good)
     with pytest.raises(ValueError, match=f"now .*{value}"):
         scheduler.plan(value)

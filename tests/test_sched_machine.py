@@ -15,22 +15,23 @@ from hypothesis.stateful import (
 from lmx._sched import NeverFits, Scheduler
 from tests.sched_reference import ReferenceScheduler
 
-PLAN_FIELDS = ("step", "decode", "prefill", "prefill_start", "prefill_tokens", "prefill_last", "preempted", "expired")
+PLAN_FIELDS = ("step", "decode", "prefills", "preempted", "expired")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     seqs = Bundle("seqs")
 
     @initialize(
-        max_rows=st.integers(1, 4),
-        quanta=st.integers(1, 12),
+        max_rows=st.integers(1, 6),
+        quanta=st.integers(1, 30),
         quantum_tokens=st.sampled_from([8, 32, 50]),
         per_sequence=st.sampled_from([0, 70]),
         max_chunk_tokens=st.sampled_from([32, 64, 200]),
-        itl_target_ms=st.sampled_from([1.0, 120.0, 250.0]),
+        max_wave_tokens=st.sampled_from([1, 100, 400]),
+        itl_target_ms=st.sampled_from([1.0, 30.0, 250.0]),
     )
-    def start(self, max_rows, quanta, quantum_tokens, per_sequence, max_chunk_tokens, itl_target_ms):
-        self.max_rows = max_rows
+    def start(self, max_rows, quanta, quantum_tokens, per_sequence, max_chunk_tokens, max_wave_tokens, itl_target_ms):
+        self.max_rows, self.max_chunk_tokens, self.max_wave_tokens = max_rows, max_chunk_tokens, max_wave_tokens
         self.budget_bytes = quanta * quantum_tokens * 10 + per_sequence
         sizes = {
             "max_rows": max_rows,
@@ -39,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "kv_bytes_per_sequence": per_sequence,
             "kv_quantum_tokens": quantum_tokens,
             "max_chunk_tokens": max_chunk_tokens,
+            "max_wave_tokens": max_wave_tokens,
             "itl_target_ms": itl_target_ms,
         }
         self.compiled, self.reference = Scheduler(**sizes), ReferenceScheduler(**sizes)
@@ -49,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended = set()  # cancelled or finished: in no later plan
         self.released = set()
         self.tokens_left = {}
+        self.prefilled = {}  # seq -> where its last chunk ended
 
     def both(self, name, *args, **kwargs):
         """The same call to both; the same answer or the same kind of error."""
@@ -114,20 +117,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(plan.expired) == {seq for seq, deadline in self.live.items() if deadline <= self.now}
         for seq in plan.expired:
             self.end(seq)
-        members = set(plan.decode) | ({plan.prefill} if plan.prefill >= 0 else set())
+        prefilling = [chunk.seq for chunk in plan.prefills]
+        members = {*plan.decode, *prefilling}
         assert members <= self.live.keys(), "an ended sequence is in a later plan"
         assert not members & set(plan.preempted)
         assert len(members) <= self.max_rows
-        assert plan.prefill not in plan.decode
+        assert len(members) == len(plan.decode) + len(prefilling), "a sequence is in a plan twice"
+        self.check_prefills(plan)
         if plan.step:
             self.planned_members[plan.step] = members
         else:
             assert not members
-        for seq in (*plan.decode, *((plan.prefill,) if plan.prefill_last else ())):
+        for seq in (*plan.decode, *(chunk.seq for chunk in plan.prefills if chunk.last)):
             self.tokens_left[seq] -= 1
             if self.tokens_left[seq] == 0:
                 self.end(seq)
         return plan
+
+    def check_prefills(self, plan):
+        if len(plan.prefills) > 1:
+            assert not plan.decode
+            assert all(chunk.last for chunk in plan.prefills)
+            assert all(chunk.start == 0 for chunk in plan.prefills[1:])
+            assert sum(chunk.tokens for chunk in plan.prefills) <= self.max_wave_tokens
+        for chunk in plan.prefills:
+            assert 0 < chunk.tokens <= self.max_chunk_tokens
+            assert chunk.start == (0 if chunk.start == 0 else self.prefilled[chunk.seq])
+            self.prefilled[chunk.seq] = chunk.start + chunk.tokens
 
     @precondition(lambda self: self.planned_members)
     @rule(elapsed_ms=st.floats(0.0, 5000.0), data=st.data())
@@ -157,9 +173,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.released.add(seq)
         assert self.compiled.statistics().kv_used_bytes == before
 
-    @rule(rows=st.integers(0, 4), context=st.integers(0, 999), chunk=st.integers(0, 200), start=st.integers(0, 400))
-    def predict(self, rows, context, chunk, start):
-        cost_ms = self.both("predict_ms", rows, context, chunk, start)
+    @rule(
+        rows=st.integers(0, 4),
+        context=st.integers(0, 999),
+        chunks=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 200)), max_size=3),
+    )
+    def predict(self, rows, context, chunks):
+        cost_ms = self.both("predict_ms", rows, context, chunks)
         assert 0.0 <= cost_ms < float("inf")
 
     @invariant()

@@ -57,8 +57,8 @@ class Launch(Protocol):
     """A step on the device."""
 
     def wait(self) -> list[Draw]:
-        """Block until the step is done; the decoding rows' draws in their order, then the chunk's if it was the
-        last."""
+        """Block until the step is done; the decoding rows' draws in their order, then those of the chunks that are
+        ``last``, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Facts:
     max_rows: int
     """Sequences that may run at once."""
     max_chunk_tokens: int
-    """Longest prefill chunk of a step."""
+    """Longest prefill chunk of one sequence in a step."""
     asynchronous: bool
     """Whether a launch returns before its step is done, so that lookahead gains something."""
     weights_bytes: int
@@ -103,8 +103,9 @@ class Backend(Protocol):
     def start(self, sequence: Sequence) -> None:
         """Give the sequence a row; its prefill begins with the next launch."""
 
-    def launch(self, decode: Seq[Sequence], chunk: Chunk | None) -> Launch:
-        """Start one step: every sequence of ``decode`` gets one token, and ``chunk`` is prefilled."""
+    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
+        """Start one step: every sequence of ``decode`` gets one token, and the ``chunks`` (of other sequences, each of
+        another one) are prefilled, in one forward pass or several."""
 
     def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
         """Drop the sequence's KV; ``wipe``: zero it, because it holds non-finite values. Unknown sequences are

@@ -48,7 +48,7 @@ class _Running:
 
     step: int
     launch: Launch
-    chunk: Chunk | None
+    chunks: list[Chunk]
     started: tuple[Started, ...]
     launched_at: float
     predicted_s: float
@@ -183,30 +183,25 @@ class StepLoop:
         if self._stalled:
             return None
         decode = [self._sequences[seq] for seq in plan.decode]
-        chunk: Chunk | None = None
-        started: tuple[Started, ...] = ()
-        members = plan.decode
-        if plan.prefill >= 0:
-            sequence = self._sequences[plan.prefill]
-            chunk = Chunk(sequence, plan.prefill_start, plan.prefill_tokens, plan.prefill_last)
-            members = (*members, plan.prefill)
-            if plan.prefill_start == 0:
-                self._backend.start(sequence)
-                started = (Started(sequence.seq, 0),)
+        chunks = [Chunk(self._sequences[p.seq], p.start, p.tokens, p.last) for p in plan.prefills]
+        joining = [chunk.sequence for chunk in chunks if chunk.start == 0]
+        for sequence in joining:
+            self._backend.start(sequence)
+        started = tuple(Started(sequence.seq, 0) for sequence in joining)
+        members = (*plan.decode, *(p.seq for p in plan.prefills))
         if members != self._members:
             self._members = members
             self._link.send(Running(members))
         predicted_ms = self._scheduler.predict_ms(
             len(decode),
             sum(len(sequence.tokens) for sequence in decode),
-            chunk.tokens if chunk else 0,
-            chunk.start if chunk else 0,
+            [(chunk.start, chunk.tokens) for chunk in chunks],
         )
         # Before the launch: where the device does not run apart from Python, the launch lasts as long as its step.
         launched_at = self._clock()
-        launch = self._backend.launch(decode, chunk)
+        launch = self._backend.launch(decode, chunks)
         self._host_s = 0.8 * self._host_s + 0.2 * (self._clock() - now)
-        return _Running(plan.step, launch, chunk, started, launched_at, predicted_ms / 1e3)
+        return _Running(plan.step, launch, chunks, started, launched_at, predicted_ms / 1e3)
 
     def _complete(self, running: _Running) -> None:
         draws = running.launch.wait()
@@ -238,12 +233,11 @@ class StepLoop:
             sequence.ended = finish is not None
             logprobs = (draw.logprobs,) if draw.logprobs else ()
             rows.append(Tokens(sequence.seq, (draw.token,), finish, logprobs))
-        prefill_seq, prefill_done = -1, 0
-        if running.chunk:
-            running.chunk.sequence.computed_tokens += running.chunk.tokens
-            prefill_seq, prefill_done = running.chunk.sequence.seq, running.chunk.start + running.chunk.tokens
+        for chunk in running.chunks:
+            chunk.sequence.computed_tokens += chunk.tokens
+        prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished)
-        self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefill_seq, prefill_done))
+        self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
 
     def _release(self) -> None:
         """Free what has ended and is in no step that still runs."""

@@ -2,8 +2,8 @@
 
 A lane holds rows × slots for every layer. A row is one sequence, left-aligned: slot index = token position. A decode
 step runs the rows [0, B) in one forward pass and writes one slot of each in place; a prefill chunk runs one row by
-itself, in place too, so that joining and leaving move nothing. A recurrent layer keeps one state a row instead of
-slots.
+itself, or the whole prompts of several, in place too, so that joining and leaving move nothing. A recurrent layer keeps
+one state a row instead of slots.
 
 The model sees ``DecodeView`` and ``PrefillView``: the duck type of mlx-lm's KVCache (``offset``, ``make_mask``,
 ``update_and_fetch``, ``state``). A row in [0, B) that does not decode now (free, or in prefill) is computed all the
@@ -134,11 +134,11 @@ class Lane:
         kind = LayerKind("state", None, (vocab, vocab), (mx.int32, mx.int32))
         self.counts = StateLayer(kind, self.rows)
 
-    def add_counts(self, start: int, tokens: mx.array) -> None:
-        """Count the (lazy) tokens that rows [start, start + B) just drew."""
+    def add_counts(self, rows: Sequence[int], tokens: mx.array) -> None:
+        """Count the (lazy) tokens that these rows just drew."""
         if self.counts is not None:
-            rows = mx.arange(start, start + tokens.shape[0])
-            self.counts.arrays = [array.at[rows, tokens].add(1) for array in self.counts.arrays]
+            index = mx.array(list(rows))
+            self.counts.arrays = [array.at[index, tokens].add(1) for array in self.counts.arrays]
 
     def adopt(self, row: int, other: "Lane", source: int) -> None:
         """Copy all that ``other`` keeps of its row ``source`` into a row of this lane. Costs one row's copy."""
@@ -161,7 +161,7 @@ class Lane:
         private = self._private.get(row, [])
         for index, layer in enumerate(self._layers):
             if isinstance(layer, KVLayer):
-                caches.append(PrefillView(layer, row, start))
+                caches.append(PrefillView(layer, [(row, len(tokens))], start))
                 continue
             if isinstance(layer, OwnLayer):
                 layer.cache = fresh[index] if fresh else layer.cache
@@ -180,6 +180,27 @@ class Lane:
         for layer, cache in zip((x for x in self._layers if isinstance(x, StateLayer)), states, strict=True):
             layer.put(row, cache.cache)
         return self._loaded.logits(hidden[:, -1:])[:, 0]
+
+    @property
+    def prefills_together(self) -> bool:
+        """Whether ``prefill_whole`` takes several rows: a recurrent state would run on into a row's padding."""
+        return all(isinstance(layer, KVLayer) for layer in self._layers)
+
+    def prefill_whole(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> mx.array:
+        """Run the whole prompts of empty rows in one forward pass; their logits (B, V).
+
+        Costs B × the longest; best given prompts of like lengths.
+        """
+        longest = max(map(len, prompts))
+        # Padded with the row's own tokens: a foreign one whose embedding is not finite would spoil the row.
+        tokens = mx.array([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], mx.int32)
+        lengths = [len(prompt) for prompt in prompts]
+        places = list(zip(rows, lengths, strict=True))
+        caches = [PrefillView(layer, places, 0) for layer in self._layers if isinstance(layer, KVLayer)]
+        assert len(caches) == len(self._layers)
+        hidden = self._loaded.hidden(tokens, caches)
+        self.lengths[list(rows)] = lengths
+        return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
     def decode(self, active: Sequence[int], tokens: mx.array | None = None) -> mx.array:
         """Run one step of the rows in ``active``: L tokens each, written at [length, length + L).

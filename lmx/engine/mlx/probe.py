@@ -108,17 +108,17 @@ def _ragged(
 ) -> list[np.ndarray]:
     lane = Lane(loaded, kinds, len(prompts) + 1, SLOT_QUANTUM, write)
     lane.acquire(-1)
-    rows = []
     first: list[mx.array] = []
-    for index, prompt in enumerate(prompts):
-        row = lane.acquire(index)
-        cut = len(prompt) // 2
-        if cut:
+    rows = [lane.acquire(index) for index in range(len(prompts))]
+    cuts = [len(prompt) // 2 for prompt in prompts]
+    if lane.prefills_together:
+        lane.prefill_whole(rows, [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)])
+    for row, prompt, cut in zip(rows, prompts, cuts, strict=True):
+        if not lane.prefills_together:
             lane.prefill(row, prompt[:cut], last=False)
         logits = lane.prefill(row, prompt[cut:], last=True)
         assert logits is not None
         first.append(logits)
-        rows.append(row)
     lane.release(0)  # computed as a dummy in every step, on NaN
     lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(_LENGTHS) + _STEPS)
     steps = []

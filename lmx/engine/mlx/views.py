@@ -4,6 +4,8 @@ The duck type of mlx-lm's KVCache (``offset``, ``make_mask``, ``update_and_fetch
 forward pass; it writes into its layer and shows the model no slot beyond that pass's span. Made by ``arena.Lane``.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from lmx.engine.mlx.layers import KVLayer, Write
@@ -83,12 +85,18 @@ class DecodeView(_View):
 
 
 class PrefillView(_View):
-    """One row of a layer while it prefills positions [start, start + n)."""
+    """One row of a layer while it prefills positions [start, start + n); or several, all from 0 on.
 
-    def __init__(self, layer: KVLayer, row: int, start: int) -> None:
+    Several rows are padded at their end to the longest. No query of a row's own comes after its padding, so the causal
+    mask hides it, and only the row's own tokens are written.
+    """
+
+    def __init__(self, layer: KVLayer, rows: Sequence[tuple[int, int]], start: int) -> None:
+        """``rows``: the row and the count of its own tokens, for each row of the pass."""
         super().__init__(layer)
+        assert start == 0 or len(rows) == 1
         self.offset = start
-        self._row = row
+        self._rows = rows
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         window = window_size or self._layer.window
@@ -102,9 +110,13 @@ class PrefillView(_View):
         return Masks(mx.arange(self.offset, end)[None], end, full=False).get(window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        layer, row, start = self._layer, self._row, self.offset
-        end = start + keys.shape[2]
-        layer.keys[row : row + 1, :, start:end] = keys
-        layer.values[row : row + 1, :, start:end] = values
-        self.keys, self.values = layer.keys[row : row + 1, :, :end], layer.values[row : row + 1, :, :end]
+        layer, start = self._layer, self.offset
+        for index, (row, tokens) in enumerate(self._rows):
+            layer.keys[row, :, start : start + tokens] = keys[index, :, :tokens]
+            layer.values[row, :, start : start + tokens] = values[index, :, :tokens]
+        self.keys, self.values = keys, values
+        if start:
+            [(row, tokens)] = self._rows
+            end = start + tokens
+            self.keys, self.values = layer.keys[row : row + 1, :, :end], layer.values[row : row + 1, :, :end]
         return self.keys, self.values
