@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -37,21 +38,21 @@ _CHUNK_TOKENS = 512  # llama.cpp's own default for one forward
 class _Row:
     """A sequence's place in the KV, and what its draws need."""
 
+    sequence: Sequence
     slot: int
     sampling: SamplingBatch
     counts: list[npt.NDArray[np.int32]] | None
     """Two of (1, V): how often a token stands in prompt and answer, and in the answer; for rows with penalties."""
-    length: int = 0
-    """Positions whose KV is computed."""
+    tokens: list[int] = field(default_factory=list)
+    """Those whose KV is computed."""
     next_token: int = -1
     """Drawn, and to be decoded next."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
-    """Consecutive tokens of one sequence in a step."""
+    """What a step adds to one row."""
 
-    sequence: Sequence
     row: _Row
     tokens: Seq[int]
     draws: bool
@@ -61,7 +62,7 @@ class _Part:
 class LlamaLaunch:
     """A step that is done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
 
-    draws: list[Draw] = field(default_factory=list)
+    draws: list[Draw]
 
     def wait(self) -> list[Draw]:
         return self.draws
@@ -89,8 +90,6 @@ class LlamaBackend:
         self._canary_slot = rows
         self._free_slots = list(range(rows - 1, -1, -1))
         self._rows: dict[int, _Row] = {}
-        self._tainted = False
-        """Freed cells may hold non-finite values."""
         self.facts = Facts(
             architecture=model.architecture,
             context_length=context_length,
@@ -127,69 +126,91 @@ class LlamaBackend:
             answer = self._count(sequence.tokens[sequence.prompt_tokens :])
             counts = [self._count(sequence.tokens), answer]
         sampling = SamplingBatch(np, [sequence.sampling], self.facts.vocab_size)
-        self._rows[sequence.seq] = _Row(self._free_slots.pop(), sampling, counts)
+        self._rows[sequence.seq] = _Row(sequence, self._free_slots.pop(), sampling, counts)
 
     def _count(self, tokens: Seq[int]) -> npt.NDArray[np.int32]:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
-        parts = []
-        for sequence in decode:
-            row = self._rows[sequence.seq]
-            parts.append(_Part(sequence, row, [row.next_token], True))
+        rows = (self._rows[sequence.seq] for sequence in decode)
+        parts = [_Part(row, [row.next_token], True) for row in rows]
         for chunk in chunks:
             row = self._rows[chunk.sequence.seq]
-            assert row.length == chunk.start, (row.length, chunk)
-            tokens = chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens]
-            parts.append(_Part(chunk.sequence, row, tokens, chunk.last))
-        launch = LlamaLaunch()
-        for group in _groups(parts, self._context.batch_tokens):
-            launch.draws.extend(self._forward(group))
-        return launch
+            assert len(row.tokens) == chunk.start, (len(row.tokens), chunk)
+            parts.append(_Part(row, chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens], chunk.last))
+        draws = [self._draw(part.row, logits) for part, logits in self._forward(parts)]
+        if any(draw.bad for draw in draws):
+            draws = self._isolate(parts)
+        for draw in draws:
+            row = self._rows[draw.sequence.seq]
+            row.next_token = draw.token
+            for counts in row.counts or ():
+                counts[0, draw.token] += 1
+        return LlamaLaunch(draws)
 
-    def _forward(self, parts: Seq[_Part]) -> list[Draw]:
+    def _forward(self, parts: Seq[_Part]) -> Iterator[tuple[_Part, npt.NDArray[np.float32]]]:
+        """Compute all parts together, in as few forwards as llama.cpp's batch allows; for each part that draws, the
+        logits (V,) of its last token, good until the next one is asked for."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         wanted: list[bool] = []
         for part in parts:
-            count, start = len(part.tokens), part.row.length
+            row, count = part.row, len(part.tokens)
             tokens += part.tokens
-            positions += range(start, start + count)
-            slots += [part.row.slot] * count
+            positions += range(len(row.tokens), len(row.tokens) + count)
+            slots += [row.slot] * count
             wanted += [False] * (count - 1) + [part.draws]
-            part.row.length = start + count
-        logits = self._context.decode(tokens, positions, slots, wanted)
-        drawing = [part for part in parts if part.draws]
-        return [self._draw(part.sequence, part.row, logits[index]) for index, part in enumerate(drawing)]
+            row.tokens += part.tokens
+        drawing = (part for part in parts if part.draws)
+        for start in range(0, len(tokens), self._context.batch_tokens):
+            span = slice(start, start + self._context.batch_tokens)
+            for logits in self._context.decode(tokens[span], positions[span], slots[span], wanted[span]):
+                yield next(drawing), logits
 
-    def _draw(self, sequence: Sequence, row: _Row, logits: npt.NDArray[np.float32]) -> Draw:
+    def _isolate(self, parts: Seq[_Part]) -> list[Draw]:
+        """A step again, after it gave logits that are not finite.
+
+        A non-finite value in one sequence's KV may reach all that share the cells, since no mask stops a NaN, and their
+        KV then. So everything is computed anew in zeroed cells, one sequence at a time: who is bad now is bad itself.
+        """
+        bad: set[int] = set()
+        while True:
+            self._context.wipe()
+            draws: dict[int, Draw] = {}
+            for seq, row in self._rows.items():
+                if seq in bad:
+                    continue
+                everything, row.tokens = row.tokens, []
+                [draw] = [self._draw(row, logits) for _, logits in self._forward([_Part(row, everything, True)])]
+                if draw.bad:
+                    bad.add(seq)
+                    break
+                draws[seq] = draw
+            else:
+                break
+        wanted = [part.row.sequence.seq for part in parts if part.draws]
+        return [draws[seq] for seq in wanted if seq in draws] + [Draw(self._rows[seq].sequence, 0, True) for seq in bad]
+
+    def _draw(self, row: _Row, logits: npt.NDArray[np.float32]) -> Draw:
         """One row at a time: the arrays of one fit the processor's cache and malloc's pool (8 rows of 49,152 together
         took 5.9 ms, one after the other 1.4)."""
-        key = draw_key(sequence.sampling.seed, row.length)
-        drawn = row.sampling.draw(logits[None], [key], row.counts)
-        token = int(drawn.tokens[0])
-        row.next_token = token
-        for counts in row.counts or ():
-            counts[0, token] += 1
-        logprobs, wanted = None, sequence.sampling.logprobs
+        wanted = row.sequence.sampling.logprobs
+        drawn = row.sampling.draw(logits[None], [draw_key(row.sequence.sampling.seed, len(row.tokens))], row.counts)
+        logprobs = None
         if drawn.logprobs is not None:
             assert drawn.top_ids is not None
             assert drawn.top_logprobs is not None
             ids, values = drawn.top_ids[0, :wanted], drawn.top_logprobs[0, :wanted]
             logprobs = Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist()))
-        return Draw(sequence, token, bool(drawn.bad[0]), logprobs)
+        return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
 
     def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        # ``wipe``: done when the row turned bad.
         row = self._rows.pop(sequence.seq, None)
-        if row is None:
-            return
-        self._context.forget(row.slot)
-        self._free_slots.append(row.slot)
-        self._tainted |= wipe
-        if self._tainted and not self._rows:
-            self._context.wipe()
-            self._tainted = False
+        if row is not None:
+            self._context.forget(row.slot)
+            self._free_slots.append(row.slot)
 
     def canary(self) -> None:
         logits = self._context.decode([0], [0], [self._canary_slot], [True])
@@ -200,11 +221,11 @@ class LlamaBackend:
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         row = self._rows[sequence.seq]
-        if tokens < row.length and not self._context.forget(row.slot, tokens):
+        if tokens < len(row.tokens) and not self._context.forget(row.slot, tokens):
             self._context.forget(row.slot)
             tokens = 0
-        row.length = min(row.length, tokens)
-        return row.length
+        del row.tokens[tokens:]
+        return len(row.tokens)
 
     def export_kv(self, sequence: Sequence) -> bytes:
         return self._context.export_slot(self._rows[sequence.seq].slot)
@@ -213,8 +234,8 @@ class LlamaBackend:
         row = self._rows[sequence.seq]
         if not self._context.import_slot(row.slot, data):
             raise ValueError(f"{len(data)} bytes are no state of this model's KV")
-        row.length = self._context.last_position(row.slot) + 1
-        return row.length
+        row.tokens = sequence.tokens[: self._context.last_position(row.slot) + 1]
+        return len(row.tokens)
 
     def memory(self) -> MemoryFacts:
         return MemoryFacts(
@@ -226,19 +247,6 @@ class LlamaBackend:
             cache_bytes=0,
             live_arrays=0,
         )
-
-
-def _groups(parts: Seq[_Part], batch_tokens: int) -> list[list[_Part]]:
-    """The parts of one step in as few forwards as their tokens fit into, in order."""
-    groups: list[list[_Part]] = []
-    room = 0
-    for part in parts:
-        if len(part.tokens) > room:
-            groups.append([])
-            room = batch_tokens
-        groups[-1].append(part)
-        room -= len(part.tokens)
-    return groups
 
 
 def _whole_quanta(tokens: int) -> int:
