@@ -13,7 +13,7 @@ from pathlib import Path
 from lmx.errors import ModelInvalid
 from lmx.hub.folder import inspect_folder, read_json
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raise it when the converter writes something else for the same file."""
 FACTS_FILE = "lmx.json"
 REFUSED = 3
