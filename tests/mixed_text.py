@@ -33,7 +33,7 @@ _EMOJI = ("😀", "👍🏽", "👩‍👩‍👧‍👦", "🏳️‍🌈", "�
 _BLANKS = (" ", "  ", "   ", "\t", "\t\t", "\n", "\n\n", "\r\n", "\r", "\u00a0", "\u2028", "\u2029", "\u3000", "\u200b",
            "\u2009", "\u202f", "\x0b", "\x0c", "\x85", "\ufeff", " \n ", "\n\t", "    ", " " * 7, " " * 17)  # fmt: skip
 _SYMBOLS = tuple('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~§°±×÷€£¥¿¡«»–—…•†‰′″※→⇒∀∑√∞≈█▁▂░♫。，、！？「」（）：；·')
-_APOSTROPHES = ("'", "’", "‘", "ʼ", "`", "´", "＇")
+_APOSTROPHES = ("'", "'", "'", "’", "‘", "ʼ", "`", "´", "＇")
 _ENDINGS = ("s", "t", "re", "ve", "m", "ll", "d", "S", "T", "RE", "Ve", "vE", "M", "LL", "D", "ſ", "x", "n't", "")
 _CONTROLS = tuple(map(chr, (*range(9), *range(14, 32), 127, 128, 0x9F, 0xAD, 0xE000, 0xFFFD, 0xFFFE, 0x378, 0x10FFFF)))
 _CODE = (
@@ -105,7 +105,8 @@ def _words(choice: random.Random) -> str:
     alphabet = choice.choice(_ALPHABETS)
     words = []
     for _ in range(choice.randint(1, 5)):
-        word = "".join(choice.choices(alphabet, k=choice.randint(1, 9)))
+        characters = _DIGITS if choice.random() < 0.15 else alphabet
+        word = "".join(choice.choices(characters, k=choice.randint(1, 9)))
         if choice.random() < 0.2:
             word += choice.choice(_MARKS)
         if choice.random() < 0.3:

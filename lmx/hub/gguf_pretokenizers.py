@@ -22,9 +22,9 @@ class PreTokenizer:
 # Spelled out, because (?i:'s) would match "'ſ" too.
 _CONTRACTION = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_PHRASE = r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_NOT_BREAKS = r"[^\n]+|\n+"
 
 
 def _any_of(*patterns: str) -> str:
@@ -62,14 +62,13 @@ _DEEPSEEK3_WORDS = _any_of(
     r" ?[\p{P}\p{S}]+[\r\n]*",
     _SPACE,
 )
-_HAN_AND_KANA = r"[一-龥\u3040-ゟ゠-ヿ]+"
-_DEEPSEEK3 = (r"\p{N}{1,3}", _HAN_AND_KANA, _DEEPSEEK3_WORDS)
 _EAST_ASIAN = r"[\u0800-龥가-\ud7ff&&\S]+"
 # Letters with case, without the blocks that DeepSeek's list leaves out.
 _DEEPSEEK_LETTERS = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2f\ua790-\ua7ff\uab30-\uab6f"
     r"\x{10570}-\x{105bf}\x{10d50}-\x{10d8f}\x{16e40}-\x{16e7f}\x{1d400}-\x{1dfff}]]"
 )
+_DEEPSEEK_SYMBOLS = r"\s?[!-/:-~！-／：-～‘-‟\u3001-\u3002]+"
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\x{20000}-\x{2a6df}\x{2a700}-\x{2ebef}\x{2f800}-\x{2fa1f}"
 _KIMI_K2 = _any_of(
     rf"[{_HAN}]+",
@@ -84,82 +83,59 @@ _AFMOE_SCRIPTS = (
 )
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
-_DIGITS_THEN_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3_SPLIT = PreTokenizer((_LLAMA3,))
-_LLAMA3_MODELS = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-_QWEN2_SPLIT = PreTokenizer((_QWEN2,))
-_GPT2_SPLIT = PreTokenizer((_GPT2,))
-_GPT4O_SPLIT = PreTokenizer((_GPT4O,))
-_TINY_AYA_SPLIT = PreTokenizer((_THREES_FROM_THE_RIGHT, _TINY_AYA))
-_BAILING = PreTokenizer((_any_of(_CONTRACTION, _WORD, r"\p{N}", _SYMBOLS, r"\s*[\r\n]|\s+(?!\S)|\s+"),))
 
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    **dict.fromkeys(
-        (
-            "gpt-2",
-            "phi-2",
-            "mpt",
-            "olmo",
-            "jais",
-            "trillion",
-            "granite-docling",
-            "exaone4",
-            "gigachat",
-            "a.x-4.0",
-            "mellum",
-        ),
-        _GPT2_SPLIT,
+_ROWS: tuple[tuple[PreTokenizer, str], ...] = (
+    (PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), "default"),
+    (PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")), "falcon"),
+    (
+        PreTokenizer((_GPT2,)),
+        "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum",
     ),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-        _DIGITS_THEN_GPT2,
+    (
+        PreTokenizer((r"\p{N}", _GPT2)),
+        "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
     ),
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3_MODELS
+    (
+        PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _LLAMA3_SPLIT),
-    **dict.fromkeys(("glm4", "glm5"), PreTokenizer((_LLAMA3,), ignore_merges=True)),
-    **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _QWEN2_SPLIT
+    (PreTokenizer((_LLAMA3,), ignore_merges=True), "glm4 glm5"),
+    (PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe chatglm-bpe"),
+    (
+        PreTokenizer((_QWEN2,)),
+        "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2 bailingmoe bailingmoe2 llada-moe",
     ),
-    "qwen35": PreTokenizer((_QWEN35,)),
-    "ufakzeka": PreTokenizer((_any_of(_WORD, r"\p{N}", _SYMBOLS, _SPACE),)),
-    "laguna": PreTokenizer((_NOT_BREAKS, _QWEN2)),
-    "minicpm5": PreTokenizer(
-        (r"\p{N}{1,3}", _any_of(_CONTRACTION, _WORD, r"\p{N}+", _SYMBOLS, _SPACE)), ignore_merges=True
+    (PreTokenizer((_QWEN35,)), "qwen35"),
+    (PreTokenizer((_any_of(_WORD, r"\p{N}", _SYMBOLS, _SPACE),)), "ufakzeka"),
+    (PreTokenizer((r"[^\n]+|\n+", _QWEN2)), "laguna"),
+    (
+        PreTokenizer((r"\p{N}{1,3}", _any_of(_CONTRACTION, _WORD, r"\p{N}+", _SYMBOLS, _SPACE)), ignore_merges=True),
+        "minicpm5",
     ),
-    "seed-coder": PreTokenizer((_any_of(_CONTRACTION, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACE),)),
-    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
-    "exaone-moe": PreTokenizer(
-        (
-            _any_of(
-                _CONTRACTION,
-                r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+",
-                r"\p{N}",
-                r" ?[^\s\p{L}\p{N}]+[\r\n/]?",
-                r"\s*[\r\n]|\s+(?!\S)|\s+",
-            ),
-        )
+    (
+        PreTokenizer((_any_of(_CONTRACTION, _WORD, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACE),)),
+        "seed-coder",
     ),
-    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O_SPLIT),
-    **dict.fromkeys(("tiny_aya", "cohere2moe"), _TINY_AYA_SPLIT),
-    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), PreTokenizer(_DEEPSEEK3)),
-    "deepseek-llm": PreTokenizer(
-        (
-            r"[\r\n]",
-            rf"\s?{_DEEPSEEK_LETTERS}+",
-            r"\s?[!-/:-~！-／：-～‘-‟\u3001-\u3002]+",
-            r"\s+\z",
-            _EAST_ASIAN,
-            r"\p{N}+",
-        )
+    (
+        PreTokenizer((_any_of(_CONTRACTION, _PHRASE, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]?", _SPACE),)),
+        "exaone-moe",
     ),
-    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")),
-    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), PreTokenizer((_BLOOM,))),
-    "viking": PreTokenizer((_BLOOM, r"\p{N}")),
-    "afmoe": PreTokenizer((_THREES_FROM_THE_RIGHT, _AFMOE_SCRIPTS, _DEEPSEEK3_WORDS)),
-    "kimi-k2": PreTokenizer((_KIMI_K2,)),
-}
+    (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
+    (PreTokenizer((_GPT4O,)), "gpt-4o llama4 kanana2 talkie minimax-m2"),
+    (PreTokenizer((_THREES_FROM_THE_RIGHT, _TINY_AYA)), "tiny_aya cohere2moe"),
+    (PreTokenizer((_THREES_FROM_THE_RIGHT, _AFMOE_SCRIPTS, _DEEPSEEK3_WORDS)), "afmoe"),
+    (
+        PreTokenizer((r"\p{N}{1,3}", r"[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3_WORDS)),
+        "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
+    ),
+    (
+        PreTokenizer((r"[\r\n]", rf"\s?{_DEEPSEEK_LETTERS}+", _DEEPSEEK_SYMBOLS, r"\s+\z", _EAST_ASIAN, r"\p{N}+")),
+        "deepseek-llm",
+    ),
+    (PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")), "deepseek-coder"),
+    (PreTokenizer((_KIMI_K2,)), "kimi-k2"),
+    (PreTokenizer((_BLOOM,)), "bloom poro-chat gpt3-finnish"),
+    (PreTokenizer((_BLOOM, r"\p{N}")), "viking"),
+)
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: row for row, names in _ROWS for name in names.split()}
+"""By ``tokenizer.ggml.pre``."""

@@ -44,12 +44,18 @@ def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.named.items()}
     config["model_max_length"] = int(file.need("context_length"))
-    template = file.get("tokenizer.chat_template")
-    if template:
-        config["chat_template"] = template
+    templates = _chat_templates(file)
+    if templates:
+        config["chat_template"] = templates
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     return list(vocabulary.ends)
+
+
+def _chat_templates(file: GgufFile) -> list[dict[str, str]]:
+    keys = {"default": "tokenizer.chat_template"}
+    keys |= {name: f"tokenizer.chat_template.{name}" for name in file.get("tokenizer.chat_templates") or ()}
+    return [{"name": name, "template": source} for name, key in keys.items() if (source := file.get(key))]
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, model_name: str) -> None:
@@ -91,7 +97,7 @@ def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool
             "Take the model as an MLX folder, which carries its own tokenizer.json."
         )
     pre = PRE_TOKENIZERS[name]
-    merges = list(_merges(file))
+    merges = list(_merges(file, vocabulary))
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges))
     cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -106,10 +112,16 @@ def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool
     return tokenizer, pre.add_bos
 
 
-def _merges(file: GgufFile) -> Iterator[tuple[str, str]]:
-    for merge in file.get("tokenizer.ggml.merges") or []:
-        cut = merge.index(" ", 1)
-        yield merge[:cut], merge[cut + 1 :]
+def _merges(file: GgufFile, vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
+    merges: list[str] = file.get("tokenizer.ggml.merges") or []
+    if not merges:
+        raise ModelInvalid(f"{file.path} has tokens but no merges (tokenizer.ggml.merges); lmx cannot use it.")
+    for merge in merges:
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not {left, right, left + right} <= vocabulary.ids.keys():
+            raise ModelInvalid(f"{file.path} merges {merge!r}, which are no tokens of its vocabulary; it is damaged.")
+        yield left, right
 
 
 def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
@@ -137,7 +149,7 @@ def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
 
 def _gemma4(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
     """Lines are merged each for itself, by the file's merges; the breaks between them become the longest tokens."""
-    merges = [merge for merge in _merges(file) if "\n" not in merge[0]]
+    merges = [merge for merge in _merges(file, vocabulary) if "\n" not in merge[0]]
     longest = max(len(token) for token in vocabulary.tokens if token and not token.strip("\n"))
     merges += [("\n" * length, "\n") for length in range(longest - 1, 0, -1)]
     tokenizer = _blanks_as_letters(vocabulary, merges, prefix=False)

@@ -1,7 +1,8 @@
 """Reads the vocabulary of a GGUF file: tokens, what kind each is, and which of them end a generation.
 
 ``lmx.hub.gguf_tokenizer`` calls it. Files leave much unsaid or say it wrongly; the lists of names below are how
-llama.cpp (src/llama-vocab.cpp of 0.3.36) finds out, so that both engines end at the same tokens.
+llama.cpp (src/llama-vocab.cpp as of llama-cpp-python 0.3.36) finds out, so that both engines end at the same tokens.
+One thing is not copied: llama.cpp takes the marks of gpt-oss's messages out of user text too, as turns of their own.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         raise ModelInvalid(f"{file.path} has no vocabulary (tokenizer.ggml.tokens); lmx cannot use it.")
     tokens = [word or f"[EMPTY_{index}]" for index, word in enumerate(words)]
     ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        raise ModelInvalid(f"{file.path} has {len(tokens)} tokens, of which only {len(ids)} differ; it is damaged.")
     types: list[int] = list(file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelInvalid(f"{file.path} has {len(types)} token types for {len(tokens)} tokens; it is damaged.")
@@ -60,16 +63,14 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         if (index := file.get(f"tokenizer.ggml.{field}_token_id", defaults.get(name))) is not None
         and index < len(tokens)
     }
-    ends = [named[name] for name in ("eos",) if name in named]
-    for name in ("eot", "eom", *_FILL_IN_ENDS):
-        index = file.get(f"tokenizer.ggml.{name}_token_id")
-        if index is None:
-            index = next((ids[token] for token in _FILL_IN_ENDS.get(name, ()) if token in ids), None)
-        if index is not None and index < len(tokens):
-            ends.append(int(index))
+    by_field = {name: file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom", *_FILL_IN_ENDS)}
     by_name = [ids[token] for token in _END_TOKENS if token in ids]
+    for name, candidates in _FILL_IN_ENDS.items():
+        if by_field[name] is None:
+            by_name += [ids[token] for token in candidates if token in ids][:1]
     for index in (*by_name, *(ids[token] for token in _FILL_IN_TOKENS if token in ids)):
         types[index] = CONTROL
+    ends = [int(index) for index in (named.get("eos"), *by_field.values()) if index is not None and index < len(tokens)]
     ends = _without_false_ends(list(dict.fromkeys([*ends, *by_name])), tokens, types)
     if not ends:
         raise ModelInvalid(f"{file.path} names no end-of-text token, so no answer would ever end.")
