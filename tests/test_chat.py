@@ -64,7 +64,7 @@ def test_smollm2_renders_its_own_template(smollm2: ChatModel) -> None:
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert smollm2.eos_ids == {0, 2}
+    assert smollm2.eos_ids == {0, 2, 4}  # <|endoftext|>, <|im_end|> and, as llama.cpp has it, <reponame>
     assert smollm2.vocab_size == 49152
 
 

@@ -26,19 +26,23 @@ class Pieces:
 
 def read_pieces(tokenizer: Tokenizer) -> Pieces:
     """Raises ValueError for a decoder that is none of the two kinds."""
-    description = json.loads(tokenizer.to_str())["decoder"]
-    steps = description["decoders"] if description and description["type"] == "Sequence" else [description or {}]
+    # Not tokenizer.to_str(), which spells out the whole vocabulary: a second for 262,000 tokens.
+    description = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+    steps = description["decoders"] if description.get("type") == "Sequence" else [description]
     kinds = [step.get("type") for step in steps]
     added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if "ByteLevel" in kinds:
         table = _byte_characters()
         strip_space = False
+        plain = {token.content for token in added.values()}  # these are matched, and so written, as they are
 
         def piece(token: str) -> bytes:
+            if token in plain:
+                return token.encode()
             try:
                 return bytes([table[character] for character in token])
-            except KeyError:  # an added token that holds real spaces, for example
+            except KeyError:  # one of the tokens that Command R's makers spelled out
                 return token.encode()
 
     elif "Metaspace" in kinds or "ByteFallback" in kinds:

@@ -1,10 +1,13 @@
 """Makes tokenizer.json and tokenizer_config.json from the vocabulary inside a GGUF file.
 
-Part of the converter process. Two families: byte-level BPE (GGUF's model "gpt2"), whose pre-tokenizer the file only
-names, and SentencePiece BPE (model "llama"), whose merges follow from the scores.
+Part of the converter process. Token ids are those that llama.cpp's own tokenizer gives (src/llama-vocab.cpp as of
+llama-cpp-python 0.3.36). Three families: byte-level BPE (GGUF's model "gpt2"), whose pre-tokenizer the file only names;
+SentencePiece BPE ("llama"), whose merges follow from the scores; and Gemma 4's ("gemma4"), SentencePiece's alphabet
+with merges of its own.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,136 +15,152 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lmx.errors import ModelInvalid
 from lmx.hub.gguf_file import GgufFile
+from lmx.hub.gguf_pretokenizers import PRE_TOKENIZERS
+from lmx.hub.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
 
-_NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# GGUF's token types
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# GGUF's name of a pre-tokenizer → the regexes that cut the text, one after the other, before the byte level.
-_PATTERNS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "codeshell": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-    "tekken": (_TEKKEN,),
-}
-# These look a whole word up before they merge, and begin with BOS where the file does not say otherwise.
-_LLAMA3_LIKE = {"llama-bpe", "llama3", "llama-v3", "tekken"}
-# Ends of a turn that files often fail to name; the list llama.cpp treats as ends of generation.
-_END_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "< EOT >",
-    "_<EOT>",
-)
+_KINDS = ("gpt2", "llama", "gemma4")
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     """Write both files; the ids that end a generation, the file's EOS first. Raises ModelInvalid."""
-    tokens: list[str] = file.get("tokenizer.ggml.tokens") or []
-    if not tokens:
-        raise ModelInvalid(f"{file.path} has no vocabulary (tokenizer.ggml.tokens); lmx cannot use it.")
-    types: list[int] = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     model = file.get("tokenizer.ggml.model")
-    if model == "gpt2":
-        tokenizer = _byte_level(file, tokens)
-        add_bos = file.get("tokenizer.ggml.pre") in _LLAMA3_LIKE
-    elif model == "llama":
-        tokenizer = _sentence_piece(file, tokens, types)
-        add_bos = True
-    else:
+    vocabulary = read_vocabulary(file)
+    if model not in _KINDS:
         raise ModelInvalid(
-            f"{file.path} has a tokenizer of the kind {model!r}; lmx reads 'gpt2' (byte-level BPE) and 'llama' "
-            "(SentencePiece BPE). Take the model as an MLX folder."
+            f"{file.path} has a tokenizer of the kind {model!r}; lmx reads 'gpt2' (byte-level BPE), 'llama' "
+            "(SentencePiece BPE) and 'gemma4'. Take the model as an MLX folder."
         )
+    if model == "gpt2":
+        tokenizer, add_bos = _byte_level(file, vocabulary)
+    else:
+        tokenizer = _sentence_piece(file, vocabulary) if model == "llama" else _gemma4(file, vocabulary)
+        add_bos = True
+    _add_tokens(tokenizer, vocabulary, str(file.get("general.name", "")))
+    if model != "gemma4":  # which needs its BOS whatever the file says
+        add_bos = file.get("tokenizer.ggml.add_bos_token", add_bos)
+    _add_ends(tokenizer, vocabulary, bos=add_bos, eos=file.get("tokenizer.ggml.add_eos_token", False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.named.items()}
+    config["model_max_length"] = int(file.need("context_length"))
+    templates = _chat_templates(file)
+    if templates:
+        config["chat_template"] = templates
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return list(vocabulary.ends)
+
+
+def _chat_templates(file: GgufFile) -> list[dict[str, str]]:
+    keys = {"default": "tokenizer.chat_template"}
+    keys |= {name: f"tokenizer.chat_template.{name}" for name in file.get("tokenizer.chat_templates") or ()}
+    return [{"name": name, "template": source} for name, key in keys.items() if (source := file.get(key))]
+
+
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, model_name: str) -> None:
+    """The tokens that are cut out of a text before anything else."""
+    # Nothing in the file says that these models' turns swallow the white space behind their marks.
+    phi3 = "phi-3" in model_name.lower() or "phi3" in model_name.lower()
     added = [
-        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+        AddedToken(
+            token,
+            special=kind != USER_DEFINED,
+            normalized=False,
+            rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
+        )
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
 
-    ids = {key: file.get(f"tokenizer.ggml.{field}_token_id") for key, field in _NAMED_TOKENS.items()}
-    named = {key: tokens[index] for key, index in ids.items() if index is not None and index < len(tokens)}
-    if file.get("tokenizer.ggml.add_bos_token", add_bos) and "bos_token" in named:
-        bos = named["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", special_tokens=[(bos, ids["bos_token"])]
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
 
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config.update(named)
-    config["model_max_length"] = int(file.need("context_length"))
-    template = file.get("tokenizer.chat_template")
-    if template:
-        config["chat_template"] = template
-    text = json.dumps(config, indent=1, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    return _end_ids(file, tokens, types)
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool, eos: bool) -> None:
+    names = [name for name, wanted in (("bos", bos), ("eos", eos)) if wanted and name in vocabulary.named]
+    if not names:
+        return
+    special = {name: (vocabulary.tokens[vocabulary.named[name]], vocabulary.named[name]) for name in names}
+    before = [f"{special['bos'][0]}:0"] if "bos" in special else []
+    after = [f"{special['eos'][0]}:0"] if "eos" in special else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A:0", *after], special_tokens=list(special.values())
+    )
 
 
-def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    pre = file.get("tokenizer.ggml.pre", "default")
-    if pre not in _PATTERNS:
+def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """With whether it begins texts with BOS where the file does not say."""
+    name = file.get("tokenizer.ggml.pre") or "default"
+    if name not in PRE_TOKENIZERS:
         raise ModelInvalid(
-            f"{file.path} names the pre-tokenizer {pre!r}; lmx knows {', '.join(sorted(_PATTERNS))}. "
+            f"{file.path} names the pre-tokenizer {name!r}; lmx knows {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Take the model as an MLX folder, which carries its own tokenizer.json."
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges") or []]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3_LIKE))
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[pre]]
+    pre = PRE_TOKENIZERS[name]
+    merges = list(_merges(file, vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges))
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Characters that some vocabularies lack (Falcon's has no U+001D). They give no token, but what stands on both sides
+    # must not merge over them. Bytes above 0x7F that can be missing are none of UTF-8's.
+    missing = [byte for byte in range(128) if byte_level.pre_tokenize_str(chr(byte))[0][0] not in vocabulary.ids]
+    if missing:
+        characters = "".join(rf"\x{byte:02x}" for byte in missing)
+        cuts.append(pre_tokenizers.Split(Regex(f"[{characters}]"), behavior="isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tokenizer, pre.add_bos
 
 
-def _sentence_piece(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece's BPE joins the neighbours whose union scores highest: each cut of a token in two is a merge."""
+def _merges(file: GgufFile, vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
+    merges: list[str] = file.get("tokenizer.ggml.merges") or []
+    if not merges:
+        raise ModelInvalid(f"{file.path} has tokens but no merges (tokenizer.ggml.merges); lmx cannot use it.")
+    for merge in merges:
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or not {left, right, left + right} <= vocabulary.ids.keys():
+            raise ModelInvalid(f"{file.path} merges {merge!r}, which are no tokens of its vocabulary; it is damaged.")
+        yield left, right
+
+
+def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
+    """SentencePiece's BPE joins the neighbours whose union scores highest: each cut of a token in two is a merge.
+
+    llama.cpp takes the leftmost of equal scores, so a run of blanks, whose tokens often score the same, grows from the
+    left as far as there are tokens. Merges have one order for all places; longest first comes to the same.
+    """
+    tokens, ids = vocabulary.tokens, vocabulary.ids
     scores: list[float] = file.get("tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
         raise ModelInvalid(f"{file.path} has {len(scores)} token scores for {len(tokens)} tokens; it is damaged.")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    ranked: list[tuple[float, int, int, str, str]] = []
+    ranked: list[tuple[float, int, int, int]] = []
     for index, token in enumerate(tokens):
-        if types[index] == 1:
-            for cut in range(1, len(token)):
-                left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
-                if left is not None and right is not None:
-                    ranked.append((-scores[index], left, right, token[:cut], token[cut:]))
-    merges = [(left, right) for *_, left, right in sorted(ranked)]
-    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        if vocabulary.types[index] in (CONTROL, UNKNOWN):
+            continue  # never out of a text's characters
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                ranked.append((-scores[index], -len(token), left, right))
+    ranked.sort()
     prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+    return _blanks_as_letters(vocabulary, [(tokens[left], tokens[right]) for *_, left, right in ranked], prefix)
+
+
+def _gemma4(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
+    """Lines are merged each for itself, by the file's merges; the breaks between them become the longest tokens."""
+    merges = [merge for merge in _merges(file, vocabulary) if "\n" not in merge[0]]
+    longest = max(len(token) for token in vocabulary.tokens if token and not token.strip("\n"))
+    merges += [("\n" * length, "\n") for length in range(longest - 1, 0, -1)]
+    tokenizer = _blanks_as_letters(vocabulary, merges, prefix=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+    return tokenizer
+
+
+def _blanks_as_letters(vocabulary: Vocabulary, merges: list[tuple[str, str]], prefix: bool) -> Tokenizer:
+    """``prefix``: a text, and what follows a special token, begins with a blank that is no part of it."""
+    unknown = vocabulary.tokens[vocabulary.named.get("unk", 0)]
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -149,13 +168,3 @@ def _sentence_piece(file: GgufFile, tokens: list[str], types: list[int]) -> Toke
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
-
-
-def _end_ids(file: GgufFile, tokens: list[str], types: list[int]) -> list[int]:
-    fields = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    named = [int(token) for token in fields if token is not None]
-    control = {token: index for index, token in enumerate(tokens) if types[index] in (_CONTROL, _USER_DEFINED)}
-    ids = list(dict.fromkeys([*named, *(control[token] for token in _END_TOKENS if token in control)]))
-    if not ids:
-        raise ModelInvalid(f"{file.path} names no end-of-text token, so no answer would ever end.")
-    return ids
