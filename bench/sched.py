@@ -1,7 +1,8 @@
 """What the scheduler costs: microseconds for plan() + commit() with 10, 1,000 and 10,000 sequences queued.
 
-``steady``: a full batch decodes and nobody can be admitted. ``admit``: a row is free in every step, so that each plan
-searches the whole queue and admits one (of 64 clients). ``expire``: the same, and in each plan a deadline passes.
+``steady``: a full batch decodes and nobody can be admitted. ``admit``: all rows are free in every step, so that each
+plan searches the whole queue twice and starts as many prompts (of 64 clients) as there are rows. ``expire``: the same,
+and in each plan a deadline passes.
 The tests' pure-Python reference runs in the same process, for the ratio.
 
     python -m bench sched

@@ -84,7 +84,7 @@ class Scheduler:
         kv_bytes_per_sequence: int = 0,
         kv_quantum_tokens: int = 256,
         max_chunk_tokens: int = 512,
-        max_wave_tokens: int = 1024,
+        max_wave_tokens: int = 2048,
         itl_target_ms: float = 250.0,
         max_step_ms: float = 4000.0,
     ) -> None:

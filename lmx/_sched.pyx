@@ -446,7 +446,7 @@ cdef class Scheduler:
         kv_bytes_per_sequence=0,
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
-        max_wave_tokens=1024,
+        max_wave_tokens=2048,
         double itl_target_ms=250.0,
         double max_step_ms=4000.0,
     ):

@@ -4,7 +4,7 @@ alone."""
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,18 +62,28 @@ class EngineClient:
         self._sock.sendall(encode(message))
 
     def submit(self, prompt: list[int], max_tokens: int = 16, sampling: Sampling = GREEDY, **options: Any) -> int:
+        submit = self._new(prompt, max_tokens, sampling, **options)
+        self.send(submit)
+        return submit.seq
+
+    def submit_together(self, requests: Sequence[tuple[list[int], int, Sampling]]) -> list[int]:
+        """All in one piece, so that an idle engine has them all before its first step."""
+        submits = [self._new(*request) for request in requests]
+        self._sock.sendall(b"".join(map(encode, submits)))
+        return [submit.seq for submit in submits]
+
+    def _new(self, prompt: list[int], max_tokens: int, sampling: Sampling, **options: Any) -> Submit:
         self._next += 1
         self.answers[self._next] = Answer()
         options.setdefault("ignore_eos", True)
-        self.send(Submit(self._next, pack_tokens(prompt), max_tokens, sampling, **options))
-        return self._next
+        return Submit(self._next, pack_tokens(prompt), max_tokens, sampling, **options)
 
     def cancel(self, seq: int) -> None:
         self.send(Cancel(seq))
 
     def run(self, prompts: list[list[int]], max_tokens: int = 16, sampling: Sampling = GREEDY) -> list[list[int]]:
         """Submit all at once and wait for all; the generated tokens."""
-        seqs = [self.submit(prompt, max_tokens, sampling) for prompt in prompts]
+        seqs = self.submit_together([(prompt, max_tokens, sampling) for prompt in prompts])
         self.wait_freed(*seqs)
         return [self.answers[seq].tokens for seq in seqs]
 

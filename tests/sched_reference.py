@@ -120,7 +120,7 @@ class ReferenceScheduler:
         kv_bytes_per_sequence=0,
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
-        max_wave_tokens=1024,
+        max_wave_tokens=2048,
         itl_target_ms=250.0,
         max_step_ms=4000.0,
     ):

@@ -77,6 +77,29 @@ def test_drafts_with_another_accepted_count_in_every_row(loaded, kind, write):
         assert answer[:20] == right[:20]
 
 
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_whole_prompts_in_one_pass_equal_single_ones_and_write_only_their_own_slots(loaded, kind):
+    model = loaded(kind)
+    lane = make_lane(model)
+    prompts = prompts_for(model, 37, 50, 1)
+    rows = [2, 0, 3]
+    for row in range(4):
+        lane.acquire(row)
+    lane.poison(inside=7.0, outside=7.0, span=0)
+    answers = [[int(token)] for token in mx.argmax(lane.prefill_whole(rows, prompts), axis=-1)]
+    for layer in lane._layers:
+        for array in layer.arrays:
+            written = np.array((array != 7.0).any(axis=(1, 3)))
+            assert written.sum(axis=1).tolist() == [50, 0, 37, 1]
+    for _ in range(9):
+        for row, answer in zip(rows, answers, strict=True):
+            lane.last_tokens[row] = answer[-1]
+        logits = lane.decode(rows)[:, 0]
+        for row, answer in zip(rows, answers, strict=True):
+            answer.append(int(mx.argmax(logits[row])))
+    assert answers == [greedy_alone(model, prompt, 10) for prompt in prompts]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "lfm2", "qwen3_next"])
 def test_rows_join_leave_move_and_change_lanes_without_touching_each_other(loaded, kind):
     model = loaded(kind)

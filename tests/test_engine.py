@@ -110,6 +110,17 @@ def test_llama_says_what_mlx_says_batched_and_alone(folder, gguf, lookahead):
         assert_nothing_held(client)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_prompts_that_start_in_one_step_equal_alone_for_every_architecture(kind, tmp_path):
+    folder = build_model(kind, tmp_path / "model")
+    with engine(folder, max_rows=6, max_chunk_tokens=64) as client:
+        prompts = prompts_for(client.ready.vocab_size, (40, 64, 7, 55, 64, 9))
+        client.run(prompts[:1], 2)  # before the first measured step no two prompts share one
+        assert client.run(prompts, 12) == alone(folder, prompts, 12)
+        assert max(len(step.prefills) for step in client.steps) == 6
+        assert_nothing_held(client)
+
+
 def test_one_at_a_time_where_rows_cannot_share_a_step(load, folder):
     with engine(**load, batching="single") as client:
         assert client.ready.path == "single"
@@ -126,8 +137,10 @@ def test_a_sampled_row_gives_what_it_gives_alone(client):
         Sampling(7, temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.5),
         Sampling(8, temperature=1.5, min_p=0.02, logit_bias={10: 3.0}, logprobs=3),
     ]
-    seqs = [client.submit(p, 24, s) for p, s in zip(prompts, rows, strict=True)]
+    client.run(prompts[:1], 2)
+    seqs = client.submit_together([(p, 24, s) for p, s in zip(prompts, rows, strict=True)])
     client.wait_freed(*seqs)
+    assert any({seq for seq, _ in step.prefills} == set(seqs) for step in client.steps)
     together = [client.answers[seq].tokens for seq in seqs]
     assert [client.run([p], 24, s)[0] for p, s in zip(prompts, rows, strict=True)] == together
     assert len({tuple(tokens) for tokens in together}) == 4
@@ -264,8 +277,9 @@ def test_a_row_that_turns_non_finite_fails_alone(backend, tmp_path):
             assert answers == expected or backend == "llama"
 
         for _ in range(2):  # the second time in the row that held NaN
-            seqs = [client.submit(prompts[0], 30), client.submit([poison] * 20, 30), client.submit(prompts[1], 30)]
+            seqs = client.submit_together([(p, 30, GREEDY) for p in (prompts[0], [poison] * 20, prompts[1])])
             client.wait_freed(*seqs)
+            assert any(len(step.prefills) == 3 for step in client.steps), "they shared their first pass, too"
             assert client.answers[seqs[1]].failed.code == "non_finite"
             check([client.answers[seqs[0]].tokens, client.answers[seqs[2]].tokens])
         check(client.run(prompts, 30))

@@ -330,6 +330,124 @@ def test_at_most_max_rows_hold_rows_the_unreleased_included(implementation):
     assert [chunk.seq for chunk in scheduler.plan(0.0).prefills] == [2]
 
 
+# --- prompts that start together ----------------------------------------------------------------------
+
+
+def measured(implementation, cost_ms=50.0, **changes):
+    """An idle scheduler that has seen a prompt's cost."""
+    scheduler = make(implementation, **({"max_rows": 8} | changes))
+    scheduler.submit(0, 85, 1, client="first")
+    drain(scheduler, cost_ms=cost_ms)
+    return scheduler
+
+
+def starting(scheduler):
+    return [seq for seq, _, _ in run(scheduler)[1]]
+
+
+@BOTH
+def test_with_nobody_decoding_prompts_that_wait_start_in_one_step(implementation):
+    scheduler = measured(implementation)
+    for seq in range(1, 10):
+        scheduler.submit(seq, 80 + seq, 3)
+    eight = tuple(range(1, 9))
+    assert run(scheduler) == ((), tuple((seq, 0, 80 + seq) for seq in eight))
+    assert run(scheduler) == (eight, ())
+
+
+@BOTH
+def test_beside_decoding_rows_and_before_any_measurement_one_prompt_starts_a_step(implementation):
+    scheduler = make(implementation, max_rows=8)
+    for seq in range(4):
+        scheduler.submit(seq, 20, 50)
+    assert [run(scheduler) for _ in range(3)] == [((), ((0, 0, 20),)), ((0,), ((1, 0, 20),)), ((0, 1), ((2, 0, 20),))]
+
+
+@BOTH
+def test_the_end_of_a_long_prompt_is_joined_too(implementation):
+    scheduler = measured(implementation, max_chunk_tokens=64)
+    scheduler.submit(1, 100, 5)
+    scheduler.submit(2, 30, 5)
+    assert [run(scheduler)[1] for _ in range(2)] == [((1, 0, 64),), ((1, 64, 36), (2, 0, 30))]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("changes", "third"),
+    [
+        ({"max_chunk_tokens": 96}, {"prompt_tokens": 97}),
+        ({"max_wave_tokens": 150}, {}),
+        ({"max_rows": 2}, {}),
+        ({"kv_budget_bytes": 7 * 32}, {}),
+        ({}, {"priority": -1}),
+    ],
+    ids=["chunk", "wave", "rows", "kv", "priority"],
+)
+def test_it_ends_at_the_first_that_does_not_fit(implementation, changes, third):
+    scheduler = measured(implementation, **changes)
+    for seq in (1, 2):
+        scheduler.submit(seq, 70, 5)
+    scheduler.submit(3, **({"prompt_tokens": 70, "max_tokens": 5} | third))
+    scheduler.submit(4, 10, 5, priority=third.get("priority", 0))
+    assert starting(scheduler) == [1, 2]
+
+
+@BOTH
+def test_it_ends_where_the_step_would_take_too_long(implementation):
+    scheduler = measured(implementation, itl_target_ms=100.0, cost_ms=lambda plan: cpu_ms(0, 0, chunk_tokens(plan), 0))
+    for seq in range(1, 9):
+        scheduler.submit(seq, 85, 5)
+    allowed = [count for count in range(1, 9) if scheduler.predict_ms(0, 0, [(0, 85)] * count) <= 8 * 100.0]
+    assert starting(scheduler) == allowed == [1, 2, 3, 4]
+
+
+@BOTH
+def test_its_members_are_in_the_order_of_fairness_as_if_taken_one_by_one(implementation):
+    scheduler = measured(implementation)
+    for seq in (1, 2, 3):
+        scheduler.submit(seq, 50, 5, client="many")
+    scheduler.submit(4, 120, 5, client="other")
+    scheduler.submit(5, 10, 5, client="other")
+    scheduler.submit(6, 10, 5, client="third")
+    scheduler.submit(7, 10, 5, client="urgent", priority=1)
+    assert starting(scheduler) == [7]
+    scheduler.cancel(7)
+    assert starting(scheduler) == [1, 4, 6, 2, 3, 5]
+
+
+@BOTH
+def test_a_token_drawn_counts_for_the_order_too(implementation):
+    scheduler = measured(implementation)
+    for seq, client in enumerate("aabb", start=1):
+        scheduler.submit(seq, 50, 5, client=client)
+    assert starting(scheduler) == [1, 3, 2, 4]  # both at 51 after one: arrival
+
+
+@BOTH
+def test_a_higher_priority_that_waits_for_kv_is_passed_by_one_a_step(implementation):
+    scheduler = measured(implementation, kv_budget_bytes=10 * 32)
+    scheduler.submit(1, 200, 5)
+    step = scheduler.plan(0.0).step
+    scheduler.cancel(1)  # not released: its KV is held
+    scheduler.submit(2, 300, 5, priority=1)
+    scheduler.submit(3, 10, 5)
+    scheduler.submit(4, 10, 5)
+    assert [chunk.seq for chunk in scheduler.plan(0.0).prefills] == [3]
+    scheduler.commit(step, 50.0)
+
+
+@BOTH
+@pytest.mark.parametrize(("prompt_tokens", "expected"), [(60, [2, 3]), (64, [2])])
+def test_a_begun_prompt_that_is_next_in_order_is_not_overtaken(implementation, prompt_tokens, expected):
+    scheduler = measured(implementation, max_chunk_tokens=64)
+    scheduler.submit(1, 200, 5, client="a")
+    assert run(scheduler)[1] == ((1, 0, 64),)
+    scheduler.submit(2, prompt_tokens, 5, client="b")  # "b" comes in at the 64 tokens that "a" was served
+    scheduler.submit(3, prompt_tokens, 5, client="b")
+    assert starting(scheduler) == [1]  # now "a" has 128, and "b" after one prompt 125 or 129
+    assert starting(scheduler) == expected
+
+
 # --- the cost model and the chunk ---------------------------------------------------------------------
 
 

@@ -85,6 +85,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens_left[seq] = answer
         return seq
 
+    @rule(
+        target=seqs,
+        prompts=st.lists(st.tuples(st.integers(1, 70), st.sampled_from(["a", "b", "c"])), min_size=2, max_size=6),
+        max_tokens=st.integers(1, 5),
+    )
+    def submit_several(self, prompts, max_tokens):
+        """Short prompts at one moment, which may start in one step."""
+        seqs = []
+        for prompt_tokens, client in prompts:
+            seq, self.next_seq = self.next_seq, self.next_seq + 1
+            answer = self.both("submit", seq, prompt_tokens, max_tokens, client=client)
+            if answer is not NeverFits:
+                self.live[seq], self.tokens_left[seq] = float("inf"), answer
+                seqs.append(seq)
+        return multiple(*seqs)
+
     @rule(visitors=st.integers(1, 20), prompt_tokens=st.integers(1, 20))
     def visit(self, visitors, prompt_tokens):
         """New clients that go at once: the client table has to grow or forget them, without changing any order."""

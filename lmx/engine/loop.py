@@ -37,6 +37,11 @@ from lmx.protocol import (
 _INFINITY = float("inf")
 # Sequences wait and none can run: look again this much later, if no message comes before.
 _STALLED_S = 0.02
+# Prompts that wait at the same moment start in one step, but requests made at the same moment arrive one after the
+# other: those of eight clients within 5 ms, no two more than 4.3 ms apart (measured on two idle cores). An idle engine
+# that gets work waits so long for more, and at most this share of what its work will take.
+_GATHER_S = 0.01
+_GATHER_SHARE = 0.1
 # How far into a step the next one is launched. Not at its very end: a step cannot be measured shorter than this wait,
 # and a prediction that is too long must be able to come down.
 _LAUNCH_SHARE = 0.75
@@ -110,7 +115,10 @@ class StepLoop:
     def _receive(self, running: _Running | None) -> None:
         """Take messages: until work is there, or while the running step needs no successor yet."""
         if running is None:
-            self._handle_all((_STALLED_S if self._stalled else 0.0) if self._sequences else None)
+            idle = not self._sequences
+            self._handle_all(None if idle else _STALLED_S if self._stalled else 0.0)
+            if idle:
+                self._gather()
             return
         started = max(running.launched_at, self._last_done)
         launch_at = started + _LAUNCH_SHARE * running.predicted_s - 2 * self._host_s
@@ -119,6 +127,15 @@ class StepLoop:
             self._handle_all(max(remaining, 0.0))
             if remaining <= 0 or self._stopping:
                 return
+
+    def _gather(self) -> None:
+        """Wait for what comes together with the first request, until nothing came for a moment or the rows are full."""
+        work_ms = self._scheduler.predict_ms(0, 0, [(0, len(sequence.tokens)) for sequence in self._sequences.values()])
+        timeout_s = min(_GATHER_S, _GATHER_SHARE * work_ms / 1e3)
+        seen = 0
+        while seen < len(self._sequences) < self._backend.facts.max_rows:
+            seen = len(self._sequences)
+            self._handle_all(timeout_s)
 
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):

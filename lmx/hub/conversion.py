@@ -20,7 +20,7 @@ from lmx.errors import ModelInvalid
 from lmx.hub.folder import inspect_folder, read_json
 from lmx.hub.gguf_parts import model_name, part_paths
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Raise it when the converter writes something else for the same file."""
 FACTS_FILE = "lmx.json"
 REFUSED = 3

@@ -28,8 +28,9 @@ from lmx.protocol import Load, Logprobs, Sampling
 # Without a setting, KV may take this share of the memory that is free after the load.
 _KV_MEMORY_SHARE = 0.5
 # By device (CPU, GPU). On the CPU attention without a fused kernel makes long chunks slower: 2,048 tokens of SmolLM2
-# took 10.5 s in chunks of 128, 13.6 s in chunks of 512, 19.6 s in one.
-_CHUNK_TOKENS = (128, 2048)
+# took 10.5 s in chunks of 128, 13.6 s in chunks of 512, 19.6 s in one; 4,096 tokens of a llama of 8 × 512 7.1 s in
+# chunks of 128, 7.2 in 192, 11.5 in 256. Of two that are equal the larger: it takes more prompts whole into a wave.
+_CHUNK_TOKENS = (192, 2048)
 # The share of a prefill pass that may be padding. Four prompts of 85 tokens ran at 1.27 to 1.6 times the speed of one
 # (SmolLM2 and a llama of 8 × 512 on a CPU), so this much padding costs about as much as another pass.
 _PASS_PADDING_SHARE = 0.25
