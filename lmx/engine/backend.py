@@ -111,6 +111,18 @@ class Backend(Protocol):
         """Drop the sequence's KV; ``wipe``: zero it, because it holds non-finite values. Unknown sequences are
         ignored."""
 
+    def rewind(self, sequence: Sequence, tokens: int) -> int:
+        """Forget the KV of positions ``tokens`` and later; how many are left. 0: the cache cannot go back so far (a
+        recurrent state, a window that moved on) and is empty. The sequence goes on with a prefill from there."""
+
+    def export_kv(self, sequence: Sequence) -> bytes:
+        """A copy of the sequence's KV, for ``import_kv`` of the same model and KV type, perhaps in a later process.
+        Raises ValueError where a model's cache cannot be copied."""
+
+    def import_kv(self, sequence: Sequence, data: bytes) -> int:
+        """Fill the KV of a sequence that was just started; its prefill goes on after so many positions. Raises
+        ValueError, with nothing changed, for bytes that are none of this model's."""
+
     def canary(self) -> None:
         """One small forward pass outside the batch, read back: raises if the device no longer works."""
 

@@ -239,10 +239,47 @@ class Lane:
         self.lengths[list(active)] += width
         return logits
 
-    def rewind(self, row: int, length: int) -> None:
-        """Take back the row's tokens from position ``length`` on (rejected drafts). Attention layers only."""
+    def rewind(self, row: int, length: int) -> int:
+        """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a
+        layer has a state instead of positions, which cannot go back."""
         if not all(isinstance(layer, KVLayer) for layer in self._layers):
-            raise ValueError("only attention layers can be rewound; a recurrent state needs a checkpoint")
+            self._private.pop(row, None)
+            length = 0
+        self.lengths[row] = length
+        return length
+
+    def row_shapes(self, length: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+        """Of what ``export`` gives for a row of that length. Raises ValueError for layers that cannot be exported."""
+        if any(isinstance(layer, OwnLayer) for layer in self._layers):
+            raise ValueError("this model has layers that only mlx-lm's own cache understands; they cannot be exported")
+        return [
+            ((1, a.shape[1], length, a.shape[3]) if isinstance(layer, KVLayer) else (1, *a.shape[1:]), a.dtype)
+            for layer in self._layers
+            for a in layer.arrays
+        ]
+
+    def export(self, row: int) -> list[mx.array]:
+        """Copies of the row's keys and values over [0, length), and of its recurrent states, layer by layer."""
+        private = iter(self._private.get(row, ()))
+        found: list[mx.array] = []
+        for layer in self._layers:
+            in_prefill = isinstance(layer, StateLayer) and row in self._private
+            found += next(private).cache if in_prefill else layer.take(row, int(self.lengths[row]))
+        return [mx.contiguous(array) for array in found]
+
+    def restore(self, row: int, length: int, arrays: Sequence[mx.array]) -> None:
+        """The opposite, into an empty row with room; its prefill goes on from ``length``."""
+        given = iter(arrays)
+        states: list[Any] = []
+        for layer, cache in zip(self._layers, make_prompt_cache(self._loaded.model), strict=True):
+            mine = [next(given) for _ in layer.arrays]
+            if isinstance(layer, KVLayer):
+                layer.put(row, mine)
+            else:
+                cache.cache = mine
+                states.append(cache)
+        if states:
+            self._private[row] = states
         self.lengths[row] = length
 
     def poison(self, *, inside: float, outside: float, span: int) -> None:

@@ -18,11 +18,11 @@ import numpy as np
 import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
-from lmx.engine.mlx import adapter, probe
+from lmx.engine.budget import KVCost, fit_context
+from lmx.engine.mlx import adapter, kv_bytes, probe
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
-from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs, Sampling
 
 # Without a setting, KV may take this share of the memory that is free after the load.
@@ -63,19 +63,10 @@ class MLXBackend:
     def _facts(self, options: Load) -> Facts:
         per_token, per_sequence = self._probe.kv_bytes_per_token, self._probe.kv_bytes_per_sequence
         budget = options.kv_budget_bytes or _default_budget(self._loaded.weights_bytes)
-        context = min(self._loaded.context_length, options.context_length or self._loaded.context_length)
-        if per_token:
-            # Whole quanta, as the scheduler counts.
-            context = min(context, (budget - per_sequence) // per_token // 256 * 256)
-        if context < 256:
-            raise ModelInvalid(
-                f"a KV budget of {budget} bytes holds no 256 tokens of this model ({per_token} bytes a token, "
-                f"{per_sequence} a sequence); raise [engine] kv_budget_bytes.",
-                param="engine.kv_budget_bytes",
-            )
+        cost = KVCost(per_token, per_sequence)
         return Facts(
             architecture=self._loaded.architecture,
-            context_length=context,
+            context_length=fit_context(cost, self._loaded.context_length, options.context_length, budget),
             vocab_size=self._loaded.vocab_size,
             eos_ids=tuple(sorted({*self._loaded.eos_ids, *options.eos_ids})),
             kv_bytes_per_token=per_token,
@@ -192,6 +183,22 @@ class MLXBackend:
         lane.last_tokens[mx.array(rows)] = drawn.tokens
         lane.add_counts(rows, drawn.tokens)
         return drawn
+
+    def rewind(self, sequence: Sequence, tokens: int) -> int:
+        place = self._placement[sequence]
+        length = int(place.lane.lengths[place.row])
+        return place.lane.rewind(place.row, tokens) if tokens < length else length
+
+    def export_kv(self, sequence: Sequence) -> bytes:
+        place = self._placement[sequence]
+        return kv_bytes.pack(place.lane, place.row)
+
+    def import_kv(self, sequence: Sequence, data: bytes) -> int:
+        place = self._placement[sequence]
+        length, arrays = kv_bytes.unpack(place.lane, data)
+        self._placement.make_room(place, length)
+        place.lane.restore(place.row, length, arrays)
+        return length
 
     def canary(self) -> None:
         self._assert_thread()
