@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends import BACKENDS
 from tests.models import GEMMA_PACKAGES, assemble_gemma, build_model
 from tests.server import Server, serve
 
@@ -42,9 +43,10 @@ def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield server
 
 
-@pytest.fixture(scope="session")
-def smollm2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the embedded model, as a user gets it."""
-    with serve(tmp_path_factory.mktemp("smollm2-server")) as server:
+@pytest.fixture(scope="session", params=BACKENDS)
+def smollm2_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the embedded model on each back end."""
+    settings = {"model": {"backend": request.param}}
+    with serve(tmp_path_factory.mktemp("smollm2-server"), settings=settings) as server:
         server.line(r"lmx: model \S+ ready")
         yield server

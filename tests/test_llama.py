@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lmx.chat.model import ChatModel
@@ -13,6 +14,7 @@ from lmx.protocol import Failed
 from tests.backends import needs_llama
 from tests.engine_client import engine, engine_process
 from tests.models import build_gguf
+from tests.server import serve
 
 pytestmark = needs_llama
 
@@ -112,3 +114,17 @@ def test_kv_in_fewer_bits_takes_less(bits: int, smollm2: tuple[Path, ChatModel])
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ChatModel]:
     found = resolve(EMBEDDED_ID, tmp_path_factory.mktemp("cache"), "llama")
     return found.path, ChatModel.load(found.words)
+
+
+def test_a_server_whose_model_llama_cpp_refuses_says_why(gguf: Path, tmp_path: Path) -> None:
+    change, words = DAMAGES["shape"]
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(change(gguf.read_bytes()))
+    with serve(tmp_path, "--model", str(path), settings={"model": {"backend": "llama"}}) as server:
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json={"model": "broken", "prompt": "Hello", "max_tokens": 2}, timeout=60
+        )
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "model_loading_failed"
+        assert words in answer.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/health", timeout=60).json()["models"] == {"broken": "failed"}

@@ -1,4 +1,8 @@
-"""The embedded model as a user meets it: the real SDK, real answers, the same text streamed and whole."""
+"""The embedded model as a user meets it, on both engines: the real SDK, real answers, the same text streamed and whole.
+
+llama.cpp computes with quantised activations, which costs so small a model some facts (it takes Paris for "L'Étoile"),
+and sums in another order in another batch: what is compared across batches is what is right, not each word.
+"""
 
 import concurrent.futures
 from collections.abc import Iterator
@@ -28,7 +32,7 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("question", "word"),
     [
-        ("What is the capital of France?", "Paris"),
+        ("What is the capital of Japan?", "Tokyo"),
         ("What color is the sky?", "blue"),
         ("How many days are in a week?", "7"),
     ],
@@ -56,13 +60,13 @@ def test_streamed_equals_whole_for_the_same_seed(client: openai.OpenAI, temperat
 
 
 def test_a_stop_string_ends_the_answer(client: openai.OpenAI) -> None:
-    assert ask(client, "What is the capital of France?", stop=[" is"]) == "The capital of France"
+    assert ask(client, "What is the capital of Japan?", stop=[" is"]) == "The capital of Japan"
 
 
 def test_logprobs_are_of_the_tokens_said(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        messages=[{"role": "user", "content": "What is the capital of Japan?"}],
         temperature=0,
         logprobs=True,
         top_logprobs=2,
@@ -78,11 +82,24 @@ def test_logprobs_are_of_the_tokens_said(client: openai.OpenAI) -> None:
 
 
 def test_requests_side_by_side_say_what_they_say_alone(client: openai.OpenAI, smollm2_server: Server) -> None:
-    questions = ["What is the capital of Spain?", "Name a color.", "What is 2 + 2?"]
+    questions = {"What is the capital of Japan?": "Tokyo", "How many days are in a week?": "7", "What is 2 + 2?": "4"}
     alone = [ask(client, question) for question in questions]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        assert list(pool.map(lambda question: ask(client, question), questions)) == alone
+        together = list(pool.map(lambda question: ask(client, question), questions))
+    assert [word for word, answer in zip(questions.values(), together, strict=True) if word not in answer] == []
+    assert together == alone or smollm2_server.status()["models"][0]["backend"] == "llama"
     smollm2_server.idle()
+
+
+def test_the_engine_and_the_reason_are_told(client: openai.OpenAI, smollm2_server: Server) -> None:
+    [model] = client.models.list().data
+    status = smollm2_server.status()["models"][0]
+    assert (model.id, status["format"]) == (MODEL, "gguf")
+    for record in (model.model_dump(), status):
+        assert record["backend"] == status["ready"]["backend"]
+        assert record["backend_reason"] == f'backend = "{record["backend"]}" was asked for'
+    name = {"mlx": "MLX", "llama": "llama.cpp"}[status["backend"]]
+    smollm2_server.line(f"model {MODEL} runs on {name}: ")
 
 
 def test_a_request_that_leaves_its_sampling_open_takes_the_makers(client: openai.OpenAI) -> None:
