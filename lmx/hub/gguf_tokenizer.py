@@ -89,7 +89,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool, eos: b
 
 
 def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
-    """With whether it begins texts with BOS where the file does not say."""
+    """And whether texts begin with BOS where the file does not say."""
     name = file.get("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
         raise ModelInvalid(
@@ -127,8 +127,8 @@ def _merges(file: GgufFile, vocabulary: Vocabulary) -> Iterator[tuple[str, str]]
 def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
     """SentencePiece's BPE joins the neighbours whose union scores highest: each cut of a token in two is a merge.
 
-    llama.cpp takes the leftmost of equal scores, so a run of blanks, whose tokens often score the same, grows from the
-    left as far as there are tokens. Merges have one order for all places; longest first comes to the same.
+    llama.cpp takes the leftmost of equal scores, so that a run of blanks, whose tokens often score the same, grows from
+    the left as far as there are tokens. Merges rank the same everywhere; for runs, longest first comes to the same.
     """
     tokens, ids = vocabulary.tokens, vocabulary.ids
     scores: list[float] = file.get("tokenizer.ggml.scores") or []
@@ -148,11 +148,8 @@ def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _gemma4(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
-    """Lines are merged each for itself, by the file's merges; the breaks between them become the longest tokens."""
-    merges = [merge for merge in _merges(file, vocabulary) if "\n" not in merge[0]]
-    longest = max(len(token) for token in vocabulary.tokens if token and not token.strip("\n"))
-    merges += [("\n" * length, "\n") for length in range(longest - 1, 0, -1)]
-    tokenizer = _blanks_as_letters(vocabulary, merges, prefix=False)
+    """Lines are merged each for itself, and so are the breaks between them."""
+    tokenizer = _blanks_as_letters(vocabulary, list(_merges(file, vocabulary)), prefix=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
     return tokenizer
 
