@@ -18,25 +18,17 @@ from lmx.hub.gguf_file import GgufFile
 from lmx.hub.gguf_pretokenizers import PRE_TOKENIZERS
 from lmx.hub.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
 
-_KINDS = ("gpt2", "llama", "gemma4")
-
 
 def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     """Write both files; the ids that end a generation, the file's EOS first. Raises ModelInvalid."""
-    model = file.get("tokenizer.ggml.model")
     vocabulary = read_vocabulary(file)
-    if model not in _KINDS:
-        raise ModelInvalid(
-            f"{file.path} has a tokenizer of the kind {model!r}; lmx reads 'gpt2' (byte-level BPE), 'llama' "
-            "(SentencePiece BPE) and 'gemma4'. Take the model as an MLX folder."
-        )
-    if model == "gpt2":
+    if vocabulary.kind == "gpt2":
         tokenizer, add_bos = _byte_level(file, vocabulary)
     else:
-        tokenizer = _sentence_piece(file, vocabulary) if model == "llama" else _gemma4(file, vocabulary)
+        tokenizer = _sentence_piece(file, vocabulary) if vocabulary.kind == "llama" else _gemma4(file, vocabulary)
         add_bos = True
     _add_tokens(tokenizer, vocabulary, str(file.get("general.name", "")))
-    if model != "gemma4":  # which needs its BOS whatever the file says
+    if vocabulary.kind != "gemma4":  # which needs its BOS whatever the file says
         add_bos = file.get("tokenizer.ggml.add_bos_token", add_bos)
     _add_ends(tokenizer, vocabulary, bos=add_bos, eos=file.get("tokenizer.ggml.add_eos_token", False))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -44,18 +36,23 @@ def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.named.items()}
     config["model_max_length"] = int(file.need("context_length"))
-    templates = _chat_templates(file)
-    if templates:
-        config["chat_template"] = templates
+    template = _chat_template(file)
+    if template:
+        config["chat_template"] = template
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     return list(vocabulary.ends)
 
 
-def _chat_templates(file: GgufFile) -> list[dict[str, str]]:
-    keys = {"default": "tokenizer.chat_template"}
-    keys |= {name: f"tokenizer.chat_template.{name}" for name in file.get("tokenizer.chat_templates") or ()}
-    return [{"name": name, "template": source} for name, key in keys.items() if (source := file.get(key))]
+def _chat_template(file: GgufFile) -> str | list[dict[str, str]] | None:
+    """A list where the file has several, as tokenizer_config.json holds them."""
+    default: str | None = file.get("tokenizer.chat_template")
+    sources = {"default": default}
+    sources |= {
+        name: file.get(f"tokenizer.chat_template.{name}") for name in file.get("tokenizer.chat_templates") or ()
+    }
+    templates = [{"name": name, "template": source} for name, source in sources.items() if source]
+    return default if len(sources) == 1 else templates
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, model_name: str) -> None:
