@@ -46,7 +46,7 @@ def test_the_embedded_model_is_described(smollm2: ModelFolder) -> None:
     assert 90e6 < smollm2.size_bytes < 110e6
     config = json.loads((smollm2.path / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
-    assert config["eos_token_id"] == [2, 4, 0]
+    assert config["eos_token_id"] == [2, 0, 4]
     eight_bit = {"group_size": 32, "bits": 8}
     assert config["quantization"] == {"group_size": 32, "bits": 4, "model.embed_tokens": eight_bit}
 

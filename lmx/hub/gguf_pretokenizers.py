@@ -1,9 +1,9 @@
 r"""The pre-tokenizers that GGUF files name: how each cuts a text before byte-level BPE joins bytes.
 
-A table, read by ``lmx.hub.gguf_tokenizer``. The cuts are llama.cpp's (src/llama-vocab.cpp of 0.3.36), which for a few
-families differ from the model's own tokenizer.json; every row was compared with it, token by token, and
-tests/test_gguf_tokens.py does so again. One thing is not copied: letters that Unicode added after version 15, which
-llama.cpp's tables lack, are letters here.
+A table, read by ``lmx.hub.gguf_tokenizer``. The cuts are llama.cpp's (src/llama-vocab.cpp as of llama-cpp-python
+0.3.36), which for a few families differ from the model's own tokenizer.json; tests/test_gguf_tokens.py compares every
+name with it. One thing is not copied: characters that Unicode added after version 15, which llama.cpp's tables lack,
+are what Unicode says here.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,10 @@ def _any_of(*patterns: str) -> str:
     return "|".join(patterns)
 
 
-def _cased_words(letters: str, suffix: str = "") -> str:
+def _cased_words(suffix: str = "") -> str:
     """Words cut where upper case follows lower case; letters without ASCII's cases count as both."""
-    upper, lower = rf"[{letters}&&[^a-z]]", rf"[{letters}&&[^A-Z]]"
-    start = r"[^\r\n\p{L}\p{N}]?"
-    return _any_of(rf"{start}{upper}*{lower}+{suffix}", rf"{start}{upper}+{lower}*{suffix}")
+    start, upper, lower = r"[^\r\n\p{L}\p{N}]?", r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
+    return _any_of(f"{start}{upper}*{lower}+{suffix}", f"{start}{upper}+{lower}*{suffix}")
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,8 +48,8 @@ _QWEN35 = _any_of(
     _SPACE,
 )
 _SLASHED_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_TEKKEN = _any_of(_cased_words(r"\p{L}"), r"\p{N}", _SLASHED_SYMBOLS, _SPACE)
-_GPT4O = _any_of(_cased_words(r"\p{L}", f"(?:{_CONTRACTION})?"), r"\p{N}{1,3}", _SLASHED_SYMBOLS, _SPACE)
+_TEKKEN = _any_of(_cased_words(), r"\p{N}", _SLASHED_SYMBOLS, _SPACE)
+_GPT4O = _any_of(_cased_words(f"(?:{_CONTRACTION})?"), r"\p{N}{1,3}", _SLASHED_SYMBOLS, _SPACE)
 _TINY_AYA = _any_of(
     rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+(?:{_CONTRACTION})?", r"\p{N}{1,3}", _SLASHED_SYMBOLS, _SPACE
 )
@@ -82,7 +81,6 @@ _AFMOE_SCRIPTS = (
     r"\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\u1100-\u11ff]+"
 )
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
-
 
 _ROWS: tuple[tuple[PreTokenizer, str], ...] = (
     (PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), "default"),

@@ -18,25 +18,17 @@ from lmx.hub.gguf_file import GgufFile
 from lmx.hub.gguf_pretokenizers import PRE_TOKENIZERS
 from lmx.hub.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
 
-_KINDS = ("gpt2", "llama", "gemma4")
-
 
 def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     """Write both files; the ids that end a generation, the file's EOS first. Raises ModelInvalid."""
-    model = file.get("tokenizer.ggml.model")
     vocabulary = read_vocabulary(file)
-    if model not in _KINDS:
-        raise ModelInvalid(
-            f"{file.path} has a tokenizer of the kind {model!r}; lmx reads 'gpt2' (byte-level BPE), 'llama' "
-            "(SentencePiece BPE) and 'gemma4'. Take the model as an MLX folder."
-        )
-    if model == "gpt2":
+    if vocabulary.kind == "gpt2":
         tokenizer, add_bos = _byte_level(file, vocabulary)
     else:
-        tokenizer = _sentence_piece(file, vocabulary) if model == "llama" else _gemma4(file, vocabulary)
+        tokenizer = _sentence_piece(file, vocabulary) if vocabulary.kind == "llama" else _gemma4(file, vocabulary)
         add_bos = True
     _add_tokens(tokenizer, vocabulary, str(file.get("general.name", "")))
-    if model != "gemma4":  # which needs its BOS whatever the file says
+    if vocabulary.kind != "gemma4":  # which needs its BOS whatever the file says
         add_bos = file.get("tokenizer.ggml.add_bos_token", add_bos)
     _add_ends(tokenizer, vocabulary, bos=add_bos, eos=file.get("tokenizer.ggml.add_eos_token", False))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -44,18 +36,23 @@ def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": vocabulary.tokens[index] for name, index in vocabulary.named.items()}
     config["model_max_length"] = int(file.need("context_length"))
-    templates = _chat_templates(file)
-    if templates:
-        config["chat_template"] = templates
+    template = _chat_template(file)
+    if template:
+        config["chat_template"] = template
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     return list(vocabulary.ends)
 
 
-def _chat_templates(file: GgufFile) -> list[dict[str, str]]:
-    keys = {"default": "tokenizer.chat_template"}
-    keys |= {name: f"tokenizer.chat_template.{name}" for name in file.get("tokenizer.chat_templates") or ()}
-    return [{"name": name, "template": source} for name, key in keys.items() if (source := file.get(key))]
+def _chat_template(file: GgufFile) -> str | list[dict[str, str]] | None:
+    """A list where the file has several, as tokenizer_config.json holds them."""
+    default: str | None = file.get("tokenizer.chat_template")
+    sources = {"default": default}
+    sources |= {
+        name: file.get(f"tokenizer.chat_template.{name}") for name in file.get("tokenizer.chat_templates") or ()
+    }
+    templates = [{"name": name, "template": source} for name, source in sources.items() if source]
+    return default if len(sources) == 1 else templates
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, model_name: str) -> None:
@@ -89,7 +86,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool, eos: b
 
 
 def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
-    """With whether it begins texts with BOS where the file does not say."""
+    """And whether texts begin with BOS where the file does not say."""
     name = file.get("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
         raise ModelInvalid(
@@ -127,8 +124,8 @@ def _merges(file: GgufFile, vocabulary: Vocabulary) -> Iterator[tuple[str, str]]
 def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
     """SentencePiece's BPE joins the neighbours whose union scores highest: each cut of a token in two is a merge.
 
-    llama.cpp takes the leftmost of equal scores, so a run of blanks, whose tokens often score the same, grows from the
-    left as far as there are tokens. Merges have one order for all places; longest first comes to the same.
+    llama.cpp takes the leftmost of equal scores, so that a run of blanks, whose tokens often score the same, grows from
+    the left as far as there are tokens. Merges rank the same everywhere; for runs, longest first comes to the same.
     """
     tokens, ids = vocabulary.tokens, vocabulary.ids
     scores: list[float] = file.get("tokenizer.ggml.scores") or []
@@ -148,11 +145,8 @@ def _sentence_piece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _gemma4(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
-    """Lines are merged each for itself, by the file's merges; the breaks between them become the longest tokens."""
-    merges = [merge for merge in _merges(file, vocabulary) if "\n" not in merge[0]]
-    longest = max(len(token) for token in vocabulary.tokens if token and not token.strip("\n"))
-    merges += [("\n" * length, "\n") for length in range(longest - 1, 0, -1)]
-    tokenizer = _blanks_as_letters(vocabulary, merges, prefix=False)
+    """Lines are merged each for itself, and so are the breaks between them."""
+    tokenizer = _blanks_as_letters(vocabulary, list(_merges(file, vocabulary)), prefix=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
     return tokenizer
 

@@ -13,6 +13,7 @@ from lmx.hub.gguf_file import GgufFile
 # GGUF's token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
+_KINDS = ("gpt2", "llama", "gemma4")
 _NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _SENTENCE_PIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}
 _END_TOKENS = (
@@ -35,6 +36,8 @@ _FILL_IN_TOKENS = (
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
+    kind: str
+    """tokenizer.ggml.model: "gpt2", "llama" or "gemma4"."""
     tokens: list[str]
     types: list[int]
     ids: dict[str, int]
@@ -45,10 +48,16 @@ class Vocabulary:
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
-    """Raises ModelInvalid for a file without tokens, or without one that would end an answer."""
+    """Raises ModelInvalid for a vocabulary of another kind, a damaged one, and one without an end of a generation."""
     words: list[str] = file.get("tokenizer.ggml.tokens") or []
     if not words:
         raise ModelInvalid(f"{file.path} has no vocabulary (tokenizer.ggml.tokens); lmx cannot use it.")
+    kind = file.get("tokenizer.ggml.model")
+    if kind not in _KINDS:
+        raise ModelInvalid(
+            f"{file.path} has a tokenizer of the kind {kind!r}; lmx reads 'gpt2' (byte-level BPE), 'llama' "
+            "(SentencePiece BPE) and 'gemma4'. Take the model as an MLX folder."
+        )
     tokens = [word or f"[EMPTY_{index}]" for index, word in enumerate(words)]
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
@@ -56,7 +65,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     types: list[int] = list(file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelInvalid(f"{file.path} has {len(types)} token types for {len(tokens)} tokens; it is damaged.")
-    defaults = _SENTENCE_PIECE_IDS if file.get("tokenizer.ggml.model") == "llama" else {}
+    defaults = _SENTENCE_PIECE_IDS if kind == "llama" else {}
     named = {
         name: int(index)
         for name, field in _NAMED_TOKENS.items()
@@ -74,7 +83,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     ends = _without_false_ends(list(dict.fromkeys([*ends, *by_name])), tokens, types)
     if not ends:
         raise ModelInvalid(f"{file.path} names no end-of-text token, so no answer would ever end.")
-    return Vocabulary(tokens, types, ids, named, tuple(ends))
+    return Vocabulary(kind, tokens, types, ids, named, tuple(ends))
 
 
 def _without_false_ends(ends: list[int], tokens: list[str], types: list[int]) -> list[int]:
