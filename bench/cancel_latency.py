@@ -14,14 +14,16 @@ import time
 from functools import partial
 from urllib.parse import urlsplit
 
-from bench.models import folder, null_engine
+from bench.models import CACHE, folder, null_engine
 from bench.result import Result, Row
 from lmx.bench.client import Client, Request, Stream
 from lmx.bench.figures import Spread, spread
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
+from lmx.hub.inventory import EMBEDDED_ID, resolve
 
 MODEL = "llama-8x512"
+LLAMA = "smollm2 GGUF on llama.cpp"
 ALLOWANCE_MS = 20.0
 POLL_MS = 3
 PAUSE_S = 0.2
@@ -49,9 +51,10 @@ def run(quick: bool) -> Result:
     rows: list[Row] = []
     with running_server(str(path), null_engine(NULL_STEP_MS)) as server, Client(server.url, path.name) as client:
         rows.append(_through_the_server(client, _Metrics(server.url), trials))
-    for name in ("llama-8x512",) if quick else ("llama-8x512", "smollm2"):
-        path = folder(name)
-        with running_server(str(path)) as server, Client(server.url, path.name, {"logprobs": 0}) as client:
+    for name in ("llama-8x512", LLAMA) if quick else ("llama-8x512", "smollm2", LLAMA):
+        path = resolve(EMBEDDED_ID, CACHE, "llama").path if name == LLAMA else folder(name)
+        backend = {"LMX_MODEL_BACKEND": "llama" if name == LLAMA else "mlx"}
+        with running_server(str(path), backend) as server, Client(server.url, path.stem, {"logprobs": 0}) as client:
             for streams in (3,) if quick else (0, 3, 7):
                 rows.append(_measure(name, client, _Metrics(server.url), streams, trials))
     return Result("milliseconds from a disconnect to freed KV (target: p99 within one step + 20 ms)", rows)

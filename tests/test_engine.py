@@ -212,6 +212,20 @@ def test_cancelling_one_row_leaves_the_others_alone(client):
         assert kept == [tokens for i, tokens in enumerate(expected) if i != gone]
 
 
+def test_streams_get_a_token_in_every_step_of_a_long_prompt(client):
+    prompts = prompts_for(client.ready.vocab_size, (10, 11, 12, 2000))
+    streams = [client.submit(p, 2000) for p in prompts[:3]]
+    client.wait(lambda: all(client.answers[seq].tokens for seq in streams))
+    late = client.submit(prompts[3], 2)
+    client.wait_freed(late)
+    beside = [step for step in client.steps if any(seq == late for seq, _ in step.prefills)]
+    assert len(beside) >= 2000 / 64
+    assert all({row.seq for row in step.rows} >= set(streams) for step in beside)
+    for seq in streams:
+        client.cancel(seq)
+    client.wait_freed(*streams)
+
+
 def test_a_deadline_passes_in_the_engine(client):
     prompts = prompts_for(client.ready.vocab_size, (10, 10))
     seq = client.submit(prompts[0], 7000, deadline_s=0.05)

@@ -72,7 +72,6 @@ class LlamaBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
     def __init__(self, model: Model, options: Load) -> None:
-        self._model = model
         rows = options.max_rows if options.batching == "auto" else 1
         threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
         cost = model.measure_kv(options.kv_bits)

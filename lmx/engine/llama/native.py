@@ -132,6 +132,8 @@ class Context:
         parameters.n_ctx = cells
         parameters.n_batch = parameters.n_ubatch = self.batch_tokens
         parameters.n_seq_max = slots
+        # One row of logits for each slot: otherwise buffers are made for logits of every token of a batch.
+        parameters.n_outputs_max = slots
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
         # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
