@@ -99,8 +99,8 @@ class Scheduler:
         at least 32 tokens, whatever is predicted, so that prompts always go on.
 
         While nobody decodes, the prompt that ends in a step is joined by those next in order, a wave: each one whole
-        and queued until now, of the same priority, of at most ``max_chunk_tokens``, all together of at most
-        ``max_wave_tokens`` and a predicted step of at most 8 × ``itl_target_ms``. The first that does not fit ends it.
+        and queued until now, of the same priority, of at most ``max_chunk_tokens``; all together at most 64 prompts,
+        ``max_wave_tokens`` and a predicted 8 × ``itl_target_ms``. The first that does not fit ends it.
 
         Prompts are taken by priority, then by the client that was served fewest tokens (prefilled and generated; Sheng
         et al., "Fairness in Serving Large Language Models", OSDI 2024), then by arrival. Priority is strict: under

@@ -21,6 +21,7 @@ cdef enum:
     FIRST_CHUNK = 128  # largest chunk beside decoding rows before anything was measured
     MAX_OVERTAKEN = 8  # smaller sequences that may be admitted before one that waits for KV
     WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
+    MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
@@ -212,17 +213,17 @@ cdef class Scheduler:
             self._take(plan, step, slot, seq.target)
 
     cdef void _line_up(self, int priority) noexcept:
-        """Into ``line``: the queued of this priority that are next in order, as many as rows are free.
+        """Into ``line``: the queued of this priority that are next in order, as many as may join the step's first.
 
         One pass finds them all: whoever is taken counts as served before the client's next one is compared with
         others, so each one's place is its client's counter and the tokens of the client's earlier ones (the start tags
         of Goyal et al., "Start-time Fair Queuing", 1996).
         """
-        cdef int i, j, slot, rows_free = self.max_rows - self.rows_used
+        cdef int i, j, slot, most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
         cdef Seq *seq
         cdef Client *client
         self.line.size = 0
-        if rows_free == 0:
+        if most == 0:
             return
         for i in range(self.client_capacity):
             self.clients[i].ahead = 0
@@ -238,7 +239,7 @@ cdef class Scheduler:
             seq.place = client.served + client.ahead
             client.ahead += seq.target + 1
             j = self.line.size
-            if j < rows_free:
+            if j < most:
                 self.line.size += 1
             elif seq.place < self.seqs[self.line.items[j - 1]].place:
                 j -= 1

@@ -14,6 +14,7 @@ FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
+MAX_WAVE = 64
 
 
 @dataclass
@@ -220,7 +221,7 @@ class ReferenceScheduler:
             return
         self.take(plan, step, s, self.chunk_tokens(step, s))
         if not plan.preempted and not step.rows and s.length == s.target and self.prefill_fit.seen:
-            while (following := self.next_of_wave(step, s.priority)) is not None:
+            while len(plan.prefills) < MAX_WAVE and (following := self.next_of_wave(step, s.priority)):
                 self.take(plan, step, following, following.target)
 
     def next_of_wave(self, step, priority):

@@ -4,9 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from lmx.engine.backend import Chunk, Sequence
 from lmx.engine.mlx import adapter, probe
 from lmx.engine.mlx.arena import Lane
+from lmx.engine.mlx.backend import MLXBackend
 from lmx.engine.mlx.layers import DUMMY_SLOTS, scatter_write, slice_write
+from lmx.protocol import Load, Sampling
 from tests.models import build_model
 
 ATTENTION = ("llama", "qwen3", "qwen3_moe", "gemma3_text", "deepseek_v2")
@@ -98,6 +101,24 @@ def test_whole_prompts_in_one_pass_equal_single_ones_and_write_only_their_own_sl
         for row, answer in zip(rows, answers, strict=True):
             answer.append(int(mx.argmax(logits[row])))
     assert answers == [greedy_alone(model, prompt, 10) for prompt in prompts]
+
+
+def test_the_last_chunk_of_a_long_prompt_beside_decoding_rows_copies_no_buffer(loaded):
+    backend = MLXBackend(loaded("llama"), Load(path="", max_rows=4))
+    short, long = (
+        Sequence(seq, [5 + seq] * tokens, tokens, 99, Sampling(seed=0, temperature=0.0), ignore_eos=True)
+        for seq, tokens in enumerate((20, 3000))
+    )
+    for sequence in (short, long):
+        backend.start(sequence)
+    backend.launch([], [Chunk(short, 0, 20, last=True), Chunk(long, 0, 1000, last=False)]).wait()
+    backend.launch([short], [Chunk(long, 1000, 1996, last=False)]).wait()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    draws = backend.launch([short], [Chunk(long, 2996, 4, last=True)]).wait()
+    assert [draw.sequence for draw in draws] == [short, long]
+    [lane] = backend._placement.lanes
+    assert mx.get_peak_memory() - before < min(array.nbytes for layer in lane._layers for array in layer.arrays)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "lfm2", "qwen3_next"])

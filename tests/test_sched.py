@@ -356,6 +356,14 @@ def test_with_nobody_decoding_prompts_that_wait_start_in_one_step(implementation
 
 
 @BOTH
+def test_at_most_64_prompts_start_in_one_step(implementation):
+    scheduler = measured(implementation, max_rows=100)
+    for seq in range(1, 81):
+        scheduler.submit(seq, 1, 3)
+    assert starting(scheduler) == list(range(1, 65))
+
+
+@BOTH
 def test_beside_decoding_rows_and_before_any_measurement_one_prompt_starts_a_step(implementation):
     scheduler = make(implementation, max_rows=8)
     for seq in range(4):
