@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from lmx.engine.backend import Backend
 from lmx.engine.link import Link, ServerGone
@@ -31,9 +32,10 @@ def _serve(link: Link) -> int:
     options = next(link.receive(None))
     if not isinstance(options, Load):
         raise ValueError(f"the first frame must be Load, not {type(options).__name__}")
+    load = _loader(options.backend)
     started = time.monotonic()
     try:
-        backend = _load(options)
+        backend = load(options)
     except ModelInvalid as error:
         link.send(Failed(-1, "model_invalid", error.message))
         return 3
@@ -61,15 +63,15 @@ def _serve(link: Link) -> int:
     return 0
 
 
-def _load(options: Load) -> Backend:
-    """Imports one back end only: MLX alone takes half a second. Raises ModelInvalid."""
-    if options.backend == "llama":
+def _loader(backend: str) -> Callable[[Load], Backend]:
+    """Imports one back end only: MLX alone takes half a second."""
+    if backend == "llama":
         from lmx.engine.llama.backend import LlamaBackend
 
-        return LlamaBackend.load(options)
+        return LlamaBackend.load
     from lmx.engine.mlx.backend import MLXBackend
 
-    return MLXBackend.load(options)
+    return MLXBackend.load
 
 
 if __name__ == "__main__":
