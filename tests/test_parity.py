@@ -22,7 +22,7 @@ QUESTIONS = (
     "What do bees make?", "Count from one to five.", "What is the sun?", "How many legs does a spider have?",
     "What is ice?", "Tell me a joke.", "What is a computer?", "What is the capital of France?",
 )  # fmt: skip
-TOKENS = 24
+TOKENS = 16
 TOLERANCE = 0.05
 """Between log-probabilities above LIKELY: llama.cpp multiplies F16 by F16, with F16 KV; 0.028 was seen."""
 LIKELY = -8.0
@@ -92,11 +92,10 @@ def test_an_f16_file_says_the_same_on_both_engines(tmp_path: Path) -> None:
 
 
 def test_gemma_3_runs_on_both_engines(gemma_gguf: Path, tmp_path: Path) -> None:
-    """Sliding windows of 512, K-quants (dequantised on MLX), 262,144 tokens. A base model: it goes on with a text, here
-    with one longer than the window."""
-    sentence = "Tom counts the birds in the garden."
-    prompts = (" ".join([sentence] * 80), "1, 2, 3, 4, 5, 6, 7,")
-    for backend in ("llama", "mlx"):
-        birds, numbers = ask(gemma_gguf, tmp_path, backend, prompts, chat=False).texts()
-        assert birds.startswith(f" {sentence} {sentence}"), backend
-        assert numbers.startswith(" 8, 9, 10, 11"), backend
+    """K-quants (dequantised on MLX), 262,144 tokens, sliding windows of 512. A base model: it goes on with a text; on
+    llama.cpp, which is fast enough here, also with one longer than the window."""
+    sentence, numbers = "Tom counts the birds in the garden.", "1, 2, 3, 4, 5, 6, 7,"
+    told = ask(gemma_gguf, tmp_path, "llama", (numbers, " ".join([sentence] * 80)), chat=False).texts()
+    told += ask(gemma_gguf, tmp_path, "mlx", (numbers,), chat=False).texts()
+    assert [text.startswith(" 8, 9, 10, 11") for text in told] == [True, False, True]
+    assert told[1].startswith(f" {sentence} {sentence}"[: len(told[1])])
