@@ -6,6 +6,7 @@ reading. ``WatchedStream`` stands between the two: its own task always reads ahe
 must never hand bytes out of order, and it knows nothing of HTTP. ``lmx.api.http`` makes one for each connection.
 """
 
+import os
 import socket
 import struct
 from contextlib import suppress
@@ -118,14 +119,22 @@ class WatchedStream:
     async def send_all(self, data: bytes) -> None:
         """Send everything; BrokenResourceError when no SEND_SLICE_BYTES go out within ``write_timeout_s``.
 
-        Hypercorn shields its sends from cancellation, so that only this limit and the client's going end one.
+        Hypercorn shields its sends from cancellation, so that only this limit and the client's going end one. What the
+        kernel takes at once does not yield to other tasks: who streams waits for the next tokens anyway.
         """
-        for start in range(0, len(data), SEND_SLICE_BYTES):
+        for start in range(self._send_now(data), len(data), SEND_SLICE_BYTES):
             with trio.move_on_after(self._write_timeout_s) as limit:
                 await self._stream.send_all(data[start : start + SEND_SLICE_BYTES])
             if limit.cancelled_caught:
                 self.abandon(reset=True)
                 raise trio.BrokenResourceError(f"the client has read nothing for {self._write_timeout_s} s")
+
+    def _send_now(self, data: bytes) -> int:
+        """Bytes that the kernel took without waiting. Whatever is wrong with the socket, ``send_all`` will say."""
+        try:
+            return os.write(self.socket.fileno(), data)
+        except OSError:
+            return 0
 
     async def send_eof(self) -> None:
         """Send FIN; what was sent before still arrives."""

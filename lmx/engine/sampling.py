@@ -117,7 +117,7 @@ class SamplingBatch:
         each (B, V), when ``penalised``: how often a token stands in prompt and answer, and in the answer.
         """
         xp = self.xp
-        raw = logits.astype(xp.float32)
+        raw = logits if logits.dtype == xp.float32 else logits.astype(xp.float32)
         bad = xp.isnan(xp.sum(raw, axis=-1)) | (xp.max(raw, axis=-1) == xp.inf)
         x = raw
         if self.penalised:
