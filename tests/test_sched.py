@@ -437,9 +437,9 @@ def test_a_higher_priority_that_waits_for_kv_is_passed_by_one_a_step(implementat
     scheduler.submit(1, 200, 5)
     step = scheduler.plan(0.0).step
     scheduler.cancel(1)  # not released: its KV is held
-    scheduler.submit(2, 300, 5, priority=1)
     scheduler.submit(3, 10, 5)
     scheduler.submit(4, 10, 5)
+    scheduler.submit(2, 300, 5, priority=1)  # last, so that nothing but its priority puts it before 4
     assert [chunk.seq for chunk in scheduler.plan(0.0).prefills] == [3]
     scheduler.commit(step, 50.0)
 
