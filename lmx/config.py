@@ -47,7 +47,7 @@ class ModelSettings(_Section):
     cache_dir: str = ""
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}
-    context_length: int = Field(0, ge=0)
+    context_length: int = Field(0, ge=0, le=2**31 - 1)
 
     @property
     def cache_path(self) -> Path:
@@ -62,8 +62,8 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     max_rows: int = Field(8, ge=1, le=512)
     max_queue: int = Field(1024, ge=1)
-    kv_budget_bytes: int = Field(0, ge=0)
-    max_chunk_tokens: int = Field(0, ge=0, multiple_of=32)
+    kv_budget_bytes: int = Field(0, ge=0, le=2**63 - 1)
+    max_chunk_tokens: int = Field(0, ge=0, le=2**20, multiple_of=32)
     itl_target_ms: float = Field(250.0, gt=0)
     lookahead: Literal["auto", "on", "off"] = "auto"
     batching: Literal["auto", "single"] = "auto"
@@ -89,7 +89,7 @@ class KVBits(IntEnum):
 
 class LlamaSettings(_Section):
     kv_bits: KVBits = KVBits.F16
-    gpu_layers: int = Field(-1, ge=-1)
+    gpu_layers: int = Field(-1, ge=-1, le=10_000)
     threads: int = Field(0, ge=0, le=512)
     mmap: bool = True
 

@@ -64,6 +64,11 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "LMX_SERVER_PORT"]),
         ("[engine]\nmax_rows = 0", {}, ["[engine] max_rows", "greater than or equal to 1"]),
         ("[engine]\nmax_chunk_tokens = 100", {}, ["[engine] max_chunk_tokens", "multiple of 32"]),
+        (
+            "",
+            {"LMX_ENGINE_KV_BUDGET_BYTES": f"{10**30}"},
+            ["[engine] kv_budget_bytes", "less than or equal", f"{10**30}"],
+        ),
         ("[llama]\nkv_bits = 5", {}, ["[llama] kv_bits", "16, 8 or 4", "5"]),
         ("[model]\nbackend = 'mlc'", {}, ["[model] backend", "'mlc'", "'llama'"]),
         ("", {"LMX_SERVER_PORT": "70000"}, ["[server] port", "70000", "LMX_SERVER_PORT"]),

@@ -73,16 +73,17 @@ def test_a_broken_file_is_named_with_llama_cpps_own_reason(gguf: Path, tmp_path:
     assert words in message
 
 
-def test_kv_beyond_the_memory_or_the_budget_is_refused_with_the_numbers(gguf: Path) -> None:
-    with engine(gguf, backend="llama") as client:
+def test_kv_beyond_the_memory_or_the_budget_is_refused_with_the_numbers(gguf: Path, tmp_path: Path) -> None:
+    with engine(gguf, backend="llama", max_rows=1000) as client:
         assert client.ready is not None
         per_token = client.ready.kv_bytes_per_token
-    message = refusal(gguf, max_rows=10**9, kv_budget_bytes=10**15)
-    assert "free memory" in message
-    assert f"{10**9} rows" in message
     message = refusal(gguf, context_length=4096, kv_budget_bytes=2048 * per_token)
     assert "a context of 4096 tokens needs" in message
     assert "holds 2048 tokens" in message
+    long = build_gguf(tmp_path / "long.gguf", max_position_embeddings=10**9)
+    message = refusal(long, kv_budget_bytes=10**15)
+    assert "a context of 1000000000 tokens, 8 rows" in message
+    assert "free memory" in message
 
 
 def test_what_llama_cpp_logs_is_in_the_engines_log(

@@ -20,7 +20,7 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
-from lmx.engine.llama.native import Context, Model
+from lmx.engine.llama.native import MAX_SLOTS, Context, Model
 from lmx.engine.sampling import SamplingBatch, draw_key, penalised
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
@@ -72,7 +72,7 @@ class LlamaBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
     def __init__(self, model: Model, options: Load) -> None:
-        rows = options.max_rows if options.batching == "auto" else 1
+        rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1  # one is the canary's
         threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
         cost = model.measure_kv(options.kv_bits)
         budget, context_length = _budget(model, options, cost, rows)

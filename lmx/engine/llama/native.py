@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import llama_cpp as C
 
 KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
+MAX_SLOTS = int(C.llama_max_parallel_sequences())
 _PROBE_CELLS = 256
 _KEPT_ERRORS = 3
 # enum ggml_log_level, which the bindings lack.
