@@ -118,7 +118,8 @@ class SamplingBatch:
         """
         xp = self.xp
         raw = logits if logits.dtype == xp.float32 else logits.astype(xp.float32)
-        bad = xp.isnan(xp.sum(raw, axis=-1)) | (xp.max(raw, axis=-1) == xp.inf)
+        total = xp.sum(raw, axis=-1)
+        bad = xp.isnan(total) | (total == xp.inf)
         x = raw
         if self.penalised:
             assert counts is not None

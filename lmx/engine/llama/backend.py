@@ -71,11 +71,12 @@ class LlamaLaunch:
 class LlamaBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
-    def __init__(self, model: Model, options: Load) -> None:
+    def __init__(self, model: Model, options: Load, free_bytes: int) -> None:
+        """``free_bytes``: the memory that the weights leave."""
         rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1  # one is the canary's
         threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
         cost = model.measure_kv(options.kv_bits)
-        budget, context_length = _budget(model, options, cost, rows)
+        budget, context_length = _budget(model, options, cost, rows, free_bytes)
         chunk_tokens = options.max_chunk_tokens or _CHUNK_TOKENS
         cells = min(budget // cost.bytes_per_token, rows * _whole_quanta(context_length))
         self._context = Context(
@@ -111,13 +112,16 @@ class LlamaBackend:
     @classmethod
     def load(cls, options: Load) -> "LlamaBackend":
         """Load the GGUF file ``options.path``. Raises ModelInvalid."""
+        # Asked before: whether mapped weights count as available afterwards depends on the system.
+        available = psutil.virtual_memory().available
         model = Model(
             options.path,
             gpu_layers=options.gpu_layers,
             mmap=options.mmap,
             log_everything=options.log_level == "debug",
         )
-        return cls(model, options)
+        # At least an eighth: mapped weights need not all be in memory, and some are in the GPU's own.
+        return cls(model, options, max(available - model.weights_bytes, available // 8))
 
     def start(self, sequence: Sequence) -> None:
         counts = None
@@ -252,12 +256,9 @@ def _whole_quanta(tokens: int) -> int:
     return -(-tokens // QUANTUM_TOKENS) * QUANTUM_TOKENS
 
 
-def _budget(model: Model, options: Load, cost: KVCost, rows: int) -> tuple[int, int]:
+def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> tuple[int, int]:
     """(KV bytes, context length). Raises ModelInvalid when they do not fit the memory that is free."""
     wanted = _whole_quanta(min(model.context_length, options.context_length or model.context_length))
-    free = psutil.virtual_memory().available
-    if options.mmap:
-        free -= model.weights_bytes  # in the page cache, which counts as available until they are used
     budget = options.kv_budget_bytes
     if not budget:
         tokens = min(rows * wanted, max(wanted, rows * _DEFAULT_ROW_TOKENS))
