@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lmx._sched import NeverFits, Scheduler
 from lmx.engine.backend import Backend, Chunk, Launch, Sequence
+from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
 from lmx.protocol import (
@@ -74,6 +75,7 @@ class StepLoop:
             kv_budget_bytes=facts.kv_budget_bytes,
             kv_bytes_per_token=facts.kv_bytes_per_token,
             kv_bytes_per_sequence=facts.kv_bytes_per_sequence,
+            kv_quantum_tokens=QUANTUM_TOKENS,
             max_chunk_tokens=facts.max_chunk_tokens,
             itl_target_ms=options.itl_target_ms,
         )

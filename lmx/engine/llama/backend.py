@@ -236,6 +236,7 @@ class LlamaBackend:
     def import_kv(self, sequence: Sequence, data: bytes) -> int:
         row = self._rows[sequence.seq]
         if not self._context.import_slot(row.slot, data):
+            self._context.forget(row.slot)  # whatever was read before the fault
             raise ValueError(f"{len(data)} bytes are no state of this model's KV")
         row.tokens = sequence.tokens[: self._context.last_position(row.slot) + 1]
         return len(row.tokens)

@@ -214,6 +214,6 @@ class Context:
         return ctypes.string_at(data, written)
 
     def import_slot(self, slot: int, data: bytes) -> bool:
-        """Fill a free slot; False, with nothing changed, for data that do not fit this model and KV type."""
+        """Fill a free slot; False for data that do not fit this model and KV type, of which the slot may hold some."""
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         return bool(C.llama_state_seq_set_data(self.pointer, buffer, len(data), slot))
