@@ -123,6 +123,7 @@ class NullEngine:
                 dtype="none",
                 path="single",
                 path_reason="the null engine runs no model",
+                probes={},
                 load_s=time.monotonic() - started,
             )
         )

@@ -140,6 +140,8 @@ class Ready:
     path: str
     """How sequences are batched: "arena" (MLX), "unified" (llama.cpp's KV) or "single"."""
     path_reason: str
+    probes: dict[str, str]
+    """What was measured of the device and the model at load, in words: name → result."""
     load_s: float
 
 

@@ -54,11 +54,12 @@ def _serve(link: Link) -> int:
             dtype=facts.dtype,
             path=facts.path,
             path_reason=facts.path_reason,
+            probes=facts.probes,
             load_s=time.monotonic() - started,
         )
     )
     loop = StepLoop(link, backend, options)
-    overlapped = facts.asynchronous if options.lookahead == "auto" else options.lookahead == "on"
+    overlapped = facts.launch_share < 1.0 if options.lookahead == "auto" else options.lookahead == "on"
     (loop.run_overlapped if overlapped else loop.run_plain)()
     return 0
 

@@ -77,13 +77,16 @@ class Facts:
     """Sequences that may run at once."""
     max_chunk_tokens: int
     """Longest prefill chunk of one sequence in a step."""
-    asynchronous: bool
-    """Whether a launch returns before its step is done, so that lookahead gains something."""
+    launch_share: float
+    """The share of a step that its launch blocks: 0 where the device runs apart from Python, 1 where a launch lasts as
+    long as its step, so that lookahead gains nothing."""
     weights_bytes: int
     device: str
     dtype: str
     path: str
     path_reason: str
+    probes: dict[str, str]
+    """What was measured of the device and the model at load, in words: name → result."""
 
 
 @dataclass(frozen=True, slots=True)

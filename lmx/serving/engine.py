@@ -231,6 +231,8 @@ class Engine:
                     message.path_reason,
                     message.load_s,
                 )
+                for name, result in message.probes.items():
+                    logging.getLogger("lmx").info("model %s: %s: %s", self.name, name, result)
                 self._ledger.attach(self._process.send, message)
             case protocol.Failed(seq=-1):
                 self._load_failure = failed_load(message.code, message.message)

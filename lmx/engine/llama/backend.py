@@ -100,12 +100,13 @@ class LlamaBackend:
             kv_budget_bytes=budget,
             max_rows=rows,
             max_chunk_tokens=chunk_tokens,
-            asynchronous=False,
+            launch_share=1.0,
             weights_bytes=model.weights_bytes,
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
             path="unified" if rows > 1 else "single",
             path_reason=f"one llama_batch a step over {cells} shared KV cells, {threads} threads",
+            probes={},
         )
         self.canary()
 
