@@ -20,6 +20,7 @@ cdef struct Seq:
     int priority
     int client
     State state
+    bint has_row
     int overtaken
     long long target  # tokens to prefill: the prompt, and after a preemption the answer so far
     long long length  # tokens in its KV once the planned steps have run

@@ -90,7 +90,7 @@ class Scheduler:
     ) -> None:
         """
         A sequence takes a row and KV when its prefill begins, and keeps both until ``release``: its prompt's KV and one
-        token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time. Where that
+        token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time (``kv_bytes_per_token`` may be 0: nothing grows then). Where that
         would exceed the budget, the latest started of the lowest priority is preempted; the first started of the
         highest never is.
 

@@ -36,6 +36,7 @@ cdef enum:
     WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
+cdef long long NO_LIMIT = 2**62
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
 
@@ -265,6 +266,7 @@ cdef class Scheduler:
         remove_slot(&self.queue, slot)
         append_slot(&self.running, slot)
         seq.state = PREFILLING
+        seq.has_row = True
         self.rows_used += 1
         seq.held_bytes = seq.asked_bytes
         self.kv_used_bytes += seq.held_bytes
@@ -273,6 +275,7 @@ cdef class Scheduler:
         """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
         cdef Seq *seq = &self.seqs[slot]
         remove_slot(&self.running, slot)
+        seq.has_row = False
         self.rows_used -= 1
         self.kv_used_bytes -= seq.held_bytes
         seq.held_bytes = 0
@@ -405,7 +408,7 @@ cdef class Scheduler:
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0, 2**61)
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1, 2**20)
-        self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
+        self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
@@ -413,9 +416,13 @@ cdef class Scheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        self.capacity_tokens = (
-            max(0, self.kv_budget_bytes - self.kv_bytes_per_sequence) // self.quantum_bytes * self.quantum_tokens
-        )
+        if self.kv_bytes_per_sequence > self.kv_budget_bytes:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
+            self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
         self.due = INFINITY
         self.slot_of = {}
         self.free_slots = []
@@ -495,7 +502,7 @@ cdef class Scheduler:
         remove_slot(&self.ending, slot)
         self.kv_used_bytes -= freed_bytes
         self.kv_ending_bytes -= freed_bytes
-        self.rows_used -= freed_bytes > 0
+        self.rows_used -= self.seqs[slot].has_row
         del self.slot_of[seq]
         self.free_slots.append(slot)
         return freed_bytes

@@ -12,6 +12,7 @@ from lmx._sched import NeverFits, Prefill, SchedulerStatistics
 TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
+NO_LIMIT = 2**62
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
 MAX_WAVE = 64
@@ -36,6 +37,7 @@ class Sequence:
     target: int
     max_tokens: int
     state: str = "queued"
+    has_row: bool = False
     started: int = 0
     overtaken: int = 0
     kv_bytes: int = 0
@@ -129,7 +131,7 @@ class ReferenceScheduler:
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0)
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1)
-        self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
+        self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
@@ -137,8 +139,13 @@ class ReferenceScheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        room_bytes = max(0, kv_budget_bytes - kv_bytes_per_sequence)
-        self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
+        room_bytes = kv_budget_bytes - kv_bytes_per_sequence
+        if room_bytes < 0:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
         self.sequences = {}
         self.served = {}
         self.floor = 0
@@ -160,7 +167,7 @@ class ReferenceScheduler:
         return sum(s.kv_bytes for s in self.sequences.values())
 
     def rows_used(self):
-        return sum(s.kv_bytes > 0 for s in self.sequences.values())
+        return sum(s.has_row for s in self.sequences.values())
 
     def kv_bytes_for(self, tokens):
         return self.kv_bytes_per_sequence + math.ceil(tokens / self.quantum_tokens) * self.quantum_bytes
@@ -201,7 +208,7 @@ class ReferenceScheduler:
             victim = min(self.running(), key=lambda s: (s.priority, -s.started))
             if victim.state == "decoding":
                 victim.target = victim.length + 1
-            victim.state, victim.length, victim.kv_bytes = "queued", 0, 0
+            victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
             self.preemptions += 1
             plan.preempted += (victim.id,)
 
@@ -242,7 +249,7 @@ class ReferenceScheduler:
     def take(self, plan, step, s, tokens):
         if s.state == "queued":
             self.starts += 1
-            s.state, s.started, s.kv_bytes = "prefilling", self.starts, self.admission_bytes(s)
+            s.state, s.has_row, s.started, s.kv_bytes = "prefilling", True, self.starts, self.admission_bytes(s)
         plan.prefills += (Prefill(s.id, s.length, tokens, s.length + tokens == s.target),)
         step.chunk += tokens
         step.chunk_context += tokens * (s.length + tokens / 2.0)

@@ -231,6 +231,32 @@ def test_never_fits_and_the_budget_as_a_limit_of_max_tokens(implementation):
 
 
 @BOTH
+@pytest.mark.parametrize("per_sequence", [0, 100])
+def test_where_nothing_grows_with_the_tokens_only_rows_and_the_constant_part_limit(implementation, per_sequence):
+    sizes = {"kv_bytes_per_token": 0, "kv_bytes_per_sequence": per_sequence, "kv_budget_bytes": 250, "max_rows": 3}
+    scheduler = make(implementation, **sizes)
+    for seq in range(4):
+        assert scheduler.submit(seq, 100_000, 2**40) == 2**40
+    for _ in range(1000):
+        run(scheduler)
+    figures = scheduler.statistics()
+    assert (figures.decoding, figures.kv_used_bytes) == ((2, 200) if per_sequence else (3, 0))
+    for seq in range(4):
+        scheduler.cancel(seq)
+    run(scheduler)
+    scheduler.submit(9, 10, 2)
+    assert [decode for decode, _ in drain(scheduler)] == [(), (9,)]
+
+
+@BOTH
+def test_a_constant_part_beyond_the_budget_never_fits(implementation):
+    scheduler = make(implementation, kv_bytes_per_token=0, kv_bytes_per_sequence=300, kv_budget_bytes=250)
+    with pytest.raises(NeverFits) as refusal:
+        scheduler.submit(1, 1, 1)
+    assert (refusal.value.needed_bytes, refusal.value.budget_bytes) == (300, 250)
+
+
+@BOTH
 @pytest.mark.parametrize(("prompt_tokens", "max_tokens", "quanta"), [(63, 9, 2), (64, 9, 3), (64, 1, 2), (1, 1, 1)])
 def test_admission_takes_whole_quanta_for_the_prompt_and_the_first_decode(
     implementation, prompt_tokens, max_tokens, quanta

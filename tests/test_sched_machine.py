@@ -25,18 +25,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_rows=st.integers(1, 6),
         quanta=st.integers(1, 30),
         quantum_tokens=st.sampled_from([8, 32, 50]),
+        per_token=st.sampled_from([10, 10, 10, 0]),
         per_sequence=st.sampled_from([0, 70]),
         max_chunk_tokens=st.sampled_from([32, 64, 200]),
         max_wave_tokens=st.sampled_from([1, 100, 400]),
         itl_target_ms=st.sampled_from([1.0, 30.0, 250.0]),
     )
-    def start(self, max_rows, quanta, quantum_tokens, per_sequence, max_chunk_tokens, max_wave_tokens, itl_target_ms):
+    def start(
+        self,
+        max_rows,
+        quanta,
+        quantum_tokens,
+        per_token,
+        per_sequence,
+        max_chunk_tokens,
+        max_wave_tokens,
+        itl_target_ms,
+    ):
         self.max_rows, self.max_chunk_tokens, self.max_wave_tokens = max_rows, max_chunk_tokens, max_wave_tokens
         self.budget_bytes = quanta * quantum_tokens * 10 + per_sequence
         sizes = {
             "max_rows": max_rows,
             "kv_budget_bytes": self.budget_bytes,
-            "kv_bytes_per_token": 10,
+            "kv_bytes_per_token": per_token,
             "kv_bytes_per_sequence": per_sequence,
             "kv_quantum_tokens": quantum_tokens,
             "max_chunk_tokens": max_chunk_tokens,
