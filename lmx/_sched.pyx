@@ -24,7 +24,7 @@ from libc.string cimport memset
 
 cimport cython
 
-from lmx._cost cimport Fit, Step, chunk_context, decode_features, observe, predict, prefill_features, start_fit
+from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
 from lmx._order cimport Clients, activate, first, first_begun, idle, line_up
 
 from dataclasses import dataclass
@@ -91,6 +91,7 @@ cdef class Scheduler:
     cdef long long kv_budget_bytes, kv_used_bytes, kv_ending_bytes, quantum_bytes, kv_bytes_per_sequence
     cdef long long quantum_tokens, capacity_tokens
     cdef long long max_chunk_tokens, max_wave_tokens
+    cdef double max_chunk_area
     cdef double itl_target_ms, max_step_ms
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
@@ -110,8 +111,7 @@ cdef class Scheduler:
         cdef Step *step = &self.uncommitted[(self.planned + 1) & 1]
         plan.step = 0
         plan.decode = plan.prefills = plan.preempted = plan.expired = ()
-        step.rows = step.context = step.chunk = 0
-        step.chunk_context = 0.0
+        memset(step, 0, sizeof(Step))
         if now >= self.due:
             plan.expired = self._expire(now)
         if self._make_room(plan):
@@ -219,6 +219,7 @@ cdef class Scheduler:
                 or step.chunk + seq.target > self.max_wave_tokens
                 or self.kv_used_bytes + seq.asked_bytes > self.kv_budget_bytes
                 or self._predict_ms(step, 0, seq.target) > limit_ms
+                or self._area(step, 0, seq.target, True) > self.max_chunk_area
                 or (begun >= 0 and self._first(begun, slot) == begun)
             ):
                 return
@@ -232,6 +233,7 @@ cdef class Scheduler:
         plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
         step.chunk += tokens
         step.chunk_context += chunk_context(seq.length, tokens)
+        add_area(step, seq.length, tokens, seq.length + tokens == seq.target)
         seq.length += tokens
         seq.last_step = self.planned + 1
         self.clients.items[seq.client].served += tokens
@@ -336,16 +338,26 @@ cdef class Scheduler:
             if not self.prefill_fit.seen:
                 most = min(most, FIRST_CHUNK)
         cdef long long tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self._predict_ms(step, seq.length, tokens) > limit_ms:
+        while tokens > TILE and (
+            self._predict_ms(step, seq.length, tokens) > limit_ms
+            or self._area(step, seq.length, tokens, tokens == left) > self.max_chunk_area
+        ):
             tokens -= TILE
         if (
             left - tokens < TILE
             and left <= most
+            and self._area(step, seq.length, left, True) <= self.max_chunk_area
             and self._predict_ms(step, seq.length, left)
             <= TAIL_SLACK * max(limit_ms, self._predict_ms(step, seq.length, tokens))
         ):
             return left
         return tokens
+
+    cdef double _area(self, Step *step, long long start, long long tokens, bint last) noexcept:
+        """Tokens times context of the step's prefill, with this chunk: what its attention may need memory for."""
+        cdef Step with_it = step[0]
+        add_area(&with_it, start, tokens, last)
+        return with_it.area + <double>with_it.whole * with_it.longest * with_it.longest
 
     cdef double _decode_ms(self, Step *step) noexcept:
         cdef double x[3]
@@ -379,10 +391,9 @@ cdef class Scheduler:
     def predict_ms(self, decode_rows, decode_context, chunks=()):
         cdef Step step
         cdef long long start, tokens
+        memset(&step, 0, sizeof(Step))
         step.rows = _whole("decode_rows", decode_rows, 0)
         step.context = _whole("decode_context", decode_context, 0)
-        step.chunk = 0
-        step.chunk_context = 0.0
         for chunk in chunks:
             start, tokens = _whole("chunk start", chunk[0], 0), _whole("chunk tokens", chunk[1], 0)
             step.chunk += tokens
@@ -401,6 +412,7 @@ cdef class Scheduler:
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
         max_wave_tokens=2048,
+        max_chunk_area=0,
         double itl_target_ms=250.0,
         double max_step_ms=4000.0,
     ):
@@ -411,6 +423,7 @@ cdef class Scheduler:
         self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
+        self.max_chunk_area = _whole("max_chunk_area", max_chunk_area, 0, 2**61) or INFINITY
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")

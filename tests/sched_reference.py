@@ -52,6 +52,8 @@ class Step:
     context: int = 0
     chunk: int = 0
     chunk_context: float = 0.0
+    area: float = 0.0
+    whole: tuple[int, ...] = ()
 
 
 @dataclass
@@ -124,6 +126,7 @@ class ReferenceScheduler:
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
         max_wave_tokens=2048,
+        max_chunk_area=0,
         itl_target_ms=250.0,
         max_step_ms=4000.0,
     ):
@@ -134,6 +137,7 @@ class ReferenceScheduler:
         self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
+        self.max_chunk_area = _whole("max_chunk_area", max_chunk_area, 0) or math.inf
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (math.isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
@@ -243,6 +247,7 @@ class ReferenceScheduler:
             and s.target <= self.max_chunk_tokens
             and step.chunk + s.target <= self.max_wave_tokens
             and self.cost_ms(step, 0, s.target) <= min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+            and self.area(step, s, s.target) <= self.max_chunk_area
         )
         return s if fits else None
 
@@ -253,6 +258,10 @@ class ReferenceScheduler:
         plan.prefills += (Prefill(s.id, s.length, tokens, s.length + tokens == s.target),)
         step.chunk += tokens
         step.chunk_context += tokens * (s.length + tokens / 2.0)
+        if tokens == s.target:
+            step.whole += (tokens,)
+        else:
+            step.area += tokens * (s.length + tokens)
         s.length += tokens
         s.last_step = self.planned + 1
         self.served[s.client] += tokens
@@ -289,12 +298,18 @@ class ReferenceScheduler:
         if left <= TILE:
             return left
         tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self.cost_ms(step, s.length, tokens) > limit_ms:
+        while tokens > TILE and (
+            self.cost_ms(step, s.length, tokens) > limit_ms or self.area(step, s, tokens) > self.max_chunk_area
+        ):
             tokens -= TILE
         slack_ms = TAIL_SLACK * max(limit_ms, self.cost_ms(step, s.length, tokens))
-        if left - tokens < TILE and left <= most and self.cost_ms(step, s.length, left) <= slack_ms:
-            return left
-        return tokens
+        whole_left = (
+            left - tokens < TILE
+            and left <= most
+            and self.area(step, s, left) <= self.max_chunk_area
+            and self.cost_ms(step, s.length, left) <= slack_ms
+        )
+        return left if whole_left else tokens
 
     def generate(self, s):
         s.generated += 1
@@ -309,6 +324,11 @@ class ReferenceScheduler:
             self.floor = self.served[s.client]
 
     # --- cost ---
+
+    def area(self, step, s, tokens):
+        whole = step.whole + (tokens,) * (tokens == s.target)
+        padded = float(len(whole)) * max(whole, default=0) * max(whole, default=0)
+        return step.area + padded + (0.0 if tokens == s.target else float(tokens * (s.length + tokens)))
 
     def decode_ms(self, step):
         return self.decode_fit.predict((1.0, step.rows, step.context)) if step.rows else 0.0

@@ -619,6 +619,24 @@ def test_a_lasting_change_of_speed_is_learned_in_three_steps(implementation):
     assert scheduler.predict_ms(1, 100) == pytest.approx(400.0, rel=0.05)
 
 
+@BOTH
+def test_a_chunk_keeps_to_the_area_of_tokens_times_context(implementation):
+    scheduler = make(implementation, max_chunk_tokens=512, max_chunk_area=200_000)
+    scheduler.submit(1, 5000, 1)
+    chunks = [chunk for _, [chunk] in drain(scheduler)]
+    assert all(tokens == 32 or tokens * (start + tokens) <= 200_000 for _, start, tokens in chunks)
+    assert [tokens for *_, tokens in chunks[:3]] == [416, 256, 192]
+    assert chunks[-1] == (1, 4960, 40)
+
+
+@BOTH
+def test_prompts_that_start_together_keep_to_the_area_as_padded_to_the_longest(implementation):
+    scheduler = measured(implementation, max_chunk_area=4 * 100 * 100)
+    for seq, prompt_tokens in enumerate((60, 60, 100, 60, 60), start=1):
+        scheduler.submit(seq, prompt_tokens, 3)
+    assert starting(scheduler) == [1, 2, 3, 4]
+
+
 # --- errors -------------------------------------------------------------------------------------------
 
 
@@ -629,7 +647,7 @@ def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implem
     for name in ("max_rows", "kv_budget_bytes", "kv_bytes_per_token", "kv_bytes_per_sequence", "kv_quantum_tokens"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
-    for name in ("max_chunk_tokens", "max_wave_tokens", "itl_target_ms", "max_step_ms"):
+    for name in ("max_chunk_tokens", "max_wave_tokens", "max_chunk_area", "itl_target_ms", "max_step_ms"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
     good = {"seq": 1, "prompt_tokens": 10, "max_tokens": 5, "priority": 0, "deadline": 9.0}
