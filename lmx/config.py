@@ -11,9 +11,10 @@ import tomllib
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lmx.errors import ConfigError
 
@@ -59,6 +60,14 @@ class ModelSettings(_Section):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmx"
 
 
+def _library(value: str) -> str:
+    if value not in ("auto", "off") and not Path(value).is_file():
+        raise PydanticCustomError(
+            "no_file", 'there is no such file; give the path of libopenblas.so.0, "auto" or "off"'
+        )
+    return value
+
+
 class EngineSettings(_Section):
     max_rows: int = Field(8, ge=1, le=512)
     max_queue: int = Field(1024, ge=1)
@@ -75,7 +84,7 @@ class EngineSettings(_Section):
     restart_cooldown_s: float = Field(60.0, ge=0)
     max_restarts: int = Field(5, ge=0)
     max_unread_tokens: int = Field(8192, ge=1)
-    openblas: str = "auto"
+    openblas: Annotated[str, AfterValidator(_library)] = "auto"
     command: list[str] = []
 
 
