@@ -236,9 +236,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_kv_heads": [2, 2, 2, 2],
         "ffn_multipliers": [1.0, 1.5, 2.0, 2.0],
     },
-    "phi3small": {"ff_intermediate_size": 96, "gegelu_limit": 20.0, "dense_attention_every_n_layers": 2,
+    "phi3small": {
+        "ff_intermediate_size": 96,
+        "gegelu_limit": 20.0,
+        "dense_attention_every_n_layers": 2,
         # It always masks the ids of some unused tokens.
-        "vocab_size": 100352},
+        "vocab_size": 100352,
+    },
     "phixtral": {"num_vocab": VOCABULARY, "model_dim": 64, "num_heads": 4},
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": 16},
@@ -338,6 +342,7 @@ SPECIAL["longcat_flash_ngram"] = SPECIAL["longcat_flash"]
 
 NOT_BUILT: dict[str, str] = {
     "olmo": "needs the package ai2-olmo; its module ends the process that imports it without",
+    "prism_hadamard_qwen35": "its published packs only: 2-bit weights with a manifest of every packed module",
 }
 
 
