@@ -127,10 +127,12 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Decide the next step. ``now`` (seconds, any zero) only decides which deadlines have passed. Raises
         RuntimeError when two steps are uncommitted."""
-    def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = ()) -> None:
+    def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
-        are committed in their order. Raises ValueError, with nothing changed, for another step or an unknown id."""
+        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to lie
+        between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
+        unknown id."""
     def releasable(self) -> tuple[int, ...]:
         """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""
     def release(self, seq: int) -> int:

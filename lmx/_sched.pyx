@@ -519,7 +519,7 @@ cdef class Scheduler:
         self._end(slot)
         return True
 
-    def commit(self, step, double elapsed_ms, finished=()):
+    def commit(self, step, double elapsed_ms, finished=(), bint learn=True):
         _check_time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
@@ -527,7 +527,8 @@ cdef class Scheduler:
             if seq not in self.slot_of:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed += 1
-        self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
+        if learn:
+            self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
         for seq in finished:
             self.cancel(seq)
 

@@ -5,6 +5,8 @@ Each later source overrides the earlier one, key by key. A key that does not exi
 lists every key with its default (a test holds the two together).
 """
 
+import difflib
+import logging
 import os
 import sys
 import tomllib
@@ -17,6 +19,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from lmx.errors import ConfigError
+
+logger = logging.getLogger("lmx")
 
 BackendName = Literal["auto", "mlx", "llama"]
 
@@ -140,7 +144,7 @@ def load_settings(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.", param="--config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -164,7 +168,18 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 except tomllib.TOMLDecodeError as error:
                     raise ConfigError(f"{name}={value!r} is not a TOML value: {error}.", param=name) from None
             found[section][key] = value
+    known = [f"LMX_{section}_{key}".upper() for section, values in _keys().items() for key in values]
+    sections = tuple(f"LMX_{section}_".upper() for section in found)
+    for name in sorted(name for name in environ if name.startswith("LMX_") and name not in known):
+        nearest = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+        if nearest or name.startswith(sections):
+            meant = f"; did you mean {nearest[0]}?" if nearest else "; lmx.toml lists every setting."
+            logger.warning("the variable %s is no setting of lmx%s", name, meant)
     return found
+
+
+def _keys() -> dict[str, list[str]]:
+    return {section: list(values) for section, values in Settings().model_dump().items()}
 
 
 def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
@@ -172,7 +187,8 @@ def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
     section, *rest = (str(part) for part in first["loc"])
     key = ".".join(rest)
     if first["type"] == "extra_forbidden":
-        problem = "there is no such setting"
+        nearest = difflib.get_close_matches(key, _keys()[section], 1)
+        problem = "there is no such setting" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     else:
         problem = f"{first['msg']} (got {first['input']!r})"
     return ConfigError(

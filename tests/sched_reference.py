@@ -361,7 +361,7 @@ class ReferenceScheduler:
         self.end(self.sequences[seq])
         return True
 
-    def commit(self, step, elapsed_ms, finished=()):
+    def commit(self, step, elapsed_ms, finished=(), learn=True):
         _time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
@@ -369,7 +369,9 @@ class ReferenceScheduler:
             if seq not in self.sequences:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed = step
-        self.learn(self.uncommitted.pop(step), elapsed_ms)
+        committed = self.uncommitted.pop(step)
+        if learn:
+            self.learn(committed, elapsed_ms)
         for seq in finished:
             self.cancel(seq)
 

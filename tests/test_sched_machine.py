@@ -162,16 +162,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.prefilled[chunk.seq] = chunk.start + chunk.tokens
 
     @precondition(lambda self: self.planned_members)
-    @rule(elapsed_ms=st.floats(0.0, 5000.0), data=st.data())
-    def commit(self, elapsed_ms, data):
+    @rule(elapsed_ms=st.floats(0.0, 5000.0), learn=st.sampled_from([True, True, False]), data=st.data())
+    def commit(self, elapsed_ms, learn, data):
         step = min(self.planned_members)
         members = sorted(self.planned_members[step])
-        self.commit_step(elapsed_ms, data.draw(st.lists(st.sampled_from(members), unique=True)) if members else [])
+        finished = data.draw(st.lists(st.sampled_from(members), unique=True)) if members else []
+        self.commit_step(elapsed_ms, finished, learn)
 
-    def commit_step(self, elapsed_ms, finished):
+    def commit_step(self, elapsed_ms, finished, learn=True):
         step = min(self.planned_members)
         finished = [seq for seq in finished if seq not in self.released]
-        self.both("commit", step, elapsed_ms, finished)
+        before_ms = self.compiled.predict_ms(2, 100, [(0, 50)])
+        self.both("commit", step, elapsed_ms, finished, learn)
+        assert learn or self.compiled.predict_ms(2, 100, [(0, 50)]) == before_ms
         del self.planned_members[step]
         for seq in finished:
             self.end(seq)
