@@ -44,7 +44,7 @@ TOLERANCE = 2e-3
 
 @pytest.fixture(scope="module", autouse=True)
 def _without_compiler():
-    """MLX compiles a kernel for each new chain of operations, a second each: what is tested here is the same without."""
+    """MLX compiles a kernel for each new chain of operations, a second each; nothing tested here depends on it."""
     mx.disable_compile()
     yield
     mx.enable_compile()

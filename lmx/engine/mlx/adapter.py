@@ -222,10 +222,12 @@ def layer_kinds(model: nn.Module) -> list[LayerKind] | str:
     return kinds
 
 
-def wire(weights_bytes: int) -> None:
-    """Wire exactly the weights (Metal only): unwired large models run 40× slower, and wiring buffers that come and go
-    is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are never
-    reached."""
+def wire() -> None:
+    """Wire what is alive now, the weights (Metal only): unwired large models run 40× slower, and wiring buffers that
+    come and go is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are
+    never reached."""
     if mx.metal.is_available():
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(weights_bytes, limit))
+        # MLX fills the wired set from all buffers, pooled ones too: those would later be given to KV, which comes and
+        # goes, and leave some weights outside (resident.cpp).
+        mx.clear_cache()
+        mx.set_wired_limit(min(mx.get_active_memory(), int(mx.device_info()["max_recommended_working_set_size"])))

@@ -63,6 +63,11 @@ class Lane:
         return [self.last_tokens, *counts, *states, *private]
 
     @property
+    def keys_and_values(self) -> list[mx.array]:
+        """The buffers that decode steps write into."""
+        return [array for layer in self._layers if isinstance(layer, KVLayer) for array in layer.arrays]
+
+    @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
         return self.slots - DUMMY_SLOTS

@@ -19,7 +19,7 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import KVCost, fit_context
-from lmx.engine.mlx import adapter, kv_bytes, probe
+from lmx.engine.mlx import adapter, device, kv_bytes, probe
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
@@ -43,7 +43,11 @@ class MLXBackend:
     def __init__(self, loaded: adapter.LoadedModel, options: Load) -> None:
         self._thread = threading.get_ident()
         self._loaded = loaded
-        self._probe = probe.run(loaded, force_single=options.batching == "single")
+        write, write_words = device.choose_write()
+        self._probe = probe.run(loaded, write, force_single=options.batching == "single")
+        self._device = device.measure(loaded, self._probe.kinds, self._probe.write)
+        self._device.words["write"] = write_words
+        mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
         self._placement = Placement(loaded, self._probe, self.facts)
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
@@ -53,7 +57,7 @@ class MLXBackend:
     def load(cls, options: Load) -> "MLXBackend":
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
-        adapter.wire(loaded.weights_bytes)
+        adapter.wire()
         backend = cls(loaded, options)
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
@@ -74,16 +78,15 @@ class MLXBackend:
             kv_budget_bytes=budget,
             max_rows=options.max_rows if self._probe.path == "arena" else 1,
             max_chunk_tokens=options.max_chunk_tokens or _CHUNK_TOKENS[mx.default_device() == mx.gpu],
-            # The CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step
-            # (measured: 14.9 of 16.5 ms): lookahead would deliver each token a step late and gain nothing (480 against
-            # 483 tok/s).
-            launch_share=0.0 if mx.default_device() == mx.gpu else 1.0,
+            # MLX's CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step:
+            # lookahead would deliver each token a step late and gain nothing (480 against 483 tok/s).
+            launch_share=self._device.launch_share,
             weights_bytes=self._loaded.weights_bytes,
             device=_device_name(),
             dtype=self._loaded.dtype,
             path=self._probe.path,
             path_reason=self._probe.reason,
-            probes={},
+            probes=dict(self._device.words),
         )
 
     def start(self, sequence: Sequence) -> None:
