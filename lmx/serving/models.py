@@ -5,6 +5,8 @@ and routing can come without them. Built by ``lmx.cli`` in a thread (``load`` bl
 """
 
 import logging
+import os
+import sys
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +19,7 @@ from lmx.config import Settings
 from lmx.errors import LmxError, ModelNotFound, ModelOverloaded
 from lmx.hub.inventory import ModelFolder, resolve
 from lmx.serving.engine import Engine
+from lmx.serving.metal import buffer_limits, chip_name
 from lmx.serving.metrics import Metrics
 
 BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
@@ -74,7 +77,14 @@ class Models:
             threads=settings.llama.threads,
             mmap=settings.llama.mmap,
         )
-        engine = Engine(folder.id, load, settings.engine, metrics)
+        limits = buffer_limits(
+            settings.engine.mlx_ops_per_buffer,
+            settings.engine.mlx_mb_per_buffer,
+            os.environ,
+            sys.platform,
+            chip_name(sys.platform),
+        )
+        engine = Engine(folder.id, load, settings.engine, metrics, {**os.environ, **limits})
         return cls(settings, Served(folder.id, folder, chat, engine, int(time.time())))
 
     def resolve(self, requested: str) -> Served:
