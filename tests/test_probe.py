@@ -5,10 +5,13 @@ import dataclasses
 import mlx.core as mx
 import pytest
 
+from lmx.engine.budget import chunk_area
 from lmx.engine.mlx import adapter, device, probe
+from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.backend import MLXBackend
 from lmx.engine.mlx.layers import scatter_write
 from lmx.protocol import Load
+from tests import architectures
 from tests.models import build_model
 
 
@@ -110,7 +113,7 @@ def test_a_model_that_raises_beyond_its_window_runs_alone(loaded):
 
 def test_what_a_device_does_is_measured_and_told(loaded):
     backend = MLXBackend(loaded("llama"), Load(path=""))
-    assert set(backend.facts.probes) == {"launch", "writes in flight", "write"}
+    assert set(backend.facts.probes) == {"launch", "writes in flight", "write", "attention"}
     if mx.default_device() == mx.cpu:  # MLX takes 10 operations ahead there
         assert 0.5 < backend.facts.launch_share <= 1.0
         assert "no step is launched while another one runs" in backend.facts.probes["writes in flight"]
@@ -164,3 +167,38 @@ def test_a_measurement_that_fails_is_told_and_does_not_fail_the_load(loaded):
     facts = device.measure(model, adapter.layer_kinds(model.model), broken)
     assert "RuntimeError: no such kernel" in facts.words["launch"]
     assert facts.launch_share == float(mx.default_device() == mx.cpu)
+
+
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v2"])
+def test_what_attention_takes_is_what_a_chunk_takes(loaded, kind):
+    model = loaded(kind)
+    kinds = adapter.layer_kinds(model.model)
+    lane = Lane(model, kinds, 1, 4096, scatter_write)
+    row = lane.acquire(0)
+    lane.prefill(row, [5] * 3000, last=False)
+    mx.eval(lane.arrays)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    lane.prefill(row, [5] * 256, last=False)
+    mx.eval(lane.arrays)
+    taken = (mx.get_peak_memory() - before) / (256 * 3256)
+    assert 0.4 * taken < device.measure(model, kinds, scatter_write).attention_bytes < 1.5 * taken
+
+
+def test_models_without_mlxs_attention(loaded, tmp_path):
+    recurrent = adapter.load(architectures.build("mamba", tmp_path / "mamba"))
+    assert device._attention(recurrent, adapter.layer_kinds(recurrent.model)) == (0.0, "the model has none")
+    capped = adapter.load(architectures.build("gemma2", tmp_path / "gemma2"))
+    needed, words = device._attention(capped, adapter.layer_kinds(capped.model))
+    assert needed > 0
+    assert "the model's own code" in words
+
+
+def test_the_area_of_a_chunk_by_the_memory_there_is(loaded):
+    assert chunk_area(0.0, 10**9, 0) == 0
+    assert chunk_area(96.0, 28 * 10**9, 14 * 10**9) == 7 * 10**9 // 96
+    assert chunk_area(96.0, 10**9, 10**12) == 5 * 10**7 // 96
+    assert chunk_area(96.0, 0, 1) == 1
+    model = loaded("llama")
+    small, large = (MLXBackend(model, Load(path="", kv_budget_bytes=budget)).facts for budget in (2**22, 2**60))
+    assert small.max_chunk_area > 5 * large.max_chunk_area > 0

@@ -87,6 +87,9 @@ class Facts:
     path_reason: str
     probes: dict[str, str]
     """What was measured of the device and the model at load, in words: name → result."""
+    max_chunk_area: int = 0
+    """Most tokens times context that prefill may compute in a step, for the memory that attention takes; 0: any
+    number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ class StepLoop:
             kv_bytes_per_sequence=facts.kv_bytes_per_sequence,
             kv_quantum_tokens=QUANTUM_TOKENS,
             max_chunk_tokens=facts.max_chunk_tokens,
+            max_chunk_area=facts.max_chunk_area,
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}

@@ -35,7 +35,17 @@ try:
 finally:
     resource.setrlimit = _setrlimit
 
-__all__ = ["ArraysCache", "LayerKind", "LoadedModel", "layer_kinds", "load", "make_prompt_cache", "wire"]
+__all__ = [
+    "ArraysCache",
+    "AttentionShape",
+    "LayerKind",
+    "LoadedModel",
+    "attention_shapes",
+    "layer_kinds",
+    "load",
+    "make_prompt_cache",
+    "wire",
+]
 
 # A model that would take more than this share of the free memory as float32 stays packed on the CPU.
 _FLOAT32_MEMORY_SHARE = 0.6
@@ -220,6 +230,38 @@ def layer_kinds(model: nn.Module) -> list[LayerKind] | str:
             )
         )
     return kinds
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a layer asks of MLX's attention."""
+
+    heads: int
+    """Of the queries."""
+    kv_heads: int
+    width: int
+    """Of queries and keys."""
+    value_width: int
+    dtype: mx.Dtype
+
+
+def attention_shapes(model: nn.Module) -> set[AttentionShape]:
+    """Of all layers, seen in what a token's forward pass asks of MLX: configurations name them in many ways. Empty for
+    code that computes its attention itself."""
+    shapes: set[AttentionShape] = set()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def seen(queries: mx.array, keys: mx.array, values: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shape = AttentionShape(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3], queries.dtype)
+        shapes.add(shape)
+        return attention(queries, keys, values, *args, **kwargs)
+
+    mx.fast.scaled_dot_product_attention = seen  # type: ignore[assignment]
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+    return shapes
 
 
 def wire() -> None:

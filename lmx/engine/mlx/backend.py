@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
-from lmx.engine.budget import KVCost, fit_context
+from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.mlx import adapter, device, kv_bytes, probe
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.placement import Place, Placement
@@ -66,7 +66,8 @@ class MLXBackend:
 
     def _facts(self, options: Load) -> Facts:
         per_token, per_sequence = self._probe.kv_bytes_per_token, self._probe.kv_bytes_per_sequence
-        budget = options.kv_budget_bytes or _default_budget(self._loaded.weights_bytes)
+        free = _free_bytes()
+        budget = options.kv_budget_bytes or max(int(free * _KV_MEMORY_SHARE), 1)
         cost = KVCost(per_token, per_sequence)
         return Facts(
             architecture=self._loaded.architecture,
@@ -87,6 +88,7 @@ class MLXBackend:
             path=self._probe.path,
             path_reason=self._probe.reason,
             probes=dict(self._device.words),
+            max_chunk_area=chunk_area(self._device.attention_bytes, free, budget),
         )
 
     def start(self, sequence: Sequence) -> None:
@@ -294,12 +296,11 @@ def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:
     return [Draw(sequence, tokens[row], bad[row], of(row, sequence)) for row, sequence in rows]
 
 
-def _default_budget(weights_bytes: int) -> int:
+def _free_bytes() -> int:
+    """What the weights leave of the memory."""
     if mx.metal.is_available():
-        free = int(mx.device_info()["max_recommended_working_set_size"]) - weights_bytes
-    else:
-        free = psutil.virtual_memory().available
-    return max(int(free * _KV_MEMORY_SHARE), 1)
+        return max(int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory(), 0)
+    return int(psutil.virtual_memory().available)
 
 
 def _device_name() -> str:

@@ -1,10 +1,11 @@
 """What is assumed of a device, measured on it at load, with the loaded model's own decode steps.
 
-Three things decide how the engine runs: whether a launch returns before its step is done (lookahead gains nothing where
+Four things decide how the engine runs: whether a launch returns before its step is done (lookahead gains nothing where
 it does not), whether a write into a lane stays in place while an earlier step that reads the lane is still in flight
-(else lookahead copies what it should only touch), and which write costs the same in every buffer. None is a matter of
-the device's name: MLX takes only so many operations ahead, on every back end. A measurement that fails is told in words
-and never fails the load. Called once, by the back end's load.
+(else lookahead copies what it should only touch), which write costs the same in every buffer, and what memory a chunk's
+attention takes (the scores of all its queries, where MLX has no fused kernel). None is a matter of the device's name:
+MLX takes only so many operations ahead on every back end, and its kernels cover some widths and not others. A
+measurement that fails is told in words and never fails the load. Called once, by the back end's load.
 """
 
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.adapter import LayerKind, LoadedModel
+from lmx.engine.mlx.adapter import AttentionShape, LayerKind, LoadedModel, attention_shapes
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, scatter_write, slice_write
 
@@ -25,6 +26,10 @@ _FEWEST_STEPS, _MOST_STEPS = 3, 7
 _STEPS_S = 0.05
 # Above this share of its step a launch blocks too long for lookahead (the step loop draws the same line).
 _BLOCKING_SHARE = 0.5
+# Attention is measured with so many tokens and so much context. MLX's kernels for up to 8 queries are others.
+_ATTENTION_AREA = (16, 1024)
+# Where a model computes its attention itself: float32 scores, their softmax and one copy, for 32 heads.
+_OWN_ATTENTION_BYTES = 3.0 * 4 * 32
 # How far into a step the step loop launches the next one at the latest.
 _HOLD = 0.75
 
@@ -33,6 +38,9 @@ _HOLD = 0.75
 class DeviceFacts:
     launch_share: float
     """See ``backend.Facts``."""
+    attention_bytes: float
+    """What attention takes beside its results for each token of a chunk times each of its context; 0: next to
+    nothing."""
     words: dict[str, str]
     """What was measured: name → result."""
 
@@ -53,7 +61,8 @@ def measure(loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write) -> De
         words["launch"] = f"not measured ({type(error).__name__}: {error}); taken to block for {share:.0%} of its step"
     if limits := _buffer_limits():
         words["command buffers"] = limits
-    return DeviceFacts(share, words)
+    attention_bytes, words["attention"] = _attention(loaded, kinds)
+    return DeviceFacts(share, attention_bytes, words)
 
 
 class _Steps:
@@ -135,6 +144,37 @@ def _copied(steps: _Steps, hold_s: float | None) -> tuple[int, int]:
     steps.launch()
     steps.wait()
     return len(before), sum(map(int.__ne__, before, steps.buffers()))
+
+
+def _attention(loaded: LoadedModel, kinds: Sequence[LayerKind]) -> tuple[float, str]:
+    """Bytes for each token of a chunk times each of its context, of the layer that takes most."""
+    if not any(kind.kind in ("kv", "own") for kind in kinds):
+        return 0.0, "the model has none"
+    try:
+        shapes = attention_shapes(loaded.model)
+        if not shapes:
+            return _OWN_ATTENTION_BYTES, f"the model's own code, taken to need {_OWN_ATTENTION_BYTES:.0f} bytes a score"
+        needed = max(_attention_bytes(shape) for shape in shapes)
+    except Exception as error:
+        return 0.0, f"not measured ({type(error).__name__}: {error})"
+    if not needed:
+        return 0.0, "a fused kernel"
+    return needed, f"{needed:.0f} bytes for each token of a chunk and each of its context"
+
+
+def _attention_bytes(shape: AttentionShape) -> float:
+    tokens, context = _ATTENTION_AREA
+    queries = mx.zeros((1, shape.heads, tokens, shape.width), shape.dtype)
+    keys = mx.zeros((1, shape.kv_heads, context, shape.width), shape.dtype)
+    values = mx.zeros((1, shape.kv_heads, context, shape.value_width), shape.dtype)
+    mx.eval(queries, keys, values)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask="causal")
+    mx.eval(found)
+    taken = (mx.get_peak_memory() - before - found.nbytes) / (tokens * context)
+    # One score a head is the least that is kept without a fused kernel.
+    return taken if taken > shape.heads * shape.dtype.size / 2 else 0.0
 
 
 def _address(array: mx.array) -> int:
