@@ -12,6 +12,7 @@ from lmx.engine.mlx.backend import MLXBackend
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Sampling
 from tests import architectures
+from tests.engine_client import engine
 
 SINGLE = {
     # What of a model's code keeps its rows from sharing a step: words of the reason that is told at load.
@@ -142,6 +143,24 @@ def one_by_one(backend, sequences):
             step([sequence])
         backend.free(sequence)
     return step.drawn
+
+
+def test_a_model_whose_kv_does_not_grow_serves_as_any_other(tmp_path):
+    """mamba: no keys and values, one state a sequence."""
+    folder = architectures.build("mamba", tmp_path / "model")
+    with engine(folder, max_rows=3, max_chunk_tokens=64) as client:
+        assert (client.ready.path, client.ready.kv_bytes_per_token) == ("arena", 0)
+        rng = np.random.default_rng(3)
+        prompts = [rng.integers(3, architectures.VOCABULARY, length).tolist() for length in (5, 200, 31, 64, 90)]
+        together = client.run(prompts, 12)
+        assert together == [client.run([prompt], 12)[0] for prompt in prompts]
+        cancelled = client.submit(prompts[1], 10_000)
+        client.wait(lambda: len(client.answers[cancelled].tokens) > 3)
+        client.cancel(cancelled)
+        client.wait_freed(cancelled)
+        assert client.answers[cancelled].freed.kv_bytes > 0
+        stats = client.idle_stats()
+        assert (stats.kv_used_bytes, stats.arena_bytes) == (0, 0)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="has Metal")
