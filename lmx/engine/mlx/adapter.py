@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ if shutil.which("g++") is None and not mx.metal.is_available():
 # privileges, so the call must not happen at all.
 _setrlimit, resource.setrlimit = resource.setrlimit, lambda *_: None
 try:
-    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+    from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
     from mlx_lm.utils import dequantize_model, load_model
 finally:
     resource.setrlimit = _setrlimit
@@ -38,17 +38,26 @@ finally:
 __all__ = [
     "ArraysCache",
     "AttentionShape",
+    "CacheList",
     "LayerKind",
     "LoadedModel",
     "attention_shapes",
     "layer_kinds",
     "load",
     "make_prompt_cache",
+    "parts",
+    "whole",
     "wire",
 ]
 
 # A model that would take more than this share of the free memory as float32 stays packed on the CPU.
 _FLOAT32_MEMORY_SHARE = 0.6
+
+# Code of mlx-lm that is right for rows of different lengths only below a length that the load probe does not reach.
+# (tests/test_architectures.py runs every architecture beyond such lengths.)
+_LONG_ROWS_ALONE = {
+    "minimax_m3_vl": "its sparse attention counts blocks from the end of the longest row",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,8 @@ class LayerKind:
     shapes: tuple[tuple[int, ...], ...]
     """kv: of keys and values without batch and positions, (heads, width); state: of each array without batch."""
     dtypes: tuple[mx.Dtype, ...]
+    list_of: int | None = None
+    """Which of mlx-lm's caches it is a part of, where that one holds several (``CacheList``)."""
 
     @property
     def nbytes(self) -> int:
@@ -200,36 +211,61 @@ def _find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
 
 
 def layer_kinds(model: nn.Module) -> list[LayerKind] | str:
-    """What each layer keeps, from the caches mlx-lm makes and a forward pass of one token through them.
+    """What each layer keeps, from the caches mlx-lm makes and a forward pass of one token through them. A cache that
+    holds several counts as so many layers.
 
     A text instead of a list says why the model cannot run in arenas.
     """
+    if reason := _LONG_ROWS_ALONE.get(type(model).__module__.rpartition(".")[2]):
+        return reason
     caches = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
     kinds = []
-    for cache in caches:
-        window = None
-        # The exact classes: a subclass may keep more than its base.
-        if type(cache) is RotatingKVCache and cache.keep == 0:
-            window = cache.max_size
-        elif type(cache) is not KVCache and type(cache) is not ArraysCache:
-            return f"its layers need {type(cache).__name__}"
-        if type(cache) is ArraysCache:
-            arrays = list(cache.cache)
-            if any(array is None for array in arrays):
-                return "a recurrent layer leaves part of its state empty"
-            shapes = tuple(tuple(array.shape[1:]) for array in arrays)
-        else:
-            arrays = [cache.keys, cache.values]
-            if any(array is None for array in arrays):
-                return "an attention layer never wrote its cache"
-            shapes = tuple((array.shape[1], array.shape[3]) for array in arrays)
-        kinds.append(
-            LayerKind(
-                "state" if type(cache) is ArraysCache else "kv", window, shapes, tuple(array.dtype for array in arrays)
-            )
-        )
+    for index, cache in enumerate(caches):
+        for part in cache.caches if type(cache) is CacheList else [cache]:
+            kind = _layer_kind(part, index if type(cache) is CacheList else None)
+            if isinstance(kind, str):
+                return kind
+            kinds.append(kind)
     return kinds
+
+
+def _layer_kind(cache: Any, list_of: int | None) -> LayerKind | str:
+    # The exact classes: a subclass may keep more than its base.
+    if type(cache) is ArraysCache:
+        arrays = list(cache.cache)
+        if any(array is None for array in arrays):
+            return "a recurrent layer leaves part of its state empty"
+        shapes = tuple(tuple(array.shape[1:]) for array in arrays)
+        return LayerKind("state", None, shapes, tuple(array.dtype for array in arrays), list_of)
+    window = cache.max_size if type(cache) is RotatingKVCache and cache.keep == 0 else None
+    if window is None and type(cache) is not KVCache:
+        return f"its layers need {type(cache).__name__}"
+    if cache.keys is None:
+        # A cache that the model makes for a layer without attention (nemotron-nas).
+        return LayerKind("kv", window, ((1, 0), (1, 0)), (mx.float32, mx.float32), list_of)
+    arrays = [cache.keys, cache.values]
+    shapes = tuple((array.shape[1], array.shape[3]) for array in arrays)
+    return LayerKind("kv", window, shapes, tuple(array.dtype for array in arrays), list_of)
+
+
+def parts(caches: Sequence[Any]) -> list[Any]:
+    """mlx-lm's caches, one for each of ``layer_kinds``."""
+    return [part for cache in caches for part in (cache.caches if type(cache) is CacheList else [cache])]
+
+
+def whole(kinds: Sequence[LayerKind], parts: Sequence[Any]) -> list[Any]:
+    """The opposite: what stands for each part, as the model's code wants it."""
+    caches: list[Any] = []
+    lists = [None, *(kind.list_of for kind in kinds)]
+    for before, kind, part in zip(lists, kinds, parts, strict=False):
+        if kind.list_of is None:
+            caches.append(part)
+        elif kind.list_of == before:
+            caches[-1].caches = (*caches[-1].caches, part)
+        else:
+            caches.append(CacheList(part))
+    return caches
 
 
 @dataclass(frozen=True, slots=True)

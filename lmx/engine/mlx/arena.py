@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
 from lmx.engine.mlx.layers import DUMMY_SLOTS, KVLayer, Layer, OwnLayer, StateLayer, Write, make_layer, with_front
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
@@ -30,6 +30,7 @@ class Lane:
 
     def __init__(self, loaded: LoadedModel, kinds: Sequence[LayerKind], rows: int, slots: int, write: Write) -> None:
         self._loaded = loaded
+        self._kinds = kinds
         self._write = write
         self.slots = slots
         self.lengths = np.zeros(rows, np.int32)
@@ -162,7 +163,7 @@ class Lane:
         start = int(self.lengths[row])
         caches: list[Any] = []
         states: list[Any] = []
-        fresh = make_prompt_cache(self._loaded.model) if start == 0 else None
+        fresh = parts(make_prompt_cache(self._loaded.model)) if start == 0 else None
         private = self._private.get(row, [])
         for index, layer in enumerate(self._layers):
             if isinstance(layer, KVLayer):
@@ -175,7 +176,7 @@ class Lane:
             cache = fresh[index] if fresh else private[len(states)]
             states.append(cache)
             caches.append(cache)
-        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), caches)
+        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self._kinds, caches))
         self.lengths[row] = start + len(tokens)
         if not last:
             if states:
@@ -203,7 +204,7 @@ class Lane:
         places = list(zip(rows, lengths, strict=True))
         caches = [PrefillView(layer, places, 0) for layer in self._layers if isinstance(layer, KVLayer)]
         assert len(caches) == len(self._layers)
-        hidden = self._loaded.hidden(tokens, caches)
+        hidden = self._loaded.hidden(tokens, whole(self._kinds, caches))
         self.lengths[list(rows)] = lengths
         return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
@@ -237,7 +238,7 @@ class Lane:
                 cache = ArraysCache(len(layer.arrays))
                 cache.cache = [array[:count] for array in layer.arrays]
                 caches.append(cache)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self._kinds, caches)))
         for layer, cache in zip(self._layers, caches, strict=True):
             if isinstance(layer, StateLayer):
                 layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
@@ -276,7 +277,7 @@ class Lane:
         """The opposite, into an empty row with room; its prefill goes on from ``length``."""
         given = iter(arrays)
         states: list[Any] = []
-        for layer, cache in zip(self._layers, make_prompt_cache(self._loaded.model), strict=True):
+        for layer, cache in zip(self._layers, parts(make_prompt_cache(self._loaded.model)), strict=True):
             mine = [next(given) for _ in layer.arrays]
             if isinstance(layer, KVLayer):
                 layer.put(row, mine)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
-from lmx.engine.mlx.adapter import LayerKind, LoadedModel, layer_kinds, make_prompt_cache
+from lmx.engine.mlx.adapter import CacheList, LayerKind, LoadedModel, layer_kinds, make_prompt_cache, parts
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots, scatter_write
 
@@ -77,7 +77,11 @@ def _single(loaded: LoadedModel, reason: str) -> ProbeResult:
             sum(array.nbytes for _, array in tree_flatten([cache.state for cache in caches]) if _is_array(array))
         )
     per_token = max(held[1] - held[0], 0) // (2 * SLOT_QUANTUM)
-    kinds = tuple(LayerKind("own", None, (), ()) for _ in make_prompt_cache(loaded.model))
+    kinds = tuple(
+        LayerKind("own", None, (), (), list_of=index if isinstance(cache, CacheList) else None)
+        for index, cache in enumerate(make_prompt_cache(loaded.model))
+        for _ in parts([cache])
+    )
     return ProbeResult("single", reason, kinds, scatter_write, per_token, held[0] - per_token * SLOT_QUANTUM // 2)
 
 
@@ -184,7 +188,7 @@ def _beyond(loaded: LoadedModel, kinds: list[LayerKind], write: Write, window: i
     loud[: length - window + len(tokens)] = max(window / 4, 1.0)
     caches = make_prompt_cache(loaded.model)
     arrays: list[mx.array] = []
-    for kind, source, cache in zip(kinds, sample, caches, strict=True):
+    for kind, source, cache in zip(kinds, parts(sample), parts(caches), strict=True):
         if kind.kind == "state":
             cache.state = source.state
             arrays += cache.cache

@@ -50,6 +50,10 @@ class _View:
         """Only what this forward pass may see."""
         return self.keys, self.values
 
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
+        """What later layers read that share this one's (Gemma 3n)."""
+        return self.keys, self.values
+
     def empty(self) -> bool:
         return False
 
