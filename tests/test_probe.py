@@ -1,6 +1,7 @@
 """The load probes: what goes wrong with rows, windows or writes in an arena is found; a device is measured."""
 
 import dataclasses
+import re
 
 import mlx.core as mx
 import pytest
@@ -115,7 +116,8 @@ def test_what_a_device_does_is_measured_and_told(loaded):
     backend = MLXBackend(loaded("llama"), Load(path=""))
     assert set(backend.facts.probes) == {"launch", "writes in flight", "write", "attention"}
     if mx.default_device() == mx.cpu:  # MLX takes 10 operations ahead there
-        assert 0.5 < backend.facts.launch_share <= 1.0
+        assert backend.facts.launch_share == 1.0
+        assert re.match(r"a launch blocks for \d+% of its step", backend.facts.probes["launch"])
         assert "no step is launched while another one runs" in backend.facts.probes["writes in flight"]
 
 
@@ -173,15 +175,15 @@ def test_a_measurement_that_fails_is_told_and_does_not_fail_the_load(loaded):
 def test_what_attention_takes_is_what_a_chunk_takes(loaded, kind):
     model = loaded(kind)
     kinds = adapter.layer_kinds(model.model)
-    lane = Lane(model, kinds, 1, 4096, scatter_write)
+    lane = Lane(model, kinds, 1, 2048, scatter_write)
     row = lane.acquire(0)
-    lane.prefill(row, [5] * 3000, last=False)
+    lane.prefill(row, [5] * 1500, last=False)
     mx.eval(lane.arrays)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    lane.prefill(row, [5] * 256, last=False)
+    lane.prefill(row, [5] * 128, last=False)
     mx.eval(lane.arrays)
-    taken = (mx.get_peak_memory() - before) / (256 * 3256)
+    taken = (mx.get_peak_memory() - before) / (128 * 1628)
     assert 0.4 * taken < device.measure(model, kinds, scatter_write).attention_bytes < 1.5 * taken
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "load",
     "make_prompt_cache",
     "parts",
+    "refusal",
     "whole",
     "wire",
 ]
@@ -53,6 +54,16 @@ __all__ = [
 # A model that would take more than this share of the free memory as float32 stays packed on the CPU.
 _FLOAT32_MEMORY_SHARE = 0.6
 
+# What configurations call the longest context, GPT-2's and other older ones last.
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "model_max_length",
+    "max_seq_len",
+    "max_context_length",
+    "n_positions",
+    "n_ctx",
+    "block_size",
+)
 # Code of mlx-lm that is right for rows of different lengths only below a length that the load probe does not reach.
 # (tests/test_architectures.py runs every architecture beyond such lengths.)
 _LONG_ROWS_ALONE = {
@@ -118,7 +129,7 @@ def load(folder: Path) -> LoadedModel:
     try:
         model, config = load_model(folder)
     except Exception as error:
-        raise _invalid(f"{folder} cannot be loaded by mlx-lm", error) from error
+        raise refusal(f"{folder} cannot be loaded by mlx-lm", error) from error
     except SystemExit as error:  # mlx_lm.models.olmo, without the package that it needs
         raise ModelInvalid(
             f"{folder} cannot be loaded by mlx-lm: its code for this model_type ends the process that imports it; it "
@@ -129,17 +140,17 @@ def load(folder: Path) -> LoadedModel:
     if mx.default_device() == mx.cpu:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
-    text = config.get("text_config", config)
+    text = {**config, **(config.get("text_config") or {})}
     try:
         probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
         mx.eval(probe)
     except Exception as error:
         # Some models are written for Metal alone.
-        raise _invalid(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
+        raise refusal(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
     return LoadedModel(
         model=model,
         architecture=str(config.get("model_type", "unknown")),
-        context_length=int(_first(text, "max_position_embeddings", "n_positions", "max_seq_len", default=32768)),
+        context_length=int(_first(text, *_CONTEXT_NAMES, default=32768)),
         vocab_size=probe.shape[-1],
         eos_ids=_eos_ids(folder, config),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
@@ -148,7 +159,7 @@ def load(folder: Path) -> LoadedModel:
     )
 
 
-def _invalid(what: str, error: BaseException) -> BaseException:
+def refusal(what: str, error: Exception) -> Exception:
     """The model's fault, which no restart mends; unless the memory was short, which the next start may find free."""
     text = f"{type(error).__name__}: {error}"
     if "allocate" in text or "Insufficient Memory" in text or isinstance(error, MemoryError):

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
-from lmx.engine.mlx.adapter import CacheList, LayerKind, LoadedModel, layer_kinds, make_prompt_cache, parts
+from lmx.engine.mlx.adapter import CacheList, LayerKind, LoadedModel, layer_kinds, make_prompt_cache, parts, refusal
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots, scatter_write
 
@@ -69,13 +69,10 @@ def run(loaded: LoadedModel, write: Write, *, force_single: bool = False) -> Pro
 
 def _single(loaded: LoadedModel, reason: str) -> ProbeResult:
     """KV bytes from what mlx-lm's caches hold after two prompts of different length."""
-    held = []
-    for tokens in (SLOT_QUANTUM // 2, SLOT_QUANTUM * 5 // 2):
-        caches = make_prompt_cache(loaded.model)
-        loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
-        held.append(
-            sum(array.nbytes for _, array in tree_flatten([cache.state for cache in caches]) if _is_array(array))
-        )
+    try:
+        held = [_held_bytes(loaded, tokens) for tokens in (SLOT_QUANTUM // 2, SLOT_QUANTUM * 5 // 2)]
+    except Exception as error:
+        raise refusal("the model does not run, not even alone", error) from error
     per_token = max(held[1] - held[0], 0) // (2 * SLOT_QUANTUM)
     kinds = tuple(
         LayerKind("own", None, (), (), list_of=index if isinstance(cache, CacheList) else None)
@@ -85,8 +82,11 @@ def _single(loaded: LoadedModel, reason: str) -> ProbeResult:
     return ProbeResult("single", reason, kinds, scatter_write, per_token, held[0] - per_token * SLOT_QUANTUM // 2)
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, mx.array)
+def _held_bytes(loaded: LoadedModel, tokens: int) -> int:
+    caches = make_prompt_cache(loaded.model)
+    loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
+    state = tree_flatten([cache.state for cache in caches])
+    return sum(array.nbytes for _, array in state if isinstance(array, mx.array))
 
 
 def compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
