@@ -31,8 +31,8 @@ SINGLE = {
 CHUNKS_MATTER = ("plamo3", "phi3small")
 METAL_ONLY = ("bitnet", "muse_spark")
 BUILT = [name for name in architectures.modules() if name not in architectures.NOT_BUILT]
-PROMPTS = (29, 11, 4)
-TOKENS = 7
+PROMPTS = (29, 11, 4, 7)
+TOKENS = 5
 TOLERANCE = 2e-3
 
 
@@ -110,20 +110,20 @@ class Steps:
 
 
 def together(backend, sequences):
-    """Rows of different lengths that join with a prompt in two chunks and leave one after the other."""
+    """Rows of different lengths that join, with a prompt in two chunks or two prompts in one pass, and leave one after
+    the other."""
     step = Steps(backend)
-    a, b, c = sequences
+    a, b, c, d = sequences
     step(chunks=[(a, 13)])
     step(chunks=[(a, a.prompt_tokens)])
     step([a], [(b, 4)])
-    step([a], [(b, b.prompt_tokens), (c, c.prompt_tokens)])
-    for _ in range(4):
-        step([a, b, c])
+    step([a], [(b, b.prompt_tokens), (c, c.prompt_tokens), (d, d.prompt_tokens)])
+    for _ in range(3):
+        step([a, b, c, d])
     backend.free(a)  # a hole below the others
-    step([b, c])
-    step([b, c])
-    backend.free(b)
-    backend.free(c)
+    step([b, c, d])
+    for sequence in (b, c, d):
+        backend.free(sequence)
     return step.drawn
 
 

@@ -8,6 +8,7 @@ MLX takes only so many operations ahead on every back end, and its kernels cover
 measurement that fails is told in words and never fails the load. Called once, by the back end's load.
 """
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -199,6 +200,7 @@ def _buffer_limits() -> str:
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
+@functools.cache
 def choose_write() -> tuple[Write, str]:
     """The scatter, unless its cost grows with the buffer on this device."""
 
