@@ -74,6 +74,8 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     weights_bytes: int
     dtype: str
+    query_heads: int
+    """Of each attention layer; 1 where they differ."""
     head: Callable[[mx.array], mx.array] | None
     """The output head alone, when head(trunk(x)) was checked to be model(x); the trunk is ``model.model``."""
 
@@ -106,7 +108,7 @@ def load(folder: Path) -> LoadedModel:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
     text = config.get("text_config", config)
-    probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    probe, query_heads = _first_pass(model)
     return LoadedModel(
         model=model,
         architecture=str(config.get("model_type", "unknown")),
@@ -115,8 +117,27 @@ def load(folder: Path) -> LoadedModel:
         eos_ids=_eos_ids(folder, config),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         dtype=dtype,
+        query_heads=query_heads,
         head=_find_head(model),
     )
+
+
+def _first_pass(model: nn.Module) -> tuple[mx.array, int]:
+    """The logits of one token, and how many query heads all attention layers have, or 1: seen in what they ask of MLX,
+    since configurations name it in many ways."""
+    heads: set[int] = set()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def seen(queries: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        heads.add(queries.shape[1])
+        return attention(queries, *args, **kwargs)
+
+    mx.fast.scaled_dot_product_attention = seen  # type: ignore[assignment]
+    try:
+        logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+    return logits, heads.pop() if len(heads) == 1 else 1
 
 
 def _first(config: dict[str, Any], *names: str, default: int) -> int:

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from lmx.engine.mlx.adapter import LayerKind, LoadedModel, layer_kinds, make_prompt_cache
 from lmx.engine.mlx.arena import Lane
-from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, scatter_write, slice_write
+from lmx.engine.mlx.layers import SLOT_QUANTUM, Slots, Write, scatter_write, slice_write
 
 _LENGTHS = (5, 11, 2)
 _STEPS = 3
@@ -136,12 +136,12 @@ def _choose_write() -> tuple[Write, str]:
 
     def cost_ms(slots: int) -> float:
         buffer = mx.zeros((4, 8, slots, 64), mx.float16)
-        new, positions = mx.ones((4, 8, 1, 64), mx.float16), mx.full((4, 1), 3, mx.int32)
-        mx.eval(buffer, new, positions)
+        new, place = mx.ones((4, 8, 1, 64), mx.float16), Slots(np.full((4, 1), 3, np.int32))
+        mx.eval(buffer, new)
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            buffer = scatter_write(buffer, positions, new)
+            buffer = scatter_write(buffer, place, new)
             mx.eval(buffer)
             times.append(time.perf_counter() - start)
         return sorted(times)[2] * 1e3
