@@ -98,17 +98,25 @@ def load(folder: Path) -> LoadedModel:
     """
     try:
         model, config = load_model(folder)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
-        # RuntimeError is what mx.load raises for a truncated file; an MLX out-of-memory is one too and says "allocate".
-        if "allocate" in str(error):
-            raise
-        raise ModelInvalid(f"{folder} cannot be loaded by mlx-lm: {error}", param="model") from error
+    except Exception as error:
+        raise _invalid(f"{folder} cannot be loaded by mlx-lm", error) from error
+    except SystemExit as error:  # mlx_lm.models.olmo, without the package that it needs
+        raise ModelInvalid(
+            f"{folder} cannot be loaded by mlx-lm: its code for this model_type ends the process that imports it; it "
+            "prints why (most likely a package that is not installed).",
+            param="model",
+        ) from error
     dtype = _describe_dtype(config, model)
     if mx.default_device() == mx.cpu:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
     text = config.get("text_config", config)
-    probe, query_heads = _first_pass(model)
+    try:
+        probe, query_heads = _first_pass(model)
+        mx.eval(probe)
+    except Exception as error:
+        # Some models are written for Metal alone.
+        raise _invalid(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
     return LoadedModel(
         model=model,
         architecture=str(config.get("model_type", "unknown")),
@@ -138,6 +146,14 @@ def _first_pass(model: nn.Module) -> tuple[mx.array, int]:
     finally:
         mx.fast.scaled_dot_product_attention = attention
     return logits, heads.pop() if len(heads) == 1 else 1
+
+
+def _invalid(what: str, error: BaseException) -> BaseException:
+    """The model's fault, which no restart mends; unless the memory was short, which the next start may find free."""
+    text = f"{type(error).__name__}: {error}"
+    if "allocate" in text or "Insufficient Memory" in text or isinstance(error, MemoryError):
+        return error
+    return ModelInvalid(f"{what}: {text}", param="model")
 
 
 def _first(config: dict[str, Any], *names: str, default: int) -> int:
