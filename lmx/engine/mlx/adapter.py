@@ -41,7 +41,6 @@ __all__ = [
     "CacheList",
     "LayerKind",
     "LoadedModel",
-    "attention_shapes",
     "layer_kinds",
     "load",
     "make_prompt_cache",
@@ -98,6 +97,19 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a layer asks of MLX's attention."""
+
+    heads: int
+    """Of the queries."""
+    kv_heads: int
+    width: int
+    """Of queries and keys."""
+    value_width: int
+    dtype: mx.Dtype
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     model: nn.Module
     architecture: str
@@ -106,8 +118,16 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     weights_bytes: int
     dtype: str
+    attention: frozenset[AttentionShape]
+    """Of all layers; empty for code that computes its attention itself."""
     head: Callable[[mx.array], mx.array] | None
     """The output head alone, when head(trunk(x)) was checked to be model(x); the trunk is ``model.model``."""
+
+    @property
+    def query_heads(self) -> int:
+        """Of each attention layer; 1 where they differ, or compute it themselves."""
+        heads = {shape.heads for shape in self.attention}
+        return heads.pop() if len(heads) == 1 else 1
 
     def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """(B, L) ids → what ``logits`` takes, (B, L, ...); lazy, so logits that nobody reads are not computed."""
@@ -142,7 +162,7 @@ def load(folder: Path) -> LoadedModel:
     mx.eval(model.parameters())
     text = {**config, **(config.get("text_config") or {})}
     try:
-        probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+        probe, attention = _first_pass(model)
         mx.eval(probe)
     except Exception as error:
         # Some models are written for Metal alone.
@@ -155,8 +175,27 @@ def load(folder: Path) -> LoadedModel:
         eos_ids=_eos_ids(folder, config),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         dtype=dtype,
+        attention=attention,
         head=_find_head(model),
     )
+
+
+def _first_pass(model: nn.Module) -> tuple[mx.array, frozenset[AttentionShape]]:
+    """The logits of one token, and what its layers ask of MLX's attention: configurations name that in many ways."""
+    shapes: set[AttentionShape] = set()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def seen(queries: mx.array, keys: mx.array, values: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shape = AttentionShape(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3], queries.dtype)
+        shapes.add(shape)
+        return attention(queries, keys, values, *args, **kwargs)
+
+    mx.fast.scaled_dot_product_attention = seen  # type: ignore[assignment]
+    try:
+        logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+    return logits, frozenset(shapes)
 
 
 def refusal(what: str, error: Exception) -> Exception:
@@ -277,38 +316,6 @@ def whole(kinds: Sequence[LayerKind], parts: Sequence[Any]) -> list[Any]:
         else:
             caches.append(CacheList(part))
     return caches
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """What a layer asks of MLX's attention."""
-
-    heads: int
-    """Of the queries."""
-    kv_heads: int
-    width: int
-    """Of queries and keys."""
-    value_width: int
-    dtype: mx.Dtype
-
-
-def attention_shapes(model: nn.Module) -> set[AttentionShape]:
-    """Of all layers, seen in what a token's forward pass asks of MLX: configurations name them in many ways. Empty for
-    code that computes its attention itself."""
-    shapes: set[AttentionShape] = set()
-    attention = mx.fast.scaled_dot_product_attention
-
-    def seen(queries: mx.array, keys: mx.array, values: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        shape = AttentionShape(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3], queries.dtype)
-        shapes.add(shape)
-        return attention(queries, keys, values, *args, **kwargs)
-
-    mx.fast.scaled_dot_product_attention = seen  # type: ignore[assignment]
-    try:
-        model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
-    finally:
-        mx.fast.scaled_dot_product_attention = attention
-    return shapes
 
 
 def wire() -> None:

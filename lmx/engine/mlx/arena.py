@@ -21,7 +21,17 @@ import mlx.core as mx
 import numpy as np
 
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
-from lmx.engine.mlx.layers import DUMMY_SLOTS, KVLayer, Layer, OwnLayer, StateLayer, Write, make_layer, with_front
+from lmx.engine.mlx.layers import (
+    DUMMY_SLOTS,
+    KVLayer,
+    Layer,
+    OwnLayer,
+    Slots,
+    StateLayer,
+    Write,
+    make_layer,
+    with_front,
+)
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
 
@@ -165,9 +175,11 @@ class Lane:
         states: list[Any] = []
         fresh = parts(make_prompt_cache(self._loaded.model)) if start == 0 else None
         private = self._private.get(row, [])
+        end = start + len(tokens)
+        masks = Masks(np.arange(start, end, dtype=np.int32)[None], end)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, KVLayer):
-                caches.append(PrefillView(layer, [(row, len(tokens))], start))
+                caches.append(PrefillView(layer, [(row, len(tokens))], masks, start, end))
                 continue
             if isinstance(layer, OwnLayer):
                 layer.cache = fresh[index] if fresh else layer.cache
@@ -177,7 +189,7 @@ class Lane:
             states.append(cache)
             caches.append(cache)
         hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self._kinds, caches))
-        self.lengths[row] = start + len(tokens)
+        self.lengths[row] = end
         if not last:
             if states:
                 self._private[row] = states
@@ -202,7 +214,8 @@ class Lane:
         tokens = mx.array([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], mx.int32)
         lengths = [len(prompt) for prompt in prompts]
         places = list(zip(rows, lengths, strict=True))
-        caches = [PrefillView(layer, places, 0) for layer in self._layers if isinstance(layer, KVLayer)]
+        masks = Masks(np.arange(longest, dtype=np.int32)[None], longest)
+        caches = [PrefillView(layer, places, masks, 0, longest) for layer in self._layers if isinstance(layer, KVLayer)]
         assert len(caches) == len(self._layers)
         hidden = self._loaded.hidden(tokens, whole(self._kinds, caches))
         self.lengths[list(rows)] = lengths
@@ -218,20 +231,21 @@ class Lane:
         if tokens is None:
             tokens = self.last_tokens[:count, None]
         width = tokens.shape[1]
+        assert width <= DUMMY_SLOTS, width  # nor does a GPU check where it writes
         steps = np.arange(width, dtype=np.int32)
         alive = np.zeros(count, bool)
         alive[list(active)] = True
-        lengths = np.where(alive, self.lengths[:count], 0).astype(np.int32)
+        # The others stand where an active row stands, so that they change neither the span nor its first slot.
+        lengths = np.where(alive, self.lengths[:count], self.lengths[active[0]]).astype(np.int32)
         positions = lengths[:, None] + steps
-        write = mx.array(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps).astype(np.int32))
+        slots = Slots(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps))
         span = int(lengths.max()) + width
-        full = width == 1 and bool(alive.all()) and int(lengths.min()) + 1 == span
-        masks = Masks(mx.array(positions), span, full)
+        masks = Masks(positions, span, self._loaded.query_heads)
         offset = mx.array(lengths)
         caches: list[Any] = []
         for layer in self._layers:
             if isinstance(layer, KVLayer):
-                caches.append(DecodeView(layer, offset, write, self._write, masks, span))
+                caches.append(DecodeView(layer, offset, slots, self._write, masks, span))
             elif isinstance(layer, OwnLayer):
                 caches.append(layer.cache)
             else:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.adapter import AttentionShape, LayerKind, LoadedModel, attention_shapes
+from lmx.engine.mlx.adapter import AttentionShape, LayerKind, LoadedModel
 from lmx.engine.mlx.arena import Lane
-from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, scatter_write, slice_write
+from lmx.engine.mlx.layers import SLOT_QUANTUM, Slots, Write, scatter_write, slice_write
 from lmx.engine.sampling import SamplingBatch
 from lmx.protocol import Sampling
 
@@ -160,11 +160,10 @@ def _attention(loaded: LoadedModel, kinds: Sequence[LayerKind]) -> tuple[float, 
     """Bytes for each token of a chunk times each of its context, of the layer that takes most."""
     if not any(kind.kind in ("kv", "own") for kind in kinds):
         return 0.0, "the model has none"
+    if not loaded.attention:
+        return _OWN_ATTENTION_BYTES, f"the model's own code, taken to need {_OWN_ATTENTION_BYTES:.0f} bytes a score"
     try:
-        shapes = attention_shapes(loaded.model)
-        if not shapes:
-            return _OWN_ATTENTION_BYTES, f"the model's own code, taken to need {_OWN_ATTENTION_BYTES:.0f} bytes a score"
-        needed = max(_attention_bytes(shape) for shape in shapes)
+        needed = max(_attention_bytes(shape) for shape in loaded.attention)
     except Exception as error:
         return 0.0, f"not measured ({type(error).__name__}: {error})"
     if not needed:
@@ -206,12 +205,12 @@ def choose_write() -> tuple[Write, str]:
 
     def cost_ms(slots: int) -> float:
         buffer = mx.zeros((4, 8, slots, 64), mx.float16)
-        new, positions = mx.ones((4, 8, 1, 64), mx.float16), mx.full((4, 1), 3, mx.int32)
-        mx.eval(buffer, new, positions)
+        new, place = mx.ones((4, 8, 1, 64), mx.float16), Slots(np.full((4, 1), 3, np.int32))
+        mx.eval(buffer, new)
         times = []
         for _ in range(7):
             start = time.perf_counter()
-            buffer = scatter_write(buffer, positions, new)
+            buffer = scatter_write(buffer, place, new)
             mx.eval(buffer)
             times.append(time.perf_counter() - start)
         return sorted(times)[2] * 1e3
