@@ -18,7 +18,6 @@ SINGLE = {
     # What of a model's code keeps its rows from sharing a step: words of the reason that is told at load.
     "afm7": "run alone",  # its layers without keys of their own count positions from the end of the longest row
     "deepseek_v41": "LayerCache",
-    "gemma2": "broadcast_shapes",
     "gpt_bigcode": "Only length-1 arrays can be converted",
     "llama4": "ChunkedKVCache",
     "longcat_flash_ngram": "Cannot broadcast",  # a state that grows with the first tokens

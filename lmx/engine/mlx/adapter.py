@@ -83,6 +83,9 @@ class LayerKind:
     dtypes: tuple[mx.Dtype, ...]
     list_of: int | None = None
     """Which of mlx-lm's caches it is a part of, where that one holds several (``CacheList``)."""
+    grouped: bool = False
+    """The model's own attention has an axis for the query heads that share keys, (B, KV heads, group, L, S): a mask of
+    several rows needs it, too (Gemma 2)."""
 
     @property
     def nbytes(self) -> int:

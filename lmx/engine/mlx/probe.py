@@ -7,7 +7,7 @@ holes, and is computed in part and whole. A model with sliding windows also runs
 row's logits are held against the same tokens run alone on mlx-lm's own caches. Called once, by the back end's load.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -52,7 +52,12 @@ def run(loaded: LoadedModel, write: Write, *, force_single: bool = False) -> Pro
         kinds = "asked for by [engine] batching"
     if isinstance(kinds, str):
         return _single(loaded, kinds)
-    if failure := compare(loaded, kinds, write):
+    failure = compare(loaded, kinds, write)
+    if failure and not loaded.attention:
+        grouped = [replace(kind, grouped=kind.kind == "kv") for kind in kinds]
+        if not compare(loaded, grouped, write):
+            kinds, failure = grouped, ""
+    if failure:
         return _single(loaded, failure)
     failure, beyond = compare_windows(loaded, kinds, write)
     if failure:
