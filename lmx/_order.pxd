@@ -45,10 +45,8 @@ cdef inline int first_begun(Seq *seqs, Clients *clients, Slots *running) noexcep
     return best
 
 
-cdef inline void line_up(
-    Seq *seqs, Clients *clients, Slots *queue, Slots *line, int priority, int most
-) noexcept:
-    """Into ``line``: the first ``most`` in order of the queued of this priority; nobody, if a higher one is queued.
+cdef inline bint line_up(Seq *seqs, Clients *clients, Slots *queue, Slots *line, int priority, int most) noexcept:
+    """Into ``line``: the first ``most`` in order of the queued of this priority. False: a higher one is queued.
 
     One pass finds them all: whoever is taken counts as served before the client's next one is compared with others, so
     each one's place is its client's counter and the tokens of the client's earlier ones (the start tags of Goyal et
@@ -58,8 +56,6 @@ cdef inline void line_up(
     cdef Seq *seq
     cdef Client *client
     line.size = 0
-    if most <= 0:
-        return
     for i in range(clients.capacity):
         clients.items[i].ahead = 0
     for i in range(queue.size):
@@ -67,16 +63,15 @@ cdef inline void line_up(
         seq = &seqs[slot]
         if seq.priority < priority:
             continue
-        if seq.priority > priority:  # it waits for KV
-            line.size = 0
-            return
+        if seq.priority > priority:
+            return False
         client = &clients.items[seq.client]
         seq.place = client.served + client.ahead
         client.ahead += seq.target + 1
         j = line.size
         if j < most:
             line.size += 1
-        elif seq.place < seqs[line.items[j - 1]].place:
+        elif j > 0 and seq.place < seqs[line.items[j - 1]].place:
             j -= 1  # the last one gives up its place
         else:
             continue
@@ -84,6 +79,7 @@ cdef inline void line_up(
             line.items[j] = line.items[j - 1]
             j -= 1
         line.items[j] = slot
+    return True
 
 
 cdef inline int activate(Clients *clients, dict client_of, list free_clients, str name) except -1:

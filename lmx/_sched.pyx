@@ -93,6 +93,8 @@ cdef class Scheduler:
     cdef long long max_chunk_tokens, max_wave_tokens
     cdef double max_chunk_area
     cdef double itl_target_ms, max_step_ms
+    cdef long long growth_bytes  # what the decoding rows will take of the free KV in the step being planned
+    cdef double held_ms  # how long rows wait for prompts to start with them, in committed steps
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
     cdef Step uncommitted[2]
@@ -114,10 +116,20 @@ cdef class Scheduler:
         memset(step, 0, sizeof(Step))
         if now >= self.due:
             plan.expired = self._expire(now)
+        cdef int slot
         if self._make_room(plan):
-            self._decode(plan, step)
-            self._prefill(plan, step)
+            # A step that preempts admits nobody: memory is short, and the victim's newest token may still be in flight.
+            slot = self._next_prompt(admit=not plan.preempted)
+            if slot >= 0 and self._holds(slot):
+                step.holds = True
+            else:
+                self._decode(plan, step)
+            if slot >= 0:
+                self._prefill(plan, step, slot)
         if step.rows or step.chunk:
+            if not step.holds:
+                self.held_ms = 0.0
+                self.uncommitted[self.planned & 1].holds = False
             self.planned += 1
             plan.step = self.planned
         c_assert(0 <= self.kv_ending_bytes <= self.kv_used_bytes <= self.kv_budget_bytes)
@@ -152,6 +164,7 @@ cdef class Scheduler:
                 if victim < 0 or seq.priority <= self.seqs[victim].priority:
                     victim = self.running.items[i]
             if self.kv_used_bytes + growth <= self.kv_budget_bytes:
+                self.growth_bytes = growth
                 return True
             if self.kv_ending_bytes:
                 return False  # a wait of a step is cheaper than a prompt computed again
@@ -181,49 +194,103 @@ cdef class Scheduler:
                 self._generate(slot)
             if seq.state != ENDED:
                 i += 1
+        self.growth_bytes = 0
 
-    cdef void _prefill(self, Plan plan, Step *step):
-        """One chunk of the prompt that is first in order, if any can go on or be admitted; a wave if nobody decodes."""
-        # A step that preempts admits nobody: memory is short, and the victim's newest token may still be in flight.
-        cdef bint admit = not plan.preempted
-        cdef int slot = self._next_prompt(admit and self.rows_used < self.max_rows)
-        if slot < 0:
-            return
+    cdef void _prefill(self, Plan plan, Step *step, int slot):
+        """A chunk of this prompt; if it ends the prompt, the next ones in order with it, as far as time allows."""
         cdef Seq *seq = &self.seqs[slot]
-        self._take(plan, step, slot, self._chunk_tokens(step, seq))
-        if admit and step.rows == 0 and seq.length == seq.target:
-            self._wave(plan, step, seq.priority)
+        cdef double limit_ms = self._limit_ms(step)
+        self._take(plan, step, slot, seq.target - seq.length if step.holds else self._chunk_tokens(step, seq))
+        if seq.length == seq.target and self.prefill_fit.seen and not plan.preempted:
+            self._wave(plan, step, seq.priority, limit_ms)
+        if step.holds:
+            step.predicted_ms = self._predict_ms(step, 0, 0)
 
-    cdef void _wave(self, Plan plan, Step *step, int priority):
-        """Queued prompts beside one that ends in this step, while nobody decodes: the next in order, each one whole.
+    cdef void _wave(self, Plan plan, Step *step, int priority, double limit_ms):
+        """Beside one that ends in this step, the next in order, each one to its end.
 
-        Requests that come at the same moment then start together. One after the other, each would decode nearly alone
-        beside the next one's chunk, and eight prompts of 85 tokens took 1.3 to 1.5 times as long as in one pass
-        (SmolLM2 and a llama of 8 × 512 on a CPU). It ends at the first that does not fit, so nobody is overtaken; a
-        lower priority does not make a higher one wait. Who comes or is cancelled meanwhile waits for the step's end,
-        hence the time limit.
+        One after the other, each would decode nearly alone beside the next one's chunk, and eight prompts of 85 tokens
+        took 1.3 to 1.5 times as long as in one pass (SmolLM2 and a llama of 8 × 512 on a CPU). It ends at the first
+        that does not fit, so nobody is overtaken; a lower priority does not make a higher one wait. Who comes or is
+        cancelled meanwhile waits for the step's end, hence the time limit.
         """
-        if not self.prefill_fit.seen:
-            return
-        cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
-        cdef int i, slot, begun
+        cdef int slot, begun, next_in_line = -1
+        cdef long long left
         cdef Seq *seq
-        cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
-        line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
-        for i in range(self.line.size):
-            slot = self.line.items[i]
-            seq = &self.seqs[slot]
+        while step.chunks < MAX_WAVE:
+            if next_in_line < 0:
+                if not self._line_up(priority):
+                    return  # the higher one waits for KV
+                next_in_line = 0
+            slot = self.line.items[next_in_line] if next_in_line < self.line.size else -1
             begun = first_begun(self.seqs, &self.clients, &self.running)
+            if begun >= 0 and (slot < 0 or self._first(begun, slot) == begun):
+                slot = begun
+                next_in_line = -1  # it moves its client's others back
+            else:
+                next_in_line += 1
+            if slot < 0:
+                return
+            seq = &self.seqs[slot]
+            left = seq.target - seq.length
             if (
-                seq.target > self.max_chunk_tokens
-                or step.chunk + seq.target > self.max_wave_tokens
-                or self.kv_used_bytes + seq.asked_bytes > self.kv_budget_bytes
-                or self._predict_ms(step, 0, seq.target) > limit_ms
-                or self._area(step, 0, seq.target, True) > self.max_chunk_area
-                or (begun >= 0 and self._first(begun, slot) == begun)
+                seq.priority < priority
+                or left > self.max_chunk_tokens
+                or step.chunk + left > self.max_wave_tokens
+                or not (seq.state == PREFILLING or self._fits(seq))
+                or self._predict_ms(step, seq.length, left) > limit_ms
+                or self._area(step, seq.length, left, True) > self.max_chunk_area
             ):
                 return
-            self._take(plan, step, slot, seq.target)
+            self._take(plan, step, slot, left)
+
+    cdef bint _holds(self, int slot) noexcept:
+        """Whether rows that were only just started wait for this prompt, so that it starts with them.
+
+        Requests that were made together come one after the other, and a wave that has begun takes in who came until
+        then. Its rows have shown one token; that they show the next one a wave later costs them less than all of them
+        lose beside the others' chunks. Rows that have gone on never wait, nor does anybody for a lower priority.
+        """
+        cdef int i, rows = 0
+        cdef Seq *seq = &self.seqs[slot]
+        cdef Seq *row
+        cdef Step next_step
+        if not self.prefill_fit.seen or seq.target - seq.length > self.max_chunk_tokens:
+            return False
+        for i in range(self.running.size):
+            row = &self.seqs[self.running.items[i]]
+            if row.state == DECODING:
+                if row.generated > 1 or row.priority > seq.priority:
+                    return False
+                rows += 1
+        memset(&next_step, 0, sizeof(Step))
+        next_step.holds = True
+        return (
+            rows > 0
+            and self._predict_ms(&next_step, seq.length, seq.target - seq.length) <= self._limit_ms(&next_step)
+            and self._area(&next_step, seq.length, seq.target - seq.length, True) <= self.max_chunk_area
+        )
+
+    cdef double _held_ms(self) noexcept:
+        """How long rows that could decode have waited already, what is planned included."""
+        cdef Step *last = &self.uncommitted[self.planned & 1]
+        return self.held_ms + (last.predicted_ms if last.holds and self.committed < self.planned else 0.0)
+
+    cdef double _limit_ms(self, Step *step) noexcept:
+        """How long a step's prompts may take; beside or before rows, these with it."""
+        cdef Step rows
+        cdef int i
+        if step.rows:
+            return min(self.max_step_ms, self.itl_target_ms)
+        cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        if step.holds:
+            memset(&rows, 0, sizeof(Step))
+            for i in range(self.running.size):
+                rows.rows += 1
+                rows.context += self.seqs[self.running.items[i]].length
+            limit_ms -= self._decode_ms(&rows)
+            limit_ms -= self._held_ms()
+        return limit_ms
 
     cdef void _take(self, Plan plan, Step *step, int slot, long long tokens):
         """Prefill so many tokens of this prompt in the step; the prompt's last ones give its next token too."""
@@ -233,6 +300,7 @@ cdef class Scheduler:
         plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
         step.chunk += tokens
         step.chunk_context += chunk_context(seq.length, tokens)
+        step.chunks += 1
         add_area(step, seq.length, tokens, seq.length + tokens == seq.target)
         seq.length += tokens
         seq.last_step = self.planned + 1
@@ -248,10 +316,9 @@ cdef class Scheduler:
         The first queued one that does not fit may be overtaken MAX_OVERTAKEN times. Then nobody behind it is admitted.
         """
         cdef int i, best = first_begun(self.seqs, &self.clients, &self.running), fits = -1, waits = -1
-        cdef long long free_bytes = self.kv_budget_bytes - self.kv_used_bytes
-        if admit:
+        if admit and self.rows_used < self.max_rows:
             for i in range(self.queue.size):
-                if self.seqs[self.queue.items[i]].asked_bytes <= free_bytes:
+                if self._fits(&self.seqs[self.queue.items[i]]):
                     fits = self._first(fits, self.queue.items[i])
                 else:
                     waits = self._first(waits, self.queue.items[i])
@@ -262,6 +329,9 @@ cdef class Scheduler:
                 return best
             self.seqs[waits].overtaken += 1
         return fits
+
+    cdef inline bint _fits(self, Seq *seq) noexcept:
+        return self.kv_used_bytes + self.growth_bytes + seq.asked_bytes <= self.kv_budget_bytes
 
     cdef void _admit(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
@@ -320,6 +390,10 @@ cdef class Scheduler:
         seq.state = ENDED
         append_slot(&self.ending, slot)
         idle(&self.clients, seq.client)
+
+    cdef bint _line_up(self, int priority) noexcept:
+        cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
+        return line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
 
     cdef inline int _first(self, int a, int b) noexcept:
         return first(self.seqs, &self.clients, a, b)
@@ -497,6 +571,8 @@ cdef class Scheduler:
             if seq not in self.slot_of:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed += 1
+        if self.uncommitted[self.committed & 1].holds:
+            self.held_ms += elapsed_ms
         if learn:
             self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
         for seq in finished:

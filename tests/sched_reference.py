@@ -54,6 +54,8 @@ class Step:
     chunk_context: float = 0.0
     area: float = 0.0
     whole: tuple[int, ...] = ()
+    holds: bool = False
+    predicted_ms: float = 0.0
 
 
 @dataclass
@@ -156,6 +158,9 @@ class ReferenceScheduler:
         self.arrivals = self.starts = 0
         self.planned = self.committed = self.preemptions = 0
         self.uncommitted = {}
+        self.elapsed_ms = {}
+        self.held = []  # the last steps, if rows waited for them
+        self.growth_bytes = 0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
 
@@ -179,6 +184,9 @@ class ReferenceScheduler:
     def admission_bytes(self, s):
         return self.kv_bytes_for(s.target + (s.max_tokens - s.generated > 1))
 
+    def fits(self, s):
+        return self.used_bytes() + self.growth_bytes + self.admission_bytes(s) <= self.kv_budget_bytes
+
     def order(self, s):
         return -s.priority, self.served[s.client], s.arrival
 
@@ -194,10 +202,19 @@ class ReferenceScheduler:
             self.cancel(seq)
         plan.expired = tuple(late)
         if self.make_room(plan):
-            self.decode(plan, step)
-            self.prefill(plan, step)
+            s = self.next_prompt(admit=not plan.preempted)
+            step.holds = s is not None and self.holds(s)
+            if not step.holds:
+                self.decode(plan, step)
+            if s is not None:
+                self.prefill(plan, step, s)
         if step.rows or step.chunk:
             self.planned += 1
+            if step.holds:
+                step.predicted_ms = self.cost_ms(step, 0, 0)
+                self.held.append(self.planned)
+            else:
+                self.held = []
             plan.step = self.planned
             self.uncommitted[plan.step] = step
         return plan
@@ -206,6 +223,7 @@ class ReferenceScheduler:
         while True:
             growing = [s for s in self.in_state("decoding") if self.kv_bytes_for(s.length + 1) > s.kv_bytes]
             if self.used_bytes() + len(growing) * self.quantum_bytes <= self.kv_budget_bytes:
+                self.growth_bytes = len(growing) * self.quantum_bytes
                 return True
             if any(s.kv_bytes for s in self.in_state("ended")):
                 return False
@@ -225,31 +243,57 @@ class ReferenceScheduler:
             step.rows += 1
             step.context += s.length
             self.generate(s)
+        self.growth_bytes = 0
 
-    def prefill(self, plan, step):
-        s = self.next_prompt(admit=not plan.preempted)
-        if s is None:
+    def prefill(self, plan, step, s):
+        limit_ms = self.limit_ms(step)
+        self.take(plan, step, s, s.target - s.length if step.holds else self.chunk_tokens(step, s))
+        if s.length < s.target or not self.prefill_fit.seen or plan.preempted:
             return
-        self.take(plan, step, s, self.chunk_tokens(step, s))
-        if not plan.preempted and not step.rows and s.length == s.target and self.prefill_fit.seen:
-            while len(plan.prefills) < MAX_WAVE and (following := self.next_of_wave(step, s.priority)):
-                self.take(plan, step, following, following.target)
+        while len(plan.prefills) < MAX_WAVE and (following := self.next_of_wave(step, s.priority, limit_ms)):
+            self.take(plan, step, following, following.target - following.length)
 
-    def next_of_wave(self, step, priority):
-        """The next in order, if it is a queued one of this priority and fits whole."""
-        s = min(self.in_state("queued", "prefilling"), key=self.order, default=None)
+    def next_of_wave(self, step, priority, limit_ms):
+        """The next in order, if it is of this priority and fits to its end."""
+        states = ("queued", "prefilling") if self.rows_used() < self.max_rows else ("prefilling",)
+        if any(s.priority > priority for s in self.in_state("queued")):
+            return None
+        s = min(self.in_state(*states), key=self.order, default=None)
+        if s is None:
+            return None
+        left = s.target - s.length
         fits = (
-            s is not None
-            and s.state == "queued"
-            and s.priority == priority
-            and self.rows_used() < self.max_rows
-            and self.used_bytes() + self.admission_bytes(s) <= self.kv_budget_bytes
-            and s.target <= self.max_chunk_tokens
-            and step.chunk + s.target <= self.max_wave_tokens
-            and self.cost_ms(step, 0, s.target) <= min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
-            and self.area(step, s, s.target) <= self.max_chunk_area
+            s.priority == priority
+            and (s.state == "prefilling" or self.fits(s))
+            and left <= self.max_chunk_tokens
+            and step.chunk + left <= self.max_wave_tokens
+            and self.cost_ms(step, s.length, left) <= limit_ms
+            and self.area(step, s, left) <= self.max_chunk_area
         )
         return s if fits else None
+
+    def holds(self, s):
+        rows = self.in_state("decoding")
+        if not self.prefill_fit.seen or not rows or s.target - s.length > self.max_chunk_tokens:
+            return False
+        if any(row.generated > 1 or row.priority > s.priority for row in rows):
+            return False
+        step = Step(holds=True)
+        return (
+            self.cost_ms(step, s.length, s.target - s.length) <= self.limit_ms(step)
+            and self.area(step, s, s.target - s.length) <= self.max_chunk_area
+        )
+
+    def limit_ms(self, step):
+        """How long the step's prompts may take together; beside or before rows, these with it."""
+        if step.rows:
+            return min(self.max_step_ms, self.itl_target_ms)
+        limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        if step.holds:
+            running = self.running()
+            limit_ms -= self.decode_ms(Step(rows=len(running), context=sum(s.length for s in running)))
+            limit_ms -= sum(self.uncommitted[k].predicted_ms if k in self.uncommitted else self.elapsed_ms[k] for k in self.held)
+        return limit_ms
 
     def take(self, plan, step, s, tokens):
         if s.state == "queued":
@@ -274,12 +318,11 @@ class ReferenceScheduler:
         best = prefilling[0] if prefilling else None
         if not admit or self.rows_used() == self.max_rows:
             return best
-        free_bytes = self.kv_budget_bytes - self.used_bytes()
         waits = None
         for s in sorted(self.in_state("queued"), key=self.order):
             if best and self.order(best) < self.order(s):
                 return best
-            if self.admission_bytes(s) <= free_bytes:
+            if self.fits(s):
                 if waits and waits.overtaken >= MAX_OVERTAKEN:
                     return best
                 if waits:
@@ -397,6 +440,7 @@ class ReferenceScheduler:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed = step
         committed = self.uncommitted.pop(step)
+        self.elapsed_ms[step] = elapsed_ms
         if learn:
             self.learn(committed, elapsed_ms)
         for seq in finished:

@@ -312,7 +312,7 @@ def test_growth_preempts_the_lowest_priority_first(implementation):
 @BOTH
 def test_rows_wait_for_kv_that_ended_sequences_still_hold(implementation):
     scheduler = make(implementation, kv_budget_bytes=4 * 32)
-    scheduler.submit(1, 60, 10)  # its 5th decode needs a third quantum
+    scheduler.submit(1, 61, 10)  # its 4th decode needs a third quantum
     scheduler.submit(2, 40, 100)
     while scheduler.plan(0.0).decode != (1, 2):
         scheduler.commit(scheduler.statistics().steps, 50.0)
@@ -390,11 +390,14 @@ def test_at_most_64_prompts_start_in_one_step(implementation):
 
 
 @BOTH
-def test_beside_decoding_rows_and_before_any_measurement_one_prompt_starts_a_step(implementation):
+def test_before_any_measurement_one_prompt_starts_a_step(implementation):
     scheduler = make(implementation, max_rows=8)
     for seq in range(4):
         scheduler.submit(seq, 20, 50)
-    assert [run(scheduler) for _ in range(3)] == [((), ((0, 0, 20),)), ((0,), ((1, 0, 20),)), ((0, 1), ((2, 0, 20),))]
+    assert [scheduler.plan(0.0).prefills for _ in range(2)] == [
+        (Prefill(0, 0, 20, last=True),),
+        (Prefill(1, 0, 20, last=True),),
+    ]
 
 
 @BOTH
