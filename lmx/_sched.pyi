@@ -62,11 +62,11 @@ class Plan:
         KV that ended sequences still hold. Commit what is uncommitted, release, and plan again."""
     @property
     def decode(self) -> tuple[int, ...]:
-        """Those that decode in this step. The same tuple object as in the last step while nobody joins or leaves."""
+        """Those that decode in this step; empty also while rows that were just started wait for others to start with
+        them. The same tuple object as in the last step while nobody joins or leaves."""
     @property
     def prefills(self) -> tuple[Prefill, ...]:
-        """The chunks of this step: beside decoding rows at most one; otherwise one, or several that each end a
-        prompt."""
+        """The chunks of this step: one, or several that each end a prompt."""
     @property
     def preempted(self) -> tuple[int, ...]:
         """Sequences whose KV is to be dropped before this step; they prefill again (prompt and answer so far) later."""
@@ -102,9 +102,13 @@ class Scheduler:
         the chunks, whole prompts as if padded to the longest. A chunk has at least 32 tokens, whatever is predicted, so
         that prompts always go on.
 
-        While nobody decodes, the prompt that ends in a step is joined by those next in order, a wave: each one whole
-        and queued until now, of the same priority, of at most ``max_chunk_tokens``; all together at most 64 prompts,
-        ``max_wave_tokens`` and a predicted 8 × ``itl_target_ms``. The first that does not fit ends it.
+        A prompt that ends in a step is joined by those next in order, a wave: each one to its end, whole ones and the
+        rest of begun ones, of the same priority, of at most ``max_chunk_tokens`` in the step; all together at most 64
+        prompts, ``max_wave_tokens``, and a predicted ``itl_target_ms`` for the step beside decoding rows, 8 times that
+        without. The first that does not fit ends it. While all decoding rows have had only their first token (and none
+        a higher priority), they wait for a prompt that fits a step to its end, and its wave, within 8 ×
+        ``itl_target_ms`` from their first token to the next: so prompts that come moments after a wave began still
+        start with it. Rows that have had more never wait.
 
         Prompts are taken by priority, then by the client that was served fewest tokens (prefilled and generated; Sheng
         et al., "Fairness in Serving Large Language Models", OSDI 2024), then by arrival. Priority is strict: under
@@ -134,8 +138,8 @@ class Scheduler:
     def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
-        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to lie
-        between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
+        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to
+        lie between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
         unknown id."""
     def releasable(self) -> tuple[int, ...]:
         """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""

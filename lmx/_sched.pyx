@@ -288,7 +288,7 @@ cdef class Scheduler:
             for i in range(self.running.size):
                 rows.rows += 1
                 rows.context += self.seqs[self.running.items[i]].length
-            limit_ms -= self._decode_ms(&rows)
+            limit_ms -= max(self._decode_ms(&rows), self.itl_target_ms)  # the rows' next step, with a chunk in it
             limit_ms -= self._held_ms()
         return limit_ms
 

@@ -291,8 +291,11 @@ class ReferenceScheduler:
         limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
         if step.holds:
             running = self.running()
-            limit_ms -= self.decode_ms(Step(rows=len(running), context=sum(s.length for s in running)))
-            limit_ms -= sum(self.uncommitted[k].predicted_ms if k in self.uncommitted else self.elapsed_ms[k] for k in self.held)
+            decode_ms = self.decode_ms(Step(rows=len(running), context=sum(s.length for s in running)))
+            limit_ms -= max(decode_ms, self.itl_target_ms)
+            limit_ms -= sum(
+                self.uncommitted[k].predicted_ms if k in self.uncommitted else self.elapsed_ms[k] for k in self.held
+            )
         return limit_ms
 
     def take(self, plan, step, s, tokens):

@@ -3,7 +3,7 @@ the same figures each time. Tests and ``bench/sched_policy.py`` judge a policy w
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from typing import Any
@@ -57,10 +57,10 @@ class Simulation:
         self._coming: list[tuple[float, int, Request, Iterator[tuple[float, Request]]]] = []
         self._following: dict[int, Iterator[tuple[float, Request]]] = {}
 
-    def arrive(self, at_ms: float, request: Request, following: Iterator[tuple[float, Request]] = iter(())) -> int:
+    def arrive(self, at_ms: float, request: Request, following: Iterable[tuple[float, Request]] = ()) -> int:
         """``following``: of the same stream, each so many ms after the one before it has ended."""
         seq = next(self._ids)
-        heapq.heappush(self._coming, (at_ms, seq, request, following))
+        heapq.heappush(self._coming, (at_ms, seq, request, iter(following)))
         return seq
 
     def run(self, until_ms: float = math.inf) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from lmx._sched import NeverFits, Prefill, Scheduler
 from tests.sched_reference import ReferenceScheduler
+from tests.sched_simulation import Request, Simulation
+from tests.sched_simulation import cpu_ms as simulated_cpu_ms
 
 BOTH = pytest.mark.parametrize("implementation", [Scheduler, ReferenceScheduler], ids=["compiled", "reference"])
 
@@ -483,6 +485,111 @@ def test_a_begun_prompt_that_is_next_in_order_is_not_overtaken(implementation, p
     scheduler.submit(3, prompt_tokens, 5, client="b")
     assert starting(scheduler) == [1]  # now "a" has 128, and "b" after one prompt 125 or 129
     assert starting(scheduler) == expected
+
+
+# --- beside decoding rows, and moments after a wave -----------------------------------------------------
+
+
+@BOTH
+def test_prompts_share_a_step_beside_decoding_rows_as_far_as_its_time_allows(implementation):
+    scheduler = with_decoding_rows(implementation, 2, itl_target_ms=400.0)
+    for seq in range(100, 110):
+        scheduler.submit(seq, 30, 5, client="new")
+    decode, chunks = run(scheduler, cost_ms=lambda plan: cpu_ms(2, 200, chunk_tokens(plan), 0))
+    assert decode == (0, 1)
+    assert [(seq, start, tokens) for seq, start, tokens in chunks] == [(100 + i, 0, 30) for i in range(len(chunks))]
+    taken = [(0, 30)] * len(chunks)
+    assert 2 <= len(chunks) < 10
+    assert scheduler.predict_ms(2, 250, taken) <= 400.0 < scheduler.predict_ms(2, 250, [*taken, (0, 30)])
+
+
+@BOTH
+def test_the_rest_of_a_begun_prompt_shares_a_step_with_the_next_in_order(implementation):
+    scheduler = with_decoding_rows(implementation, 1, itl_target_ms=300.0)
+    scheduler.submit(100, 100, 5, client="long")
+    assert run(scheduler)[1] == ((100, 0, 64),)
+    scheduler.submit(101, 20, 5, client="a new one")
+    # The new client comes in at the smallest counter, that of the decoding row's; both end in this step.
+    assert sorted(run(scheduler)[1]) == [(100, 64, 36), (101, 0, 20)]
+
+
+@BOTH
+def test_what_comes_while_a_wave_runs_starts_before_its_rows_go_on(implementation):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    assert run(scheduler) == ((), ((1, 0, 85),))
+    for seq in (2, 3, 4):
+        scheduler.submit(seq, 85, 5)
+    assert run(scheduler) == ((), ((2, 0, 85), (3, 0, 85), (4, 0, 85)))
+    scheduler.submit(5, 85, 5)
+    assert run(scheduler) == ((), ((5, 0, 85),))
+    assert run(scheduler) == ((1, 2, 3, 4, 5), ())
+    scheduler.submit(6, 85, 5)
+    assert run(scheduler) == ((1, 2, 3, 4, 5), ((6, 0, 85),)), "rows that have gone on do not wait"
+
+
+@BOTH
+def test_with_lookahead_too(implementation):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    first = scheduler.plan(0.0).step
+    scheduler.submit(2, 85, 5)
+    plan = scheduler.plan(0.0)
+    assert (plan.decode, [chunk.seq for chunk in plan.prefills]) == ((), [2])
+    scheduler.commit(first, 50.0)
+    assert scheduler.plan(0.0).decode == (1, 2)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "request_",
+    [{"prompt_tokens": 700}, {"prompt_tokens": 85, "priority": -1}],
+    ids=["longer than a chunk", "lower priority"],
+)
+def test_rows_do_not_wait_for(implementation, request_):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    run(scheduler)
+    scheduler.submit(2, max_tokens=5, **request_)
+    assert run(scheduler)[0] == (1,)
+
+
+@BOTH
+def test_rows_wait_no_longer_than_a_wave_may_take(implementation):
+    cost = {"cost_ms": lambda plan: cpu_ms(len(plan.decode), 0, chunk_tokens(plan), 0)}
+    scheduler = measured(implementation, max_rows=50, **cost)
+    waited_ms, seq = 0.0, 1
+    scheduler.submit(seq, 85, 5)
+    run(scheduler, **cost)
+    while True:
+        seq += 1
+        scheduler.submit(seq, 85, 5)
+        plan = scheduler.plan(0.0)
+        elapsed_ms = cpu_ms(len(plan.decode), 0, chunk_tokens(plan), 0)
+        waited_ms += elapsed_ms
+        scheduler.commit(plan.step, elapsed_ms)
+        if plan.decode:
+            break
+    assert 1500.0 < waited_ms <= 8 * 250.0
+
+
+def torn(implementation, apart_ms):
+    """Eight streams of 85 tokens whose requests come so far apart: tokens a second, and their runs."""
+    simulation = Simulation(measured(implementation, max_chunk_tokens=192), simulated_cpu_ms)
+    for stream in range(8):
+        simulation.arrive(1000.0 + stream * apart_ms, Request(85, 64))
+    simulation.run()
+    runs = simulation.runs.values()
+    return 1e3 * 8 * 64 / (max(run.token_times[-1] for run in runs) - 1000.0), runs
+
+
+@BOTH
+@pytest.mark.parametrize("apart_ms", [12.0, 50.0])
+def test_requests_that_come_one_after_the_other_are_served_as_fast_as_those_that_come_at_once(implementation, apart_ms):
+    at_once, _ = torn(implementation, 0.0)
+    speed, runs = torn(implementation, apart_ms)
+    assert speed > 0.95 * at_once
+    assert max(run.worst_gap_ms for run in runs) <= 8 * 250.0
 
 
 # --- the cost model and the chunk ---------------------------------------------------------------------
