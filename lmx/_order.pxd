@@ -67,7 +67,7 @@ cdef inline bint line_up(Seq *seqs, Clients *clients, Slots *queue, Slots *line,
             return False
         client = &clients.items[seq.client]
         seq.place = client.served + client.ahead
-        client.ahead += seq.target + 1
+        client.ahead += max(0, seq.target - seq.charged) + 1
         j = line.size
         if j < most:
             line.size += 1

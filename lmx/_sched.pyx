@@ -18,7 +18,7 @@ next one can be planned at once, and nothing has to be settled when it is commit
     ENDED        as it was (forgotten)     release(), when no uncommitted step has it any more
 """
 
-from libc.math cimport INFINITY, isfinite
+from libc.math cimport INFINITY, ceil, isfinite
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -37,6 +37,8 @@ cdef enum:
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
 cdef long long NO_LIMIT = 2**62
+cdef double ANSWER_TOKENS = 256.0  # how long an answer is, before one was seen
+cdef double ANSWER_SHARE = 1.0 / 16.0  # of the last answer in what is expected of the next
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
 
@@ -93,7 +95,8 @@ cdef class Scheduler:
     cdef long long max_chunk_tokens, max_wave_tokens
     cdef double max_chunk_area
     cdef double itl_target_ms, max_step_ms
-    cdef long long growth_bytes  # what the decoding rows will take of the free KV in the step being planned
+    cdef double answer_tokens, answer_spread  # smoothed: how long answers become, and how far they are from that
+    cdef long long answer_bytes  # to be left free for an answer
     cdef double held_ms  # how long rows wait for prompts to start with them, in committed steps
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
@@ -138,38 +141,56 @@ cdef class Scheduler:
 
     cdef tuple _expire(self, double now):
         """Cancel what is past its deadline."""
-        slots = [i for i in range(self.capacity) if self.seqs[i].state != ENDED and self.seqs[i].deadline <= now]
-        late = sorted([self.seqs[i].id for i in slots])
+        cdef int i
+        cdef list late = []
+        self.due = INFINITY
+        for i in range(self.capacity):
+            if self.seqs[i].state != ENDED:
+                if self.seqs[i].deadline <= now:
+                    late.append(self.seqs[i].id)
+                else:
+                    self.due = min(self.due, self.seqs[i].deadline)
+        late.sort()
         for seq in late:
             self.cancel(seq)
-        self.due = self.next_deadline()
         return tuple(late)
 
     cdef bint _make_room(self, Plan plan):
         """See that every decoding row can take one more token. False: not before ended sequences are released.
 
-        The victim is the last in (priority, start) order and may be the growing row itself, so the first in that order
-        always goes on; alone it fits, because submit() limits max_tokens to the budget.
+        The victim is of the lowest priority, and there the one that is soonest computed again; but never the first
+        started of the highest, which so always goes on. Alone it fits, because submit() limits max_tokens to the
+        budget.
         """
-        cdef int i, victim
+        cdef int i, slot, first_started, victim
         cdef Seq *seq
         cdef long long growth
         while True:
             growth = 0
-            victim = -1
+            first_started = victim = -1
             for i in range(self.running.size):
-                seq = &self.seqs[self.running.items[i]]
+                slot = self.running.items[i]
+                seq = &self.seqs[slot]
                 if seq.state == DECODING and self._kv_bytes(seq.length + 1) > seq.held_bytes:
                     growth += self.quantum_bytes
-                if victim < 0 or seq.priority <= self.seqs[victim].priority:
-                    victim = self.running.items[i]
+                if first_started < 0 or seq.priority > self.seqs[first_started].priority:
+                    first_started = slot
             if self.kv_used_bytes + growth <= self.kv_budget_bytes:
-                self.growth_bytes = growth
                 return True
             if self.kv_ending_bytes:
                 return False  # a wait of a step is cheaper than a prompt computed again
+            for i in range(self.running.size):
+                slot = self.running.items[i]
+                if slot != first_started and (victim < 0 or self._yields_before(slot, victim)):
+                    victim = slot
             self._preempt(victim)
             plan.preempted += (self.seqs[victim].id,)
+
+    cdef bint _yields_before(self, int a, int b) noexcept:
+        """Of two running ones, ``b`` started first."""
+        if self.seqs[a].priority != self.seqs[b].priority:
+            return self.seqs[a].priority < self.seqs[b].priority
+        return self.seqs[a].length <= self.seqs[b].length
 
     cdef void _decode(self, Plan plan, Step *step):
         """One token for every decoding row."""
@@ -194,7 +215,6 @@ cdef class Scheduler:
                 self._generate(slot)
             if seq.state != ENDED:
                 i += 1
-        self.growth_bytes = 0
 
     cdef void _prefill(self, Plan plan, Step *step, int slot):
         """A chunk of this prompt; if it ends the prompt, the next ones in order with it, as far as time allows."""
@@ -237,7 +257,7 @@ cdef class Scheduler:
                 seq.priority < priority
                 or left > self.max_chunk_tokens
                 or step.chunk + left > self.max_wave_tokens
-                or not (seq.state == PREFILLING or self._fits(seq))
+                or not (seq.state == PREFILLING or self._fits(seq, self._room_bytes()))
                 or self._predict_ms(step, seq.length, left) > limit_ms
                 or self._area(step, seq.length, left, True) > self.max_chunk_area
             ):
@@ -304,7 +324,8 @@ cdef class Scheduler:
         add_area(step, seq.length, tokens, seq.length + tokens == seq.target)
         seq.length += tokens
         seq.last_step = self.planned + 1
-        self.clients.items[seq.client].served += tokens
+        # What is computed again was charged before.
+        self.clients.items[seq.client].served += max(0, seq.length - max(seq.length - tokens, seq.charged))
         if seq.length == seq.target:
             seq.state = DECODING
             self.decoding_changed = True
@@ -316,9 +337,10 @@ cdef class Scheduler:
         The first queued one that does not fit may be overtaken MAX_OVERTAKEN times. Then nobody behind it is admitted.
         """
         cdef int i, best = first_begun(self.seqs, &self.clients, &self.running), fits = -1, waits = -1
+        cdef long long room_bytes = self._room_bytes()
         if admit and self.rows_used < self.max_rows:
             for i in range(self.queue.size):
-                if self._fits(&self.seqs[self.queue.items[i]]):
+                if self._fits(&self.seqs[self.queue.items[i]], room_bytes):
                     fits = self._first(fits, self.queue.items[i])
                 else:
                     waits = self._first(waits, self.queue.items[i])
@@ -330,8 +352,28 @@ cdef class Scheduler:
             self.seqs[waits].overtaken += 1
         return fits
 
-    cdef inline bint _fits(self, Seq *seq) noexcept:
-        return self.kv_used_bytes + self.growth_bytes + seq.asked_bytes <= self.kv_budget_bytes
+    cdef long long _room_bytes(self) noexcept:
+        """The KV that is free, less what the running ones will still grow.
+
+        Without that a prompt that just fits is soon preempted, or preempts others, and is computed again.
+        """
+        cdef int i
+        cdef Seq *seq
+        cdef long long room_bytes = self.kv_budget_bytes - self.kv_used_bytes
+        for i in range(self.running.size):
+            seq = &self.seqs[self.running.items[i]]
+            room_bytes -= self._expected_bytes(seq, seq.held_bytes) - seq.held_bytes
+        return room_bytes
+
+    cdef inline bint _fits(self, Seq *seq, long long room_bytes) noexcept:
+        """Whether a queued one may be admitted; beside others, with an answer as they usually are."""
+        if self.running.size == 0:
+            return seq.asked_bytes <= room_bytes
+        return self._expected_bytes(seq, seq.asked_bytes) <= room_bytes
+
+    cdef inline long long _expected_bytes(self, Seq *seq, long long held_bytes) noexcept:
+        """What a sequence will hold in the end: with an answer as they usually are, or more, if it is longer already."""
+        return min(seq.most_bytes, max(seq.prompt_bytes + self.answer_bytes, held_bytes + self.quantum_bytes))
 
     cdef void _admit(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
@@ -353,6 +395,7 @@ cdef class Scheduler:
         seq.held_bytes = 0
         self.decoding_changed |= seq.state == DECODING
         seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
+        seq.charged = max(seq.charged, seq.target if seq.state == DECODING else seq.length)
         self._enqueue(slot)
         self.preemptions += 1
 
@@ -386,10 +429,17 @@ cdef class Scheduler:
         else:
             remove_slot(&self.running, slot)
             self.decoding_changed |= seq.state == DECODING
+        if seq.generated:
+            self._learn_answer(seq.generated)
         self.kv_ending_bytes += seq.held_bytes
         seq.state = ENDED
         append_slot(&self.ending, slot)
         idle(&self.clients, seq.client)
+
+    cdef void _learn_answer(self, double tokens) noexcept:
+        self.answer_spread += (abs(tokens - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
+        self.answer_tokens += (tokens - self.answer_tokens) * ANSWER_SHARE
+        self.answer_bytes = self._quanta_bytes(<long long>ceil(self.answer_tokens + self.answer_spread))
 
     cdef bint _line_up(self, int priority) noexcept:
         cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
@@ -510,6 +560,8 @@ cdef class Scheduler:
         else:
             room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
             self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
+        self.answer_tokens = ANSWER_TOKENS
+        self.answer_bytes = self._quanta_bytes(<long long>ANSWER_TOKENS)
         self.due = INFINITY
         self.slot_of = {}
         self.free_slots = []
@@ -551,6 +603,8 @@ cdef class Scheduler:
         s.deadline = deadline
         s.target = prompt
         s.max_tokens = min(limit, self.capacity_tokens - prompt + 1)  # the last token is never put into the KV
+        s.prompt_bytes = self._kv_bytes(prompt)
+        s.most_bytes = self._kv_bytes(prompt + s.max_tokens - 1)
         s.client = activate(&self.clients, self.client_of, self.free_clients, client)
         self.due = min(self.due, deadline)
         self._enqueue(slot)
@@ -621,8 +675,10 @@ cdef class Scheduler:
     # --- plumbing -----------------------------------------------------------------------------------------------------
 
     cdef inline long long _kv_bytes(self, long long tokens) noexcept:
-        quanta = (tokens + self.quantum_tokens - 1) // self.quantum_tokens
-        return self.kv_bytes_per_sequence + quanta * self.quantum_bytes
+        return self.kv_bytes_per_sequence + self._quanta_bytes(tokens)
+
+    cdef inline long long _quanta_bytes(self, long long tokens) noexcept:
+        return (tokens + self.quantum_tokens - 1) // self.quantum_tokens * self.quantum_bytes
 
     cdef int _grow(self) except -1:
         cdef int i, size = max(64, 2 * self.capacity)

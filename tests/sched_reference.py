@@ -13,6 +13,8 @@ TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
 NO_LIMIT = 2**62
+ANSWER_TOKENS = 256.0
+ANSWER_SHARE = 1 / 16
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
 MAX_WAVE = 64
@@ -34,12 +36,14 @@ class Sequence:
     priority: int
     deadline: float
     arrival: int
+    prompt: int
     target: int
     max_tokens: int
     state: str = "queued"
     has_row: bool = False
     started: int = 0
     overtaken: int = 0
+    charged: int = 0
     kv_bytes: int = 0
     length: int = 0
     generated: int = 0
@@ -160,7 +164,7 @@ class ReferenceScheduler:
         self.uncommitted = {}
         self.elapsed_ms = {}
         self.held = []  # the last steps, if rows waited for them
-        self.growth_bytes = 0
+        self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
 
@@ -185,7 +189,16 @@ class ReferenceScheduler:
         return self.kv_bytes_for(s.target + (s.max_tokens - s.generated > 1))
 
     def fits(self, s):
-        return self.used_bytes() + self.growth_bytes + self.admission_bytes(s) <= self.kv_budget_bytes
+        if not self.running():
+            return self.used_bytes() + self.admission_bytes(s) <= self.kv_budget_bytes
+        growth = sum(self.expected_bytes(row, row.kv_bytes) - row.kv_bytes for row in self.running())
+        needed = self.expected_bytes(s, self.admission_bytes(s))
+        return self.used_bytes() + growth + needed <= self.kv_budget_bytes
+
+    def expected_bytes(self, s, held_bytes):
+        answer = math.ceil(math.ceil(self.answer_tokens + self.answer_spread) / self.quantum_tokens)
+        most = self.kv_bytes_for(s.prompt + s.max_tokens - 1)
+        return min(most, max(self.kv_bytes_for(s.prompt) + answer * self.quantum_bytes, held_bytes + self.quantum_bytes))
 
     def order(self, s):
         return -s.priority, self.served[s.client], s.arrival
@@ -223,16 +236,20 @@ class ReferenceScheduler:
         while True:
             growing = [s for s in self.in_state("decoding") if self.kv_bytes_for(s.length + 1) > s.kv_bytes]
             if self.used_bytes() + len(growing) * self.quantum_bytes <= self.kv_budget_bytes:
-                self.growth_bytes = len(growing) * self.quantum_bytes
                 return True
             if any(s.kv_bytes for s in self.in_state("ended")):
                 return False
-            victim = min(self.running(), key=lambda s: (s.priority, -s.started))
-            if victim.state == "decoding":
-                victim.target = victim.length + 1
-            victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
-            self.preemptions += 1
-            plan.preempted += (victim.id,)
+            first_started = min(self.running(), key=lambda s: (-s.priority, s.started))
+            others = [s for s in self.running() if s is not first_started]
+            self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
+
+    def preempt(self, plan, victim):
+        if victim.state == "decoding":
+            victim.target = victim.length + 1
+        victim.charged = max(victim.charged, victim.target if victim.state == "decoding" else victim.length)
+        victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
+        self.preemptions += 1
+        plan.preempted += (victim.id,)
 
     def decode(self, plan, step):
         rows = [s for s in self.running() if s.state == "decoding"]
@@ -243,7 +260,6 @@ class ReferenceScheduler:
             step.rows += 1
             step.context += s.length
             self.generate(s)
-        self.growth_bytes = 0
 
     def prefill(self, plan, step, s):
         limit_ms = self.limit_ms(step)
@@ -311,7 +327,7 @@ class ReferenceScheduler:
             step.area += tokens * (s.length + tokens)
         s.length += tokens
         s.last_step = self.planned + 1
-        self.served[s.client] += tokens
+        self.served[s.client] += sum(position >= s.charged for position in range(s.length - tokens, s.length))
         if s.length == s.target:
             s.state = "decoding"
             self.generate(s)
@@ -366,6 +382,9 @@ class ReferenceScheduler:
 
     def end(self, s):
         s.state = "ended"
+        if s.generated:
+            self.answer_spread += (abs(s.generated - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
+            self.answer_tokens += (s.generated - self.answer_tokens) * ANSWER_SHARE
         if not any(other.state != "ended" for other in self.sequences.values()):
             self.floor = self.served[s.client]
 
@@ -424,7 +443,7 @@ class ReferenceScheduler:
         self.arrivals += 1
         max_tokens = min(max_tokens, self.capacity_tokens - prompt_tokens + 1)
         self.sequences[seq] = Sequence(
-            seq, client, priority, deadline, self.arrivals, target=prompt_tokens, max_tokens=max_tokens
+            seq, client, priority, deadline, self.arrivals, prompt_tokens, target=prompt_tokens, max_tokens=max_tokens
         )
         return max_tokens
 

@@ -216,6 +216,16 @@ def test_priority_goes_first(implementation):
     assert prefill_order(drain(scheduler)) == [2, 3, 4, 0, 1]
 
 
+def used_to_short_answers(implementation, **changes):
+    """It expects that answers are short, and leaves room for no more."""
+    scheduler = make(implementation, **changes)
+    for seq in range(1000, 1200):
+        scheduler.submit(seq, 1, 1, client="short")
+        run(scheduler)
+    drain(scheduler)
+    return scheduler
+
+
 # --- memory -------------------------------------------------------------------------------------------
 
 
@@ -271,8 +281,8 @@ def test_admission_takes_whole_quanta_for_the_prompt_and_the_first_decode(
 
 
 @BOTH
-def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(implementation):
-    scheduler = make(implementation, kv_budget_bytes=5 * 32)
+def test_growth_preempts_a_later_started_one_which_comes_back_and_loses_nothing(implementation):
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=6 * 32)
     scheduler.submit(1, 60, 60)  # 2 quanta, then up to 4
     scheduler.submit(2, 50, 40)  # 2 quanta, then 3
     given = {1: 0, 2: 0}
@@ -298,8 +308,30 @@ def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(i
 
 
 @BOTH
+def test_of_the_later_started_the_one_that_is_soonest_computed_again_gives_way_and_is_not_charged_again(implementation):
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=11 * 32)
+    for seq, prompt_tokens in enumerate((90, 60, 90)):
+        scheduler.submit(seq, prompt_tokens, 100, client=f"client-{seq}")
+    given = [0, 0, 0]
+    while not (plan := scheduler.plan(0.0)).preempted:
+        for seq in (*plan.decode, *(chunk.seq for chunk in plan.prefills if chunk.last)):
+            given[seq] += 1
+        scheduler.commit(plan.step, 50.0)
+    assert plan.preempted == (1,)
+    scheduler.commit(plan.step, 50.0)
+    for seq in (0, 2):
+        scheduler.cancel(seq)
+    for seq in scheduler.releasable():
+        scheduler.release(seq)
+    assert run(scheduler)[1] == ((1, 0, 60 + given[1]),)
+    scheduler.submit(10, 1, 2, client="client-2")  # charged 90 and its answer
+    scheduler.submit(11, 1, 2, client="client-1")  # charged 60 and its answer, not 60 and its answer again
+    assert prefill_order([run(scheduler), run(scheduler)]) == [11, 10]
+
+
+@BOTH
 def test_growth_preempts_the_lowest_priority_first(implementation):
-    scheduler = make(implementation, kv_budget_bytes=4 * 32)
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=4 * 32)
     scheduler.submit(1, 10, 100)
     run(scheduler)
     scheduler.submit(2, 30, 90, priority=1)
@@ -313,20 +345,20 @@ def test_growth_preempts_the_lowest_priority_first(implementation):
 
 @BOTH
 def test_rows_wait_for_kv_that_ended_sequences_still_hold(implementation):
-    scheduler = make(implementation, kv_budget_bytes=4 * 32)
-    scheduler.submit(1, 61, 10)  # its 4th decode needs a third quantum
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=6 * 32)
+    scheduler.submit(1, 61, 60)  # its 36th decode needs a fourth quantum
     scheduler.submit(2, 40, 100)
-    while scheduler.plan(0.0).decode != (1, 2):
-        scheduler.commit(scheduler.statistics().steps, 50.0)
-    scheduler.commit(scheduler.statistics().steps, 50.0)
-    for _ in range(2):
-        step = scheduler.plan(0.0).step
-        if step < 5:
-            scheduler.commit(step, 50.0)
+    decoded = 0
+    while decoded < 35:
+        plan = scheduler.plan(0.0)
+        decoded += 1 in plan.decode
+        if decoded < 35:
+            scheduler.commit(plan.step, 50.0)
+    step = plan.step
     scheduler.cancel(2)
     assert scheduler.plan(0.0).step == 0
-    scheduler.commit(5, 50.0)
-    assert scheduler.release(2) == 64
+    scheduler.commit(step, 50.0)
+    assert scheduler.release(2) == 96
     plan = scheduler.plan(0.0)
     assert (plan.decode, plan.preempted) == ((1,), ())
     assert scheduler.statistics().preemptions == 0
@@ -812,7 +844,7 @@ def test_calls_out_of_order_are_refused(implementation):
 def test_the_same_calls_give_the_same_plans():
     def history(implementation):
         calls = random.Random(3)
-        scheduler = make(implementation, kv_budget_bytes=600)
+        scheduler = used_to_short_answers(implementation, kv_budget_bytes=600)
         plans = []
         for seq in range(300):
             scheduler.submit(seq, calls.randint(1, 300), calls.randint(1, 60), client=f"client-{calls.randrange(5)}")
