@@ -6,6 +6,9 @@ from libc.string cimport memmove
 cdef extern from "<assert.h>" nogil:
     void c_assert "assert" (bint)  # live in the debug build only
 
+cdef enum:
+    MAX_OVERTAKEN = 8  # that go before one out of turn: smaller ones while it waits for KV, its client's shorter ones
+
 cdef enum State:
     QUEUED
     PREFILLING
@@ -15,7 +18,7 @@ cdef enum State:
 cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them are searched in each step
     int priority
     int client
-    long long arrival  # kept through preemption
+    long long turn  # by arrival, MAX_OVERTAKEN + 1 apart; kept through preemption
     long long asked_bytes  # of KV: what its admission takes
     long long prompt_bytes  # for its prompt alone
     long long most_bytes  # when it ends at max_tokens
@@ -25,7 +28,8 @@ cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them
     double deadline
     State state
     bint has_row
-    int overtaken
+    int overtaken  # out of turn
+    int yielded  # times it gave its row to a client that was behind
     long long held_bytes  # KV in whole quanta; none while queued
     long long length  # tokens in its KV once the planned steps have run
     long long generated

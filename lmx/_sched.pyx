@@ -25,14 +25,22 @@ from libc.string cimport memset
 cimport cython
 
 from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
-from lmx._order cimport Clients, activate, first, first_begun, idle, line_up
+from lmx._order cimport Client, Clients, activate, first, first_begun, idle, line_up, turn_of
 
 from dataclasses import dataclass
 
 cdef enum:
     TILE = 32  # matrix kernels cost whole tiles of 32 rows
     FIRST_CHUNK = 128  # largest chunk beside decoding rows before anything was measured
-    MAX_OVERTAKEN = 8  # smaller sequences that may be admitted before one that waits for KV
+    FAR_BEHIND = 512  # tokens that a client may be behind one with more rows, before it gets one of these
+    MUCH_BEHIND = 2048  # with no row, behind one that has one
+    MAX_YIELDED = 2  # at most so often the same sequence gives its row
+    # What is computed again for that is earned before: this much, in 16ths of a token, for each token prefilled or
+    # generated (which takes some 5 times as long); so much at the start, and never more than that.
+    EARNED_PREFILLED = 1
+    EARNED_GENERATED = 4
+    FIRST_EARNED = 4 * 1024 * 16
+    MAX_EARNED = 32 * 1024 * 16
     WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
@@ -81,7 +89,7 @@ cdef class Plan:
 cdef class Scheduler:
     cdef Seq *seqs
     cdef int capacity
-    cdef Slots queue, running, ending  # queue: by arrival; running: PREFILLING and DECODING, oldest admission first
+    cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
     cdef Slots line  # what line_up() found
     cdef dict slot_of
     cdef list free_slots
@@ -97,6 +105,8 @@ cdef class Scheduler:
     cdef double itl_target_ms, max_step_ms
     cdef double answer_tokens, answer_spread  # smoothed: how long answers become, and how far they are from that
     cdef long long answer_bytes  # to be left free for an answer
+    cdef bint kv_short  # the first in order that waits had a row in the last plan, and no KV
+    cdef long long earned  # 16ths of tokens that may be computed again so that clients get their share
     cdef double held_ms  # how long rows wait for prompts to start with them, in committed steps
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
@@ -120,9 +130,11 @@ cdef class Scheduler:
         if now >= self.due:
             plan.expired = self._expire(now)
         cdef int slot
+        cdef bint admit
         if self._make_room(plan):
-            # A step that preempts admits nobody: memory is short, and the victim's newest token may still be in flight.
-            slot = self._next_prompt(admit=not plan.preempted)
+            # A step that preempts for want of memory admits nobody.
+            admit = not plan.preempted and self._give_way(plan)
+            slot = self._next_prompt(admit)
             if slot >= 0 and self._holds(slot):
                 step.holds = True
             else:
@@ -183,14 +195,87 @@ cdef class Scheduler:
                 slot = self.running.items[i]
                 if slot != first_started and (victim < 0 or self._yields_before(slot, victim)):
                     victim = slot
-            self._preempt(victim)
-            plan.preempted += (self.seqs[victim].id,)
+            self._preempt(plan, victim)
 
     cdef bint _yields_before(self, int a, int b) noexcept:
         """Of two running ones, ``b`` started first."""
         if self.seqs[a].priority != self.seqs[b].priority:
             return self.seqs[a].priority < self.seqs[b].priority
         return self.seqs[a].length <= self.seqs[b].length
+
+    cdef bint _give_way(self, Plan plan):
+        """Where rows or KV are full, running ones give theirs to the first in order that waits.
+
+        Lower priorities give what a higher one needs, at once. A client far behind gets one row at a time, of a client
+        that has more: as far as what is computed again stays a small part of all. Whoever gives its row keeps its
+        turn. False: the newest tokens of those that gave theirs may be in flight, so nobody is admitted yet.
+        """
+        # What has ended gives its row and KV back in a step or two.
+        if self.rows_used > self.running.size or (self.rows_used < self.max_rows and not self.kv_short):
+            return True
+        cdef int i, slot, lower = 0, victim = -1, waiter = -1
+        for i in range(self.queue.size):
+            waiter = self._first(waiter, self.queue.items[i])
+        if waiter < 0 or self._has_place(waiter):
+            return True
+        cdef Seq *seq = &self.seqs[waiter]
+        cdef long long room_bytes = self._room_bytes()
+        for i in range(self.running.size):
+            slot = self.running.items[i]
+            if self.seqs[slot].priority < seq.priority:
+                lower += 1
+                room_bytes += self._expected_bytes(&self.seqs[slot], self.seqs[slot].held_bytes)
+        if lower:
+            if self._wanted_bytes(seq, alone=lower == self.running.size) <= room_bytes:
+                while not self._has_place(waiter):
+                    self._preempt(plan, self._lowest())
+        else:
+            self._count_rows(seq.client)
+            for i in range(self.running.size):
+                slot = self.running.items[i]
+                if self._owes(slot, waiter, room_bytes) and (victim < 0 or self._yields_before(slot, victim)):
+                    victim = slot
+            if victim >= 0:
+                self.earned -= 16 * self.seqs[victim].length
+                self.seqs[victim].yielded += 1
+                self._preempt(plan, victim)
+        return not plan.preempted or self.committed == self.planned
+
+    cdef bint _has_place(self, int slot) noexcept:
+        return self.rows_used < self.max_rows and self._fits(&self.seqs[slot], self._room_bytes())
+
+    cdef int _lowest(self) noexcept:
+        cdef int i, victim = self.running.items[0]
+        for i in range(1, self.running.size):
+            if self._yields_before(self.running.items[i], victim):
+                victim = self.running.items[i]
+        return victim
+
+    cdef bint _owes(self, int slot, int waiter, long long room_bytes) noexcept:
+        """Whether this one's client is so far ahead of the waiting one's that its row, and what it holds, may go there;
+        the farther, the more there is to compute again."""
+        cdef Seq *row = &self.seqs[slot]
+        cdef Seq *seq = &self.seqs[waiter]
+        cdef Client *ahead = &self.clients.items[row.client]
+        cdef Client *behind = &self.clients.items[seq.client]
+        return (
+            row.priority == seq.priority
+            and row.yielded < MAX_YIELDED
+            and 16 * row.length <= self.earned
+            and (ahead.rows > behind.rows + 1 or (behind.rows == 0 and self.rows_used == self.max_rows))
+            and ahead.served - behind.served
+            > max(FAR_BEHIND if ahead.rows > behind.rows + 1 else MUCH_BEHIND, row.length // 2)
+            and self._wanted_bytes(seq, alone=self.running.size == 1)
+            <= room_bytes + self._expected_bytes(row, row.held_bytes)
+        )
+
+    cdef void _count_rows(self, int client) noexcept:
+        cdef int i
+        self.clients.items[client].rows = 0
+        for i in range(self.running.size):
+            self.clients.items[self.seqs[self.running.items[i]].client].rows = 0
+        for i in range(self.running.size):
+            self.clients.items[self.seqs[self.running.items[i]].client].rows += 1
 
     cdef void _decode(self, Plan plan, Step *step):
         """One token for every decoding row."""
@@ -325,7 +410,9 @@ cdef class Scheduler:
         seq.length += tokens
         seq.last_step = self.planned + 1
         # What is computed again was charged before.
-        self.clients.items[seq.client].served += max(0, seq.length - max(seq.length - tokens, seq.charged))
+        tokens = max(0, seq.length - max(seq.length - tokens, seq.charged))
+        self.clients.items[seq.client].served += tokens
+        self.earned = min(self.earned + EARNED_PREFILLED * tokens, MAX_EARNED)
         if seq.length == seq.target:
             seq.state = DECODING
             self.decoding_changed = True
@@ -338,15 +425,17 @@ cdef class Scheduler:
         """
         cdef int i, best = first_begun(self.seqs, &self.clients, &self.running), fits = -1, waits = -1
         cdef long long room_bytes = self._room_bytes()
+        self.kv_short = False
         if admit and self.rows_used < self.max_rows:
             for i in range(self.queue.size):
                 if self._fits(&self.seqs[self.queue.items[i]], room_bytes):
                     fits = self._first(fits, self.queue.items[i])
                 else:
                     waits = self._first(waits, self.queue.items[i])
+            self.kv_short = waits >= 0 and (fits < 0 or self._first(fits, waits) == waits)
         if fits < 0 or self._first(best, fits) == best:
             return best
-        if waits >= 0 and self._first(fits, waits) == waits:
+        if self.kv_short:
             if self.seqs[waits].overtaken >= MAX_OVERTAKEN:
                 return best
             self.seqs[waits].overtaken += 1
@@ -366,10 +455,11 @@ cdef class Scheduler:
         return room_bytes
 
     cdef inline bint _fits(self, Seq *seq, long long room_bytes) noexcept:
-        """Whether a queued one may be admitted; beside others, with an answer as they usually are."""
-        if self.running.size == 0:
-            return seq.asked_bytes <= room_bytes
-        return self._expected_bytes(seq, seq.asked_bytes) <= room_bytes
+        return self._wanted_bytes(seq, alone=self.running.size == 0) <= room_bytes
+
+    cdef inline long long _wanted_bytes(self, Seq *seq, bint alone) noexcept:
+        """What must be free to admit a queued one; beside others, with an answer as they usually are."""
+        return seq.asked_bytes if alone else self._expected_bytes(seq, seq.asked_bytes)
 
     cdef inline long long _expected_bytes(self, Seq *seq, long long held_bytes) noexcept:
         """What a sequence will hold in the end: with an answer as they usually are, or more, if it is longer already."""
@@ -385,7 +475,7 @@ cdef class Scheduler:
         seq.held_bytes = seq.asked_bytes
         self.kv_used_bytes += seq.held_bytes
 
-    cdef void _preempt(self, int slot) noexcept:
+    cdef void _preempt(self, Plan plan, int slot):
         """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
         cdef Seq *seq = &self.seqs[slot]
         remove_slot(&self.running, slot)
@@ -398,6 +488,7 @@ cdef class Scheduler:
         seq.charged = max(seq.charged, seq.target if seq.state == DECODING else seq.length)
         self._enqueue(slot)
         self.preemptions += 1
+        plan.preempted += (seq.id,)
 
     cdef void _enqueue(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
@@ -407,7 +498,7 @@ cdef class Scheduler:
         seq.asked_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
         cdef int i = self.queue.size
         append_slot(&self.queue, slot)
-        while i > 0 and self.seqs[self.queue.items[i - 1]].arrival > seq.arrival:  # it was preempted
+        while i > 0 and self.seqs[self.queue.items[i - 1]].turn > seq.turn:  # it was preempted, or passes others
             self.queue.items[i] = self.queue.items[i - 1]
             i -= 1
         self.queue.items[i] = slot
@@ -418,6 +509,7 @@ cdef class Scheduler:
         seq.generated += 1
         seq.last_step = self.planned + 1
         self.clients.items[seq.client].served += 1
+        self.earned = min(self.earned + EARNED_GENERATED, MAX_EARNED)
         if seq.generated == seq.max_tokens:
             self._end(slot)
 
@@ -560,6 +652,7 @@ cdef class Scheduler:
         else:
             room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
             self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
+        self.earned = FIRST_EARNED
         self.answer_tokens = ANSWER_TOKENS
         self.answer_bytes = self._quanta_bytes(<long long>ANSWER_TOKENS)
         self.due = INFINITY
@@ -597,7 +690,6 @@ cdef class Scheduler:
         self.slot_of[seq] = slot
         memset(s, 0, sizeof(Seq))
         self.arrivals += 1
-        s.arrival = self.arrivals
         s.id = id_
         s.priority = rank
         s.deadline = deadline
@@ -606,6 +698,7 @@ cdef class Scheduler:
         s.prompt_bytes = self._kv_bytes(prompt)
         s.most_bytes = self._kv_bytes(prompt + s.max_tokens - 1)
         s.client = activate(&self.clients, self.client_of, self.free_clients, client)
+        s.turn = turn_of(self.seqs, &self.queue, &self.running, s, self.arrivals, self.max_chunk_tokens)
         self.due = min(self.due, deadline)
         self._enqueue(slot)
         return s.max_tokens

@@ -12,6 +12,10 @@ from lmx._sched import NeverFits, Prefill, SchedulerStatistics
 TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
+FAR_BEHIND = 512
+MUCH_BEHIND = 2048
+MAX_YIELDED = 2
+EARNED_PREFILLED, EARNED_GENERATED, FIRST_EARNED, MAX_EARNED = 1, 4, 4 * 1024 * 16, 32 * 1024 * 16
 NO_LIMIT = 2**62
 ANSWER_TOKENS = 256.0
 ANSWER_SHARE = 1 / 16
@@ -35,7 +39,7 @@ class Sequence:
     client: str
     priority: int
     deadline: float
-    arrival: int
+    turn: int
     prompt: int
     target: int
     max_tokens: int
@@ -43,6 +47,7 @@ class Sequence:
     has_row: bool = False
     started: int = 0
     overtaken: int = 0
+    yielded: int = 0
     charged: int = 0
     kv_bytes: int = 0
     length: int = 0
@@ -164,6 +169,8 @@ class ReferenceScheduler:
         self.uncommitted = {}
         self.elapsed_ms = {}
         self.held = []  # the last steps, if rows waited for them
+        self.kv_short = False
+        self.earned = FIRST_EARNED
         self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
@@ -189,19 +196,24 @@ class ReferenceScheduler:
         return self.kv_bytes_for(s.target + (s.max_tokens - s.generated > 1))
 
     def fits(self, s):
-        if not self.running():
-            return self.used_bytes() + self.admission_bytes(s) <= self.kv_budget_bytes
+        return self.wanted_bytes(s, alone=not self.running()) <= self.room_bytes()
+
+    def room_bytes(self):
         growth = sum(self.expected_bytes(row, row.kv_bytes) - row.kv_bytes for row in self.running())
-        needed = self.expected_bytes(s, self.admission_bytes(s))
-        return self.used_bytes() + growth + needed <= self.kv_budget_bytes
+        return self.kv_budget_bytes - self.used_bytes() - growth
+
+    def wanted_bytes(self, s, alone):
+        return self.admission_bytes(s) if alone else self.expected_bytes(s, self.admission_bytes(s))
 
     def expected_bytes(self, s, held_bytes):
         answer = math.ceil(math.ceil(self.answer_tokens + self.answer_spread) / self.quantum_tokens)
         most = self.kv_bytes_for(s.prompt + s.max_tokens - 1)
-        return min(most, max(self.kv_bytes_for(s.prompt) + answer * self.quantum_bytes, held_bytes + self.quantum_bytes))
+        return min(
+            most, max(self.kv_bytes_for(s.prompt) + answer * self.quantum_bytes, held_bytes + self.quantum_bytes)
+        )
 
     def order(self, s):
-        return -s.priority, self.served[s.client], s.arrival
+        return -s.priority, self.served[s.client], s.turn
 
     # --- the policy ---
 
@@ -215,7 +227,11 @@ class ReferenceScheduler:
             self.cancel(seq)
         plan.expired = tuple(late)
         if self.make_room(plan):
-            s = self.next_prompt(admit=not plan.preempted)
+            admit = not plan.preempted
+            if admit:
+                self.give_way(plan)
+                admit = not plan.preempted or self.committed == self.planned
+            s = self.next_prompt(admit)
             step.holds = s is not None and self.holds(s)
             if not step.holds:
                 self.decode(plan, step)
@@ -250,6 +266,45 @@ class ReferenceScheduler:
         victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
         self.preemptions += 1
         plan.preempted += (victim.id,)
+
+    def give_way(self, plan):
+        running = self.running()
+        rows_full = self.rows_used() == self.max_rows
+        if self.rows_used() > len(running) or not (rows_full or self.kv_short):
+            return
+        s = min(self.in_state("queued"), key=self.order, default=None)
+        if s is None or self.has_place(s):
+            return
+        lower = [row for row in running if row.priority < s.priority]
+        if lower:
+            room = self.room_bytes() + sum(self.expected_bytes(row, row.kv_bytes) for row in lower)
+            if self.wanted_bytes(s, alone=len(lower) == len(running)) <= room:
+                while not self.has_place(s):
+                    self.preempt(plan, min(self.running(), key=lambda s: (s.priority, s.length, -s.started)))
+            return
+        rows = [row for row in running if self.owes(row, s, running)]
+        if rows:
+            victim = min(rows, key=lambda s: (s.priority, s.length, -s.started))
+            self.earned -= 16 * victim.length
+            victim.yielded += 1
+            self.preempt(plan, victim)
+
+    def has_place(self, s):
+        return self.rows_used() < self.max_rows and self.fits(s)
+
+    def owes(self, row, s, running):
+        its = sum(r.client == row.client for r in running)
+        others = sum(r.client == s.client for r in running)
+        room = self.room_bytes() + self.expected_bytes(row, row.kv_bytes)
+        return (
+            row.priority == s.priority
+            and row.yielded < MAX_YIELDED
+            and 16 * row.length <= self.earned
+            and (its > others + 1 or (others == 0 and self.rows_used() == self.max_rows))
+            and self.served[row.client] - self.served[s.client]
+            > max(FAR_BEHIND if its > others + 1 else MUCH_BEHIND, row.length // 2)
+            and self.wanted_bytes(s, alone=len(running) == 1) <= room
+        )
 
     def decode(self, plan, step):
         rows = [s for s in self.running() if s.state == "decoding"]
@@ -327,7 +382,9 @@ class ReferenceScheduler:
             step.area += tokens * (s.length + tokens)
         s.length += tokens
         s.last_step = self.planned + 1
-        self.served[s.client] += sum(position >= s.charged for position in range(s.length - tokens, s.length))
+        fresh = sum(position >= s.charged for position in range(s.length - tokens, s.length))
+        self.served[s.client] += fresh
+        self.earned = min(self.earned + EARNED_PREFILLED * fresh, MAX_EARNED)
         if s.length == s.target:
             s.state = "decoding"
             self.generate(s)
@@ -335,9 +392,12 @@ class ReferenceScheduler:
     def next_prompt(self, admit):
         prefilling = sorted(self.in_state("prefilling"), key=self.order)
         best = prefilling[0] if prefilling else None
+        self.kv_short = False
         if not admit or self.rows_used() == self.max_rows:
             return best
         waits = None
+        first_queued = min(self.in_state("queued"), key=self.order, default=None)
+        self.kv_short = first_queued is not None and not self.fits(first_queued)
         for s in sorted(self.in_state("queued"), key=self.order):
             if best and self.order(best) < self.order(s):
                 return best
@@ -377,6 +437,7 @@ class ReferenceScheduler:
         s.generated += 1
         s.last_step = self.planned + 1
         self.served[s.client] += 1
+        self.earned = min(self.earned + EARNED_GENERATED, MAX_EARNED)
         if s.generated == s.max_tokens:
             self.end(s)
 
@@ -443,9 +504,33 @@ class ReferenceScheduler:
         self.arrivals += 1
         max_tokens = min(max_tokens, self.capacity_tokens - prompt_tokens + 1)
         self.sequences[seq] = Sequence(
-            seq, client, priority, deadline, self.arrivals, prompt_tokens, target=prompt_tokens, max_tokens=max_tokens
+            seq,
+            client,
+            priority,
+            deadline,
+            self.turn(prompt_tokens, client, priority),
+            prompt_tokens,
+            target=prompt_tokens,
+            max_tokens=max_tokens,
         )
         return max_tokens
+
+    def turn(self, prompt_tokens, client, priority):
+        turn = self.arrivals * (MAX_OVERTAKEN + 1) + MAX_OVERTAKEN
+        if prompt_tokens > self.max_chunk_tokens:
+            return turn
+        waiting = self.in_state("queued", "prefilling")
+        waiting = [s for s in waiting if s.client == client and s.priority == priority]
+        stops = [
+            s.turn for s in waiting if s.target - s.length <= self.max_chunk_tokens or s.overtaken >= MAX_OVERTAKEN
+        ]
+        passed = [s for s in waiting if s.turn > max(stops, default=-1)]
+        if passed:
+            first = min(passed, key=lambda s: s.turn)
+            turn = first.turn - MAX_OVERTAKEN + first.overtaken
+        for s in passed:
+            s.overtaken += 1
+        return turn
 
     def cancel(self, seq):
         if seq not in self.sequences or self.sequences[seq].state == "ended":

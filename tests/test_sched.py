@@ -9,7 +9,7 @@ import pytest
 
 from lmx._sched import NeverFits, Prefill, Scheduler
 from tests.sched_reference import ReferenceScheduler
-from tests.sched_simulation import Request, Simulation
+from tests.sched_simulation import Request, Simulation, gpu_ms
 from tests.sched_simulation import cpu_ms as simulated_cpu_ms
 
 BOTH = pytest.mark.parametrize("implementation", [Scheduler, ReferenceScheduler], ids=["compiled", "reference"])
@@ -131,10 +131,43 @@ def test_deadlines(implementation):
 
 @BOTH
 def test_one_client_is_served_in_order_of_arrival(implementation):
-    scheduler = make(implementation, max_chunk_tokens=64)
-    for seq, prompt_tokens in ((5, 200), (3, 10), (4, 10)):
+    scheduler = make(implementation)
+    for seq, prompt_tokens in ((5, 200), (3, 10), (4, 100)):
         scheduler.submit(seq, prompt_tokens, 1)
-    assert prefill_order(drain(scheduler)) == [5, 5, 5, 5, 3, 4]
+    assert prefill_order(drain(scheduler)) == [5, 3, 4]
+
+
+@BOTH
+def test_a_clients_prompts_of_one_chunk_pass_its_long_ones_eight_times(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    scheduler.submit(0, 200, 1)
+    scheduler.submit(1, 300, 1)
+    for seq in range(2, 14):
+        scheduler.submit(seq, 10, 1)
+    scheduler.submit(20, 400, 1)
+    scheduler.submit(21, 10, 1)  # may not pass the short ones that still wait
+    order = list(dict.fromkeys(prefill_order(drain(scheduler))))
+    assert order == [*range(2, 10), 0, 1, *range(10, 14), 21, 20]
+
+
+@BOTH
+def test_a_begun_long_prompt_is_passed_too_but_not_when_one_chunk_is_left(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    scheduler.submit(1, 200, 1)
+    run(scheduler)
+    scheduler.submit(2, 10, 1)
+    assert prefill_order(run(scheduler) for _ in range(3)) == [2, 1, 1]
+    scheduler.submit(3, 10, 1)
+    assert prefill_order(run(scheduler) for _ in range(1)) == [1, 3]
+
+
+@BOTH
+def test_a_bot_behind_a_very_long_prompt_of_its_own_client_waits_for_a_chunk_of_it(implementation):
+    simulation = Simulation(make(implementation, max_chunk_tokens=2048), gpu_ms)
+    simulation.arrive(0.0, Request(62_000, 200))
+    short = simulation.arrive(1000.0, Request(300, 50))
+    simulation.run()
+    assert simulation.runs[short].ttft_ms < 2500.0
 
 
 @BOTH
@@ -224,6 +257,84 @@ def used_to_short_answers(implementation, **changes):
         run(scheduler)
     drain(scheduler)
     return scheduler
+
+
+# --- giving way ---------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("full", [{"max_rows": 2}, {"kv_budget_bytes": 120 * 32}], ids=["rows", "kv"])
+def test_a_higher_priority_gets_its_place_within_a_preemption(implementation, full):
+    scheduler = make(implementation, **full)
+    for seq in (1, 2):
+        scheduler.submit(seq, 1000 * seq, 300)
+    for _ in range(10):
+        run(scheduler)
+    assert scheduler.statistics().decoding == 2
+    scheduler.submit(3, 1500, 20, priority=10)
+    if "kv_budget_bytes" in full:
+        run(scheduler)  # in which it is seen to lack KV
+    plan = scheduler.plan(0.0)
+    assert (plan.preempted, plan.decode) == ((1,), (2,)), "who is computed again soonest"
+    scheduler.commit(plan.step, 50.0)
+    assert prefill_order([run(scheduler)]) == [3]
+    steps = drain(scheduler, bound=10_000)
+    assert sum((1 in decode) + (2 in decode) for decode, _ in steps) > 500, "both went on to their ends"
+    assert scheduler.statistics().preemptions == 1
+
+
+@BOTH
+def test_nobody_gives_way_where_it_would_not_help_or_where_rows_come_back_by_themselves(implementation):
+    scheduler = make(implementation, max_rows=2, kv_budget_bytes=100 * 32)
+    scheduler.submit(1, 1500, 500, priority=10)
+    scheduler.submit(2, 500, 500)
+    for _ in range(8):
+        run(scheduler)
+    scheduler.submit(3, 2000, 20, priority=10)  # does not fit beside 1
+    assert scheduler.plan(0.0).preempted == ()
+    scheduler.cancel(3)
+    scheduler.cancel(1)
+    scheduler.submit(4, 10, 20, priority=10)
+    assert scheduler.plan(0.0).preempted == ()
+
+
+@BOTH
+def test_a_client_far_behind_gets_a_row_of_one_that_holds_them_all(implementation):
+    scheduler = make(implementation, max_rows=8)
+    for seq in range(8):
+        scheduler.submit(seq, 100, 4000, client="all rows")
+    while scheduler.statistics().decoding < 8:
+        run(scheduler)
+    for seq in range(100, 110):
+        scheduler.submit(seq, 50, 2000, client="behind")
+    rows, preempted = [], []
+    for step in range(700):
+        plan = scheduler.plan(0.0)
+        preempted += plan.preempted
+        rows.append(sum(seq >= 100 for seq in plan.decode))
+        scheduler.commit(plan.step, 50.0)
+        if step < 512 // 8:
+            assert not preempted
+    assert rows.index(1) <= 512 // 8 + 5
+    assert rows[-1] == 4, "its share, and not more"
+    assert len(preempted) == len(set(preempted)) == 4
+    assert preempted[0] == 7, "of equal ones the last started"
+    drain(scheduler, bound=20_000)
+    assert scheduler.statistics().preemptions <= 2 * 18
+
+
+@BOTH
+def test_clients_with_a_row_each_take_turns_seldom(implementation):
+    scheduler = make(implementation, max_rows=2)
+    for seq in range(3):
+        scheduler.submit(seq, 100, 6000, client=f"client-{seq}")
+    first = {}
+    for step in range(8000):
+        for seq in run(scheduler)[0]:
+            first.setdefault(seq, step)
+    assert 2048 - 100 <= first[2] < 2048  # the others were charged for their prompts before
+    drain(scheduler, bound=20_000)
+    assert 1 <= scheduler.statistics().preemptions <= 2 * 3
 
 
 # --- memory -------------------------------------------------------------------------------------------
@@ -438,21 +549,21 @@ def test_before_any_measurement_one_prompt_starts_a_step(implementation):
 def test_the_end_of_a_long_prompt_is_joined_too(implementation):
     scheduler = measured(implementation, max_chunk_tokens=64)
     scheduler.submit(1, 100, 5)
+    assert run(scheduler)[1] == ((1, 0, 64),)
     scheduler.submit(2, 30, 5)
-    assert [run(scheduler)[1] for _ in range(2)] == [((1, 0, 64),), ((1, 64, 36), (2, 0, 30))]
+    assert run(scheduler)[1] == ((1, 64, 36), (2, 0, 30))
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("changes", "third"),
     [
-        ({"max_chunk_tokens": 96}, {"prompt_tokens": 97}),
         ({"max_wave_tokens": 150}, {}),
         ({"max_rows": 2}, {}),
         ({"kv_budget_bytes": 7 * 32}, {}),
         ({}, {"priority": -1}),
     ],
-    ids=["chunk", "wave", "rows", "kv", "priority"],
+    ids=["wave", "rows", "kv", "priority"],
 )
 def test_it_ends_at_the_first_that_does_not_fit(implementation, changes, third):
     scheduler = measured(implementation, **changes)
@@ -841,16 +952,28 @@ def test_calls_out_of_order_are_refused(implementation):
     scheduler.submit(1, 10, 100)
 
 
-def test_the_same_calls_give_the_same_plans():
+@pytest.mark.parametrize(
+    ("sizes", "longest_answer", "clients", "priorities"),
+    [({"kv_budget_bytes": 900}, 250, 1, 1), ({"max_rows": 3}, 900, 2, 1), ({"kv_budget_bytes": 2000}, 200, 3, 3)],
+    ids=["little KV", "few rows", "priorities"],
+)
+def test_the_same_calls_give_the_same_plans(sizes, longest_answer, clients, priorities):
     def history(implementation):
         calls = random.Random(3)
-        scheduler = used_to_short_answers(implementation, kv_budget_bytes=600)
+        scheduler = used_to_short_answers(implementation, max_chunk_tokens=128, **sizes)
         plans = []
-        for seq in range(300):
-            scheduler.submit(seq, calls.randint(1, 300), calls.randint(1, 60), client=f"client-{calls.randrange(5)}")
+        for seq in range(120):
+            scheduler.submit(
+                seq,
+                calls.randint(1, 300),
+                calls.randint(1, longest_answer),
+                client=f"client-{calls.randrange(clients)}",
+                priority=calls.randrange(priorities),
+            )
             for _ in range(calls.randrange(12)):
                 plans.append(run(scheduler, cost_ms=calls.uniform(1.0, 500.0)))
-            scheduler.cancel(calls.randrange(seq + 1))
+            if calls.random() < 0.7:
+                scheduler.cancel(calls.randrange(seq + 1))
         return plans, drain(scheduler, bound=20_000), scheduler.statistics()
 
     first = history(Scheduler)
