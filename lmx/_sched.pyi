@@ -134,7 +134,7 @@ class Scheduler:
     def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
-        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to lie
+        are committed in their order. ``learn=False``: the time says nothing about the cost (it is only known to lie
         between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
         unknown id."""
     def releasable(self) -> tuple[int, ...]:
