@@ -1,9 +1,11 @@
 """The step loop on simulated devices (``tests/sim.py``): what it must reach, and what it promises to who cancels."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests import sim
-from tests.sim import DEVICES, Device, LoopKind, Ran, Request, Simulation
+from tests.sim import DEVICES, Costs, Device, LoopKind, Ran, Request, Simulation
 
 ITL_TARGET_MS = 250.0
 LATE_MS = 5.0
@@ -42,6 +44,33 @@ def test_a_first_long_prompt_beside_streams(device: Device) -> None:
     assert outcome.report.late_ms.worst <= LATE_MS
     assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
     assert outcome.report.learnt(0, 0, (4096, 1024)) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        Costs(prefill_pass=3, token=0.04, token_context=1.4e-6),
+        Costs(prefill_pass=100, token=0.1),
+        Costs(token=0.6, token_context=0),
+    ],
+)
+def test_predictions_of_one_kind_of_step_are_no_reason_to_sleep_in_the_other(device: Device, costs: Costs) -> None:
+    """Decoding is well predicted when the first large chunk comes, whose cost is still an extrapolation."""
+    outcome = sim.long_beside(replace(device, costs=costs))
+    assert outcome.ttft_ratio <= 1.15
+    assert outcome.report.late_ms.worst <= LATE_MS
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
+
+
+def test_nobody_sleeps_by_a_prediction_that_three_slow_steps_made(device: Device) -> None:
+    """Pages that come back, a kernel compiled late: then the device is as fast as before, and the prediction is not."""
+    simulation = Simulation(replace(device, speeds=((3.0, 100.0), (7.5, 1.0))))
+    for _ in range(8):
+        simulation.request(prompt=60, answer=400)
+    report = simulation.run()
+    assert len([step for step in report.steps if step.busy_s > 1]) >= 3
+    assert report.learnt(8, 300) == pytest.approx(1.0, abs=0.1)
+    assert report.since(7.5).late_ms.worst <= LATE_MS
 
 
 def test_cold_first_steps_are_forgotten_in_a_few(device: Device) -> None:

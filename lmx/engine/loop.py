@@ -319,15 +319,13 @@ class StepLoop:
         # Where starting blocks, it came back near the step's end; what came after was the successor.
         done = running.returned_at if late and self._forced and self._blocks else now
         elapsed_s = max(done - begun, 0.0)
+        self._last_done = done
         if late:
             self._holds[bool(running.chunks)] = _NO_HOLD
         elif overlapped:
             self._trust(running, elapsed_s)
-        if late and running.held:
-            # Slept through: it took no longer than this, and that is all that is known.
-            return elapsed_s, elapsed_s < running.predicted_s
-        self._last_done = done
-        return elapsed_s, True
+        # Of a step that was slept through nothing is known but that it took no longer.
+        return elapsed_s, not (late and running.held)
 
     def _trust(self, running: _Running, elapsed_s: float) -> None:
         """Hold the next launch for longer, if the prediction was good."""
