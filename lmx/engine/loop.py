@@ -2,11 +2,12 @@
 
 It joins the scheduler (which decides) to a back end (which computes) and speaks the protocol; it knows no HTTP and no
 text. ``run_plain`` is the loop as one would explain it. ``run_overlapped`` is the same with one step of lookahead: the
-next step is launched before the last one's tokens are read, so that the device never waits for Python. To keep a
-cancellation within one step, the next launch happens as late as the running step's predicted end allows: what is
-cancelled before is not in it.
+next step is made, and where starting it does not block also started, while the last one still runs, so that the device
+never waits for Python. To keep a cancellation within one step, that happens as late as the running step's predicted end
+allows: what is cancelled before is not in it. Change nothing here without ``python -m tests.sim`` before and after.
 
-One thread; every exception ends the process, and the server's supervisor takes it from there.
+One thread; every exception ends the process, and the server's supervisor takes it from there. So no request may cause
+one: what could is refused by ``_submit``.
 """
 
 import time
@@ -106,7 +107,7 @@ class StepLoop:
         self._holds = [_NO_HOLD, _NO_HOLD]
         """How much of the predicted time of a step, without and with chunks, the next launch is held back."""
         self._host_s = 0.0
-        """How long it takes to plan, make and (where that comes next) start a step; smoothed."""
+        """How long it takes to plan and make a step; smoothed."""
         self._stats_at = 0.0
         self._stopping = False
         self._stalled = False
@@ -119,6 +120,7 @@ class StepLoop:
         (self.run_plain if self._plain else self.run_overlapped)()
 
     def run_plain(self) -> None:
+        """One step after the other."""
         while not self._stopping:
             self._receive(None)
             running = self._prepare()
@@ -276,9 +278,8 @@ class StepLoop:
         """Read a step and tell its outcome; ``beside``: its successor, made or started before."""
         asked_at = self._clock()
         draws = running.launch.wait()
-        elapsed_s, learn = self._measure(running, asked_at, overlapped=beside is not None)
+        elapsed_s, learn = self._measure(running, asked_at, alone=beside is None and not running.held)
         elapsed_ms = elapsed_s * 1e3
-        self._stalled = False
         self._step = running.step
         rows: list[Tokens] = []
         finished: list[int] = []
@@ -310,11 +311,14 @@ class StepLoop:
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
 
-    def _measure(self, running: _Running, asked_at: float, *, overlapped: bool) -> tuple[float, bool]:
-        """What a step that was just read took, from done to done, and whether that says what such a step costs."""
+    def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
+        """What a step that was just read took, from done to done, and whether that says what such a step costs.
+
+        ``alone``: nothing but its start came between the last step and asking for it.
+        """
         now = self._clock()
         begun = max(running.started_at, self._last_done)
-        late = overlapped and now - asked_at <= _BLOCKED_S
+        late = not alone and now - asked_at <= _BLOCKED_S
         """It had ended before it was asked for: while the next one was held back, or made, or started."""
         # Where starting blocks, it came back near the step's end; what came after was the successor.
         done = running.returned_at if late and self._forced and self._blocks else now
@@ -322,7 +326,7 @@ class StepLoop:
         self._last_done = done
         if late:
             self._holds[bool(running.chunks)] = _NO_HOLD
-        elif overlapped:
+        elif not alone:
             self._trust(running, elapsed_s)
         # Of a step that was slept through nothing is known but that it took no longer.
         return elapsed_s, not (late and running.held)
@@ -330,7 +334,7 @@ class StepLoop:
     def _trust(self, running: _Running, elapsed_s: float) -> None:
         """Hold the next launch for longer, if the prediction was good."""
         kind = bool(running.chunks)
-        ratio = elapsed_s / running.predicted_s
+        ratio = elapsed_s / max(running.predicted_s, 1e-6)
         good = 1 / _HOLD_SURPRISE < ratio < _HOLD_SURPRISE
         hold = min(self._holds[kind] + _HOLD_STEP, ratio - _HOLD_MARGIN, 1 - _HOLD_MARGIN)
         self._holds[kind] = hold if good else _NO_HOLD
@@ -338,6 +342,7 @@ class StepLoop:
     def _release(self) -> None:
         """Free what has ended and is in no step that still runs."""
         for seq in self._scheduler.releasable():
+            self._stalled = False
             sequence = self._sequences.pop(seq)
             self._backend.free(sequence, wipe=seq in self._wipe)
             self._wipe.discard(seq)
