@@ -137,12 +137,12 @@ def test_all_loops_give_the_same_answers(name: str) -> None:
 
 
 def _mixed(device: Device, loop: LoopKind) -> list[tuple[int, str | None, str | None]]:
-    simulation = Simulation(device, loop=loop, max_rows=4, kv_tokens=2048)
-    for i in range(12):
-        simulation.request(
-            at_s=0.13 * i, prompt=40 + 300 * (i % 3), answer=300, stop_after=(None, 7, 260)[i % 3], bad=i == 5
-        )
-    late = simulation.request(at_s=0.5, prompt=1500, answer=300, submit={"deadline_s": 0.2})
+    simulation = Simulation(device, loop=loop, max_rows=4, kv_tokens=6 * 256)
+    for i in range(40):  # short answers, and then long ones, which are not expected and need more KV than there is
+        simulation.request(at_s=0.05 * i, prompt=40 + 30 * (i % 3), answer=9, stop_after=7, bad=i == 5)
+    for i in range(4):
+        simulation.request(at_s=4.0, prompt=200, answer=700, stop_after=(None, 660)[i % 2])
+    late = simulation.request(at_s=0.5, prompt=1200, answer=30, submit={"deadline_s": 0.2})
     refused = simulation.request(at_s=0.6, prompt=4000, answer=1)
     report = simulation.run()
     assert simulation.loop._scheduler.statistics().preemptions > 0

@@ -79,7 +79,7 @@ LOOPS = {"plain": ("off", 0.0), "overlapped": ("on", 0.0), "made ahead, started 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> MLXBackend:
     path = build_model("llama", tmp_path_factory.mktemp("model") / "llama")
-    options = Load(str(path), max_rows=3, max_chunk_tokens=64, kv_budget_bytes=4 * 256 * 768)  # 4 quanta
+    options = Load(str(path), max_rows=3, max_chunk_tokens=64)
     return MLXBackend(adapter.load(path), options)
 
 
@@ -106,16 +106,14 @@ def answers(backend: MLXBackend, loop: str) -> dict[int, list[int]]:
         )
     for seq in CANCELLED:
         link.post(0.002 * seq + 0.003, Cancel(seq))
-    step_loop = StepLoop(link, backend, Load("", lookahead=lookahead), clock)  # type: ignore[arg-type]
-    step_loop.run()
-    assert step_loop._scheduler.statistics().preemptions > 0
+    StepLoop(link, backend, Load("", lookahead=lookahead), clock).run()  # type: ignore[arg-type]
     assert freed == set(range(1, 10))
     assert backend.memory().rows == 0
     return tokens
 
 
 def test_every_loop_draws_the_same_on_a_real_device(small: MLXBackend) -> None:
-    """Rows come, go, grow, are cancelled and preempted between a step that is made and its start."""
+    """Rows come, go, grow and are cancelled, also between a step that is made and its start."""
     plain = answers(small, "plain")
     for loop in ("overlapped", "made ahead, started late"):
         found = answers(small, loop)
