@@ -521,9 +521,9 @@ class Outcome:
         report = self.report
         return {
             "s": round(report.seconds, 1),
-            "device idle %": round(100 * report.idle_share, 1),
+            "device idle %": round(100 * report.idle_share, 1) + 0.0,
             "told late ms, p99": round(report.late_ms.p99, 1),
-            "worst": round(report.late_ms.worst, 1),
+            "worst ms": round(report.late_ms.worst, 1),
             "worst gap ms": round(report.worst_gap_ms(self.streams)),
             "long TTFT / device": round(self.ttft_ratio, 3) if self.long else None,
             "learnt decode": round(report.learnt(8, 300), 2),
