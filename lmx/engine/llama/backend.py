@@ -10,9 +10,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -58,14 +59,21 @@ class _Part:
     draws: bool
 
 
-@dataclass(frozen=True, slots=True)
 class LlamaLaunch:
-    """A step that is done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
+    """A step; started means done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
 
-    draws: list[Draw]
+    def __init__(self, compute: Callable[[], list[Draw]]) -> None:
+        self._compute = compute
+        self._draws: list[Draw] | None = None
+
+    def start(self) -> None:
+        self._draws = self._compute()
 
     def wait(self) -> list[Draw]:
-        return self.draws
+        if self._draws is None:
+            self.start()
+        assert self._draws is not None
+        return self._draws
 
 
 class LlamaBackend:
@@ -136,6 +144,9 @@ class LlamaBackend:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
+        return LlamaLaunch(partial(self._step, decode, chunks))
+
+    def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> list[Draw]:
         rows = (self._rows[sequence.seq] for sequence in decode)
         parts = [_Part(row, [row.next_token], True) for row in rows]
         for chunk in chunks:
@@ -150,7 +161,7 @@ class LlamaBackend:
             row.next_token = draw.token
             for counts in row.counts or ():
                 counts[0, draw.token] += 1
-        return LlamaLaunch(draws)
+        return draws
 
     def _forward(self, parts: Seq[_Part]) -> Iterator[tuple[_Part, npt.NDArray[np.float32]]]:
         """Compute all parts together, in as few forwards as llama.cpp's batch allows; for each part that draws, the

@@ -199,6 +199,14 @@ class Lane:
             layer.put(row, cache.cache)
         return self._loaded.logits(hidden[:, -1:])[:, 0]
 
+    def written(self, row: int) -> list[mx.array]:
+        """Small arrays of their own that are there once what a chunk wrote into the row is: for a step that draws
+        nothing, whose end could not be seen otherwise. (While somebody holds a lane's buffer or a view of it, the next
+        write copies the buffer.)"""
+        layer = self._layers[-1]
+        newest = self._private[row][-1].cache if isinstance(layer, StateLayer) else layer.arrays
+        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None]
+
     @property
     def prefills_together(self) -> bool:
         """Whether ``prefill_whole`` takes several rows: a recurrent state would run on into a row's padding."""

@@ -8,7 +8,9 @@ import gc
 import operator
 import platform
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -112,10 +114,16 @@ class MLXBackend:
                 self._placement.compact(lane, members)
                 launch.add(self._decode(lane, members), [(place.row, place.sequence) for place in members])
                 touched.append(lane)
+        launch.begin = partial(self._begin, launch, touched, chunks)
+        return launch
+
+    def _begin(self, launch: "MLXLaunch", decoded: list[Lane], chunks: Seq[Chunk]) -> None:
+        """Let the device decode, and prefill after that."""
+        touched = list(decoded)
         if touched and chunks:
             # In one graph MLX may put a chunk's write before the decode's reading of the same buffers, which it then
             # copies (400 instead of 200 ms for a last chunk in a lane of 540 MB).
-            launch.start([array for lane in touched for array in lane.arrays])
+            launch.compute([array for lane in touched for array in lane.arrays])
         for chunk in chunks:
             self._placement.make_room(self._placement[chunk.sequence], chunk.tokens)
         for lane in self._placement.lanes:
@@ -123,8 +131,7 @@ class MLXBackend:
             if mine:
                 self._prefill(lane, mine, launch)
                 touched.append(lane)
-        launch.start([array for lane in touched for array in lane.arrays])
-        return launch
+        launch.compute([array for lane in touched for array in lane.arrays])
 
     def _decode(self, lane: Lane, members: list[Place]) -> Drawn:
         count = max(place.row for place in members) + 1
@@ -169,6 +176,8 @@ class MLXBackend:
             if found is not None:
                 logits.append(found)
                 ending += [chunk.sequence for chunk in group]
+            else:
+                launch.add_ends(lane.written(rows[0]))
         if ending:
             launch.add(self._draw_first(lane, ending, mx.concatenate(logits)), list(enumerate(ending)))
 
@@ -237,28 +246,43 @@ class MLXLaunch:
 
     def __init__(self, order: Seq[int]) -> None:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
-        self._sync: list[mx.array] = []
+        self._ends: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
+        self.begin: Callable[[], None] | None = None
+        """Has all of the step computed; not yet called."""
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
 
-    def start(self, state: list[mx.array]) -> None:
+    def add_ends(self, written: Seq[mx.array]) -> None:
+        """What is there when a chunk without a draw is computed."""
+        self._ends += written
+
+    def start(self) -> None:
+        if self.begin is not None:
+            begin, self.begin = self.begin, None
+            begin()
+
+    def compute(self, state: list[mx.array]) -> None:
         """Let the device compute what was added until now, and ``state``."""
-        results = [
+        mx.async_eval(self._results(), state)  # type: ignore[no-untyped-call]
+
+    def _results(self) -> list[mx.array]:
+        """What there is when the step is done, and not before. (Most arrays of a lane's state are no step's last.)"""
+        drawn = [
             array
             for drawn, _ in self._draws
             for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
             if array is not None
         ]
-        mx.async_eval(results, state)  # type: ignore[no-untyped-call]
-        self._sync = results or state[:1]
+        return drawn + self._ends
 
     def wait(self) -> list[Draw]:
-        mx.eval(self._sync)
+        self.start()
+        mx.eval(self._results())
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
         # A finished launch must not keep its arrays alive.
-        self._draws, self._sync = [], []
+        self._draws, self._ends = [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 
