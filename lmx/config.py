@@ -48,7 +48,27 @@ class ServerSettings(_Section):
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
     aliases: dict[str, str] = {}
-    placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder", "auto"]
+    placeholders: list[str] = [
+        "default",
+        "local-model",
+        "model-placeholder",
+        "auto",
+        "gpt-3.5*",
+        "gpt-4",
+        "gpt-4-*",
+        "gpt-4.*",
+        "gpt-4o*",
+        "gpt-5",
+        "gpt-5-*",
+        "gpt-5.*",
+        "chatgpt-*",
+        "o1",
+        "o1-*",
+        "o3",
+        "o3-*",
+        "o4-*",
+        "claude-*",
+    ]
     cache_dir: str = ""
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}

@@ -239,7 +239,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": ""}, "prompt", "no tokens"),
     ({"prompt": [[]]}, "prompt", "[]"),
-    ({"prompt": [1, -1]}, "prompt", "-1"),
+    ({"prompt": [1, -1]}, "prompt[1]", "-1"),
     ({"prompt": [99999999]}, "prompt", "99999999"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "middle"),
     ({"prompt": "x", "best_of": 3}, "best_of", "3"),

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 
 from lmx.api.access import authorize
-from lmx.api.body import parse
 from lmx.api.errors import ForeignHost
 from lmx.api.generation import Choice
+from lmx.api.parse import parse
 from lmx.api.paths import normalised
 from lmx.api.schemas import ChatRequest, CompletionRequest
 from lmx.chat.text import TextStream
@@ -138,7 +138,7 @@ HELLO = b'"messages":[{"role":"user","content":"hi"}]'
         (b'{%s,"temperature":"0.7"}' % HELLO, "temperature", '"0.7"'),
         (b'{%s,"temperature":2.5}' % HELLO, "temperature", "2.5"),
         (b'{%s,"temperature":-1}' % HELLO, "temperature", "-1"),
-        (b'{%s,"top_p":0}' % HELLO, "top_p", "got 0"),
+        (b'{%s,"top_p":-0.1}' % HELLO, "top_p", "got -0.1"),
         (b'{%s,"n":17}' % HELLO, "n", "17"),
         (b'{%s,"n":true}' % HELLO, "n", "true"),
         (b'{%s,"max_tokens":0}' % HELLO, "max_tokens", "-1"),

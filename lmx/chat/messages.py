@@ -4,11 +4,14 @@ Messages keep their number and order: a system message in mid-conversation stays
 would break the cached prefix.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from lmx.errors import InvalidRequest
+
+_TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
 
 
 def normalise(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -36,26 +39,33 @@ def _text(content: Any, where: str) -> str:
         return content
     texts = []
     for index, part in enumerate(content):
-        if part.get("type") != "text":
+        text = part.get("refusal" if part.get("type") == "refusal" else "text")
+        if part.get("type") not in _TEXT_PARTS or not isinstance(text, str):
             raise InvalidRequest(
                 f"{where}.content[{index}] is of type {part.get('type')!r}; this model reads text only. Send it as "
                 '{"type": "text", "text": ...} or leave it out.',
                 param="messages",
             )
-        texts.append(part["text"])
+        texts.append(text)
     return "\n".join(texts)
 
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends arguments as a JSON string; templates print an object, as the model was trained to write it."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    """OpenAI sends arguments as a JSON string; templates print an object, as the model was trained to write it.
+
+    No arguments, in any spelling, are the empty object: templates ask for its items. What is no object, or nested
+    deeper than templates can go, stays text.
+    """
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            read = from_json(arguments) if arguments.strip() else None
+        except ValueError:
+            return call
+        if isinstance(read, dict | None):
+            arguments = read
+    return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:

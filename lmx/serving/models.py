@@ -18,6 +18,7 @@ from lmx.errors import LmxError, ModelNotFound, ModelOverloaded
 from lmx.hub.inventory import ModelFolder, resolve
 from lmx.serving.engine import Engine
 from lmx.serving.metrics import Metrics
+from lmx.serving.readers import Readers
 
 BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 
@@ -35,6 +36,12 @@ class Served:
     created: int
     """Unix time of its start."""
 
+    @property
+    def context_length(self) -> int:
+        """Longest prompt plus answer. While the model loads only its folder can tell; 0 where that does not."""
+        ready = self.engine.ready
+        return ready.context_length if ready else self.folder.context_length
+
 
 class Models:
     """All served models."""
@@ -44,6 +51,8 @@ class Models:
         """The server is about to stop: nothing new is taken."""
         self._settings = settings.model
         self._served = served
+        self.readers = Readers(served.folder.words)
+        """Processes for large request bodies."""
 
     @classmethod
     def load(cls, settings: Settings, metrics: Metrics) -> "Models":
@@ -80,17 +89,22 @@ class Models:
     def resolve(self, requested: str) -> Served:
         """The model that ``requested`` means: its id, its path, an alias, or a placeholder for the default model.
 
+        ``lmstudio/`` or ``openai/`` may stand before any of them, as routers write them.
+
         Raises ModelNotFound, which lists the models, and ModelOverloaded while the server shuts down.
         """
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
-        name = self._settings.aliases.get(requested, requested)
-        if name in self._names() or any(fnmatchcase(name, pattern) for pattern in self._settings.placeholders):
-            return self._served
+        for name in (requested, requested.removeprefix("lmstudio/").removeprefix("openai/")):
+            if self._means(self._settings.aliases.get(name, name)):
+                return self._served
         raise ModelNotFound(
             f"The model {requested[:200]!r} does not exist. There are: {', '.join(s.id for s in self.listing())}.",
             param="model",
         )
+
+    def _means(self, name: str) -> bool:
+        return name in self._names() or any(fnmatchcase(name, pattern) for pattern in self._settings.placeholders)
 
     def _names(self) -> set[str]:
         folder = self._served.folder
@@ -102,10 +116,13 @@ class Models:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the engines until cancelled. Cancelled: no engine process is left when Cancelled leaves."""
-        async with trio.open_nursery() as nursery:
-            for served in self.listing():
-                await nursery.start(served.engine.run)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                for served in self.listing():
+                    await nursery.start(served.engine.run)
+                task_status.started()
+        finally:
+            await self.readers.aclose()
 
     def fail_all(self, error: LmxError) -> None:
         """End every running request with ``error``."""
