@@ -41,7 +41,7 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
     """
     if request.content_length is None or request.content_length > SMALL_BYTES:
         await models.readers.warm()
-    pieces = await _read()
+    pieces = await _read(settings.server.max_body_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, settings.server.max_body_bytes)
@@ -56,12 +56,15 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
     return body, served, prepared
 
 
-async def _read() -> list[bytes]:
+async def _read(limit: int) -> list[bytes]:
     """In the pieces that it came in: copying 30 MB in one go would hold the event loop for 10 ms each time."""
-    pieces = []
+    pieces, size = [], 0
     with trio.move_on_after(request.body_timeout or math.inf) as patience:
         async for piece in request.body:
             pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise RequestEntityTooLarge
     if patience.cancelled_caught:
         raise RequestTimeout
     return pieces

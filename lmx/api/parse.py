@@ -54,24 +54,24 @@ def _invalid(errors: list[ErrorDetails], body: dict[str, Any]) -> InvalidRequest
     first = errors[0]
     # A union gives one error for each of its members: the deepest is the one that fits what was sent.
     same_field = [error for error in errors if error["loc"][0] == first["loc"][0]]
-    param, value = max((_locate(error["loc"], body) for error in same_field), key=lambda found: len(found[0]))
-    about = [error for error in same_field if _locate(error["loc"], body)[0] == param]
+    param, value = max((_locate(error, body) for error in same_field), key=lambda found: len(found[0]))
+    about = [error for error in same_field if _locate(error, body)[0] == param]
     if about[0]["type"] == "missing":
         return InvalidRequest(f"{param} is required.", param=param)
     problems = dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in about)
     return InvalidRequest(f"{param}: {', or '.join(problems)} (got {shorten(value)}).", param=param)
 
 
-def _locate(location: tuple[int | str, ...], body: dict[str, Any]) -> tuple[str, Any]:
+def _locate(error: ErrorDetails, body: dict[str, Any]) -> tuple[str, Any]:
     """A path like ``messages[0].content`` and what was sent there; pydantic's names of union members left out."""
     path = ""
     value: Any = body
-    for step, part in enumerate(location):
+    for step, part in enumerate(error["loc"], 1):
         name = str(part)[:SHOWN_CHARACTERS]
         if isinstance(value, list) and isinstance(part, int) and part < len(value):
             path, value = f"{path}[{part}]", value[part]
         elif isinstance(value, dict) and part in value:
             path, value = f"{path}.{name}" if path else name, value[part]
-        elif step == len(location) - 1 and isinstance(value, dict):  # what is missing
+        elif error["type"] == "missing" and step == len(error["loc"]) and isinstance(value, dict):
             path = f"{path}.{name}" if path else name
     return path, value

@@ -144,9 +144,8 @@ def refuse_unbuilt(body: dict[str, Any]) -> None:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """1 and 1.0 are the same number, 0 and False the same switch; 0 is no empty text."""
-    numbers = isinstance(value, int | float) and isinstance(neutral, int | float)
-    return bool(value == neutral) and (numbers or type(value) is type(neutral))
+    """1 and 1.0 are the same number, 0 and False are not the same."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def _refusal(name: str, value: Any, why: str) -> InvalidRequest:

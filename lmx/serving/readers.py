@@ -115,6 +115,11 @@ class Readers:
         self._idle: list[ReaderProcess] = []
         self._live = 0
 
+    @property
+    def busy(self) -> int:
+        """Bodies that are being read."""
+        return self._free.borrowed_tokens
+
     async def warm(self) -> None:
         """Start a process if there is none to take: it gets ready while the body still comes."""
         if not self._idle and self._live < READERS:
