@@ -9,7 +9,7 @@ from typing import Any
 from quart import Blueprint, Response
 from quart_schema import document_request
 
-from lmx.api.answer import Collected, heading, json_response
+from lmx.api.answer import Collected, heading
 from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
@@ -45,26 +45,25 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         if body.stream:
             produce = partial(_stream, job, body, model, settings.server.sse_comment_s)
             return EventStream(produce, job.call.id)
-        return json_response(await _answer(job, body, model))
+        return await _answer(job, body, model)
 
     return routes
 
 
-async def _answer(job: Job, body: ChatRequest, model: str) -> dict[str, Any]:
-    collected = Collected(job)
+async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
+    collected = Collected(job, lambda _, logprobs: chat_logprobs(job.served.chat, logprobs))
     choices = await run(job, collected, quiet_s=float("inf"))
-    return heading("chatcmpl", "chat.completion", model, job) | {
-        "choices": [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": collected.text(choice), "refusal": None},
-                "logprobs": chat_logprobs(job.served.chat, collected.logprobs(choice)) if body.logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for choice in choices
-        ],
-        "usage": usage(job, choices),
-    }
+    objects = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": collected.text(choice), "refusal": None},
+            "logprobs": None,
+            "finish_reason": choice.finish,
+        }
+        for choice in choices
+    ]
+    answer = heading("chatcmpl", "chat.completion", model, job) | {"choices": [], "usage": usage(job, choices)}
+    return collected.response(answer, objects, with_logprobs=bool(body.logprobs))
 
 
 async def _stream(job: Job, body: ChatRequest, model: str, comment_s: float, writer: EventWriter) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from quart import Blueprint, Response
 from quart_schema import document_request
 
-from lmx.api.answer import Collected, heading, json_response
+from lmx.api.answer import Collected, heading
 from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
@@ -44,22 +44,21 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         model = body.model or served.id
         if body.stream:
             return EventStream(partial(_stream, job, body, model, echoes, settings.server.sse_comment_s), job.call.id)
-        return json_response(await _answer(job, body, model, echoes))
+        return await _answer(job, body, model, echoes)
 
     return routes
 
 
-async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[str]) -> dict[str, Any]:
-    collected = Collected(job)
+async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[str]) -> Response:
+    logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
+    collected = Collected(job, lambda index, new: logprobs[index].format(new))
     choices = await run(job, collected, quiet_s=float("inf"))
-    objects = []
-    for choice in choices:
-        given = collected.logprobs(choice)
-        logprobs = None if body.logprobs is None else CompletionLogprobs(job.served.chat).format(given)
-        objects.append(
-            _choice_object(choice.index, echoes[choice.index] + collected.text(choice), logprobs, choice.finish)
-        )
-    return heading("cmpl", "text_completion", model, job) | {"choices": objects, "usage": usage(job, choices)}
+    objects = [
+        _choice_object(choice.index, echoes[choice.index] + collected.text(choice), None, choice.finish)
+        for choice in choices
+    ]
+    answer = heading("cmpl", "text_completion", model, job) | {"choices": [], "usage": usage(job, choices)}
+    return collected.response(answer, objects, with_logprobs=body.logprobs is not None)
 
 
 async def _stream(

@@ -64,6 +64,18 @@ def prepare(body: Request, given: dict[str, Any], chat: ChatModel, context: int)
     raise TypeError(type(body))
 
 
+def check_length(body: Request, given: dict[str, Any], chat: ChatModel, context: int) -> None:
+    """Refuse what is certainly too long for the model, by its characters: this costs nothing.
+
+    Raises ContextLengthExceeded, or InvalidRequest for messages that the model cannot read.
+    """
+    match body:
+        case ChatRequest():
+            _check_messages(given["messages"], chat, context)
+        case CompletionRequest(prompt=str(text)):
+            chat.check_length(len(text), context, "prompt")
+
+
 def slimmed(body: Request) -> Request:
     """``body`` without what only ``prepare`` reads: what is left is small."""
     gone = {"messages", "tools", "functions", "prompt", "chat_template_kwargs", "metadata", "tokens", "tool_choice"}
@@ -71,8 +83,9 @@ def slimmed(body: Request) -> Request:
 
 
 def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
+    _check_messages(given["messages"], chat, context)
     ids = chat.encode_chat(
-        _messages(given["messages"], chat, context),
+        given["messages"],
         tools=_tools(body, given),
         template_kwargs=_template_kwargs(body),
         add_generation_prompt=body.add_generation_prompt is not False,
@@ -89,13 +102,12 @@ def _tools(body: ChatRequest, given: dict[str, Any]) -> list[dict[str, Any]] | N
     return tools or None
 
 
-def _messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> list[dict[str, Any]]:
-    """``messages``, of which the model can read every part. Raises InvalidRequest."""
+def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:
+    """The model can read every part of them, and as much as they are. Raises InvalidRequest."""
     characters = 0
     for index, message in enumerate(messages):
         characters += _check_message(message, f"messages[{index}]")
     chat.check_length(characters, context, "messages")
-    return messages
 
 
 def _check_message(message: dict[str, Any], where: str) -> int:
@@ -195,8 +207,9 @@ def _tokenize(body: TokenizeRequest, given: dict[str, Any], chat: ChatModel, con
         add_special = body.add_special_tokens is not False
         ids = chat.tokenize(body.prompt, add_special=add_special, parse_special=True)
     else:
+        _check_messages(given["messages"], chat, context)
         ids = chat.encode_chat(
-            _messages(given["messages"], chat, context),
+            given["messages"],
             tools=given.get("tools") or None,
             template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False,
