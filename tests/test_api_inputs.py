@@ -72,6 +72,7 @@ MESSAGES: list[Case] = [
     (calls([{"function": {"name": "f"}}]), 200, None),
     (arguments(5), 400, f"{CALLED}[0].function.arguments"),
     (arguments(["a"]), 400, f"{CALLED}[0].function.arguments"),
+    (arguments([]), 200, None),
     (arguments("[" * 20_000), 200, None),
     (arguments('{"a":' * 500 + "1" + "}" * 500), 200, None),
     (arguments('{"a":' * 150 + "1" + "}" * 150), 200, None),
@@ -191,6 +192,9 @@ CHATS: list[Case] = [
     ({"tools": [TOOL], "tool_choice": "none"}, 200, None),
     ({"tool_choice": "none"}, 200, None),
     ({"tool_choice": "auto"}, 400, "tool_choice"),
+    ({"tool_choice": {"type": "auto"}}, 400, "tool_choice"),
+    ({"tool_choice": {"type": "auto"}, "tools": [TOOL]}, 200, None),
+    ({"tool_choice": {"type": "none"}, "tools": [TOOL]}, 200, None),
     *[({"tools": [TOOL], "tool_choice": value}, 400, "tool_choice") for value in ("required", "x", "", FORCED, {}, 5)],
     ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [FORCED]}}, 200, None),
     (
@@ -329,6 +333,18 @@ ASKED: dict[str, Any] = {
     "include_reasoning": False,
     "thinking_token_budget": 100,
     "random_seed": 5,
+    "stop_sequences": ["x"],
+    "extra_body": {"top_k": 1},
+    "instructions": "Be brief.",
+    "num_ctx": 2048,
+    # Other spellings of what is built, or known
+    "maxTokens": 5,
+    "topP": 0.5,
+    "top-k": 5,
+    "Temperature": 0,
+    "logitBias": {},
+    "responseFormat": {"type": "json_object"},
+    "guidedJson": {"type": "object"},
 }
 HARMLESS: dict[str, list[Any]] = {
     "grammar": ["", None],
@@ -358,6 +374,9 @@ HARMLESS: dict[str, list[Any]] = {
     "id_slot": [1],
     "prediction": [{"type": "content", "content": "x"}],
     "anything": [[{}]],
+    "maxTokens": [None],
+    "x" * 5000: [1],
+    "": [1],
 }
 
 
@@ -488,14 +507,15 @@ def test_no_arguments_are_the_empty_object(tmp_path: Path, monkeypatch: pytest.M
 
     @with_server()
     async def test(server: Server) -> None:
-        for value in ("", " ", "null", None, "{}", {}):
+        for value in ("", " ", "null", None, "{}", {}, "[]", [], '"{}"', '""', "0", "false"):
             response = await server.http.post("/tokenize", json=arguments(value))
             assert response.status_code == 200, value
             assert response.json()["tokens"] == train_tokenizer().encode("()").ids
         told = (await server.http.post("/tokenize", json=arguments('{"a": 1}'))).json()
         assert told["tokens"] == train_tokenizer().encode("(a=1)").ids
-        refused = await server.http.post("/tokenize", json=arguments("[1]"))
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+        for value, shown in (('{"a": ', '{"a": '), ("[1]", "[1]"), ('"x"', '"x"')):  # no object: not lost either
+            told = (await server.http.post("/tokenize", json=arguments(value))).json()
+            assert told["tokens"] == train_tokenizer().encode(f"(arguments={shown})").ids
 
     folder = write_model(tmp_path / "items")
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -40,7 +40,7 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
-    if request.content_length is None or request.content_length > SMALL_BYTES:
+    if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
     pieces = await _read(settings.server.max_body_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()

@@ -30,12 +30,11 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     async def chat_completions() -> Response:
         """Answer a conversation, in one piece or as server-sent events (`stream`)."""
         body, served, prepared = await receive(ChatRequest, models, settings)
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         job = make_job(
             served,
             body,
             prepared.prompts,
-            max_tokens=-1 if asked is None else asked,
+            max_tokens=-1 if body.most_tokens is None else body.most_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
             prompt_param="messages",
             call=current_call(),

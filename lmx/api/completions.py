@@ -34,7 +34,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             served,
             body,
             prepared.prompts,
-            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens=DEFAULT_MAX_TOKENS if body.most_tokens is None else body.most_tokens,
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_param="prompt",
             call=current_call(),

@@ -43,7 +43,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def validate(model: type[Model], body: dict[str, Any]) -> Model:
     """Raises InvalidRequest, also for fields that would change the answer and are not built (``lmx.api.unbuilt``)."""
-    refuse_unbuilt(body)
+    refuse_unbuilt(body, frozenset(model.model_fields))
     try:
         return model.model_validate(body)
     except ValidationError as error:

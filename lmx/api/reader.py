@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ class Reader:
         self._limit_bytes = 0
         """Of memory, while a body is read."""
 
-    def run(self, words: str) -> None:
-        """Until the server closes the socket."""
+    def run(self, words: Sequence[str]) -> None:
+        """Until the server closes the socket. ``words``: of models that will be asked for."""
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
-        self._chat(words)
+        for folder in words:
+            self._chat(folder)
         while True:
             kind, raw = self._receive(), self._receive_bytes()
             self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
@@ -110,7 +112,7 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    number, words = sys.argv[1:]
+    number, *words = sys.argv[1:]
     # Behind the server and the engines: whoever sends much can wait a little.
     os.nice(5)
     Reader(socket.socket(fileno=int(number))).run(words)

@@ -69,6 +69,9 @@ class GenerationFields(Request):
         None,
         description="Tokens of the answer at most; -1: until the context ends. More than there is room for is cut.",
     )
+    max_completion_tokens: TokenCount | None = Field(
+        None, description="OpenAI's newer name for max_tokens; wins over it."
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default.")
     top_p: float | None = Field(None, ge=0, le=1, description="0: the likeliest token.")
     top_k: int | None = Field(None, ge=-1, le=INT64_MAX, description="0 or -1: off.")
@@ -99,10 +102,15 @@ class GenerationFields(Request):
     ttl: float | None = Field(None, ge=0)
     draft_model: str | None = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """``max_tokens`` under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerationFields":
         for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(self, name, None) == 0:
+            if getattr(self, name) == 0:
                 raise InvalidRequest(
                     f"{name} must be at least 1, or -1 for as many as there is room for (got 0).", param=name
                 )
@@ -127,7 +135,7 @@ class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    arguments: str | dict[str, Any] | None = None
+    arguments: str | dict[str, Any] | Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ToolCall(BaseModel):
@@ -197,10 +205,12 @@ class Conversation(Request):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
 
+_AUTO = ("auto", {"type": "auto"})
+_NONE = ("none", {"type": "none"})
+"""As strings, and as Anthropic spells them."""
+
+
 class ChatRequest(GenerationFields, Conversation):
-    max_completion_tokens: TokenCount | None = Field(
-        None, description="OpenAI's newer name for max_tokens; wins over it."
-    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tool_choice: str | dict[str, Any] | None = Field(None, description="none or auto; allowed_tools with mode auto.")
@@ -232,9 +242,9 @@ class ChatRequest(GenerationFields, Conversation):
     def allowed_tools(self) -> frozenset[str] | None:
         """The tools that tool_choice leaves, None for all. Raises InvalidRequest."""
         choice = self.tool_choice
-        if choice == "none" or self.function_call == "none":
+        if choice in _NONE or self.function_call == "none":
             return frozenset()
-        if not isinstance(choice, dict):
+        if not isinstance(choice, dict) or choice in _AUTO:
             return None
         rule = choice.get("allowed_tools", choice)  # OpenAI's chat face nests it, its Responses face does not
         mode, allowed = (rule.get("mode"), rule.get("tools")) if isinstance(rule, dict) else (None, None)
@@ -259,14 +269,14 @@ def _tool_name(tool: Any) -> str | None:
 
 
 def _check_choice(param: str, choice: Any, needed: str, given: Any) -> None:
-    if choice not in (None, "none", "auto"):
+    if choice not in (None, *_AUTO, *_NONE):
         raise InvalidRequest(
             f"{param} {shorten(choice)}: this server does not constrain output yet and cannot force a call; use "
             '"auto" or "none".',
             param=param,
         )
-    if choice == "auto" and given is None:
-        raise InvalidRequest(f'{param} "auto" needs {needed}.', param=param)
+    if choice in _AUTO and given is None:
+        raise InvalidRequest(f"{param} {shorten(choice)} needs {needed}.", param=param)
 
 
 def _prompt_kind(prompt: Any) -> str | None:

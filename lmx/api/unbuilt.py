@@ -7,11 +7,13 @@ text-generation-webui, Aphrodite, KoboldCpp, OpenRouter, Mistral, Hugging Face's
 ``lmx.api.parse``. A field that gets built moves from here into ``lmx.api.schemas``.
 """
 
+from functools import cache
 from typing import Any
 
 from lmx.api.shorten import shorten
 from lmx.errors import InvalidRequest
 
+LONGEST_NAME = 50
 Neutral = tuple[Any, ...]
 """The values, besides null, that ask for what lmx does anyway."""
 
@@ -38,13 +40,24 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
         "this server chooses among all tokens; the model's own end tokens, stop and max_tokens end an answer",
     ),
     ("min_tokens min_new_tokens min_length", ZERO, "an answer ends where the model ends it"),
+    # Other servers' names for what is built
     (
-        "n_predict num_predict max_new_tokens max_length max_output_tokens max_gen_toks",
+        "n_predict num_predict max_new_tokens max_length max_output_tokens max_gen_toks max_gen_len",
         (-1,),
         "max_tokens is the field for that",
     ),
+    ("stop_sequences stop_words stop_strings stopping_strings stop_token stop_tokens", NOTHING, "stop is the field"),
+    ("temp", (), "temperature is the field for that"),
+    ("rep_pen rep_penalty penalty_repeat repetition", (1, 0), "repetition_penalty is the field for that"),
+    ("penalty_freq freq_penalty freq_pen", (0,), "frequency_penalty is the field for that"),
+    ("penalty_present pres_penalty pres_pen", (0,), "presence_penalty is the field for that"),
     ("t_max_predict_ms max_time", (0, -1), "timeout is the field for that"),
     ("random_seed sampling_seed", (), "seed is the field for that"),
+    (
+        "options extra_body sampling_params parameters generation_config generation_kwargs extra_params nvext",
+        NOTHING,
+        "give its fields (temperature, top_p, seed …) in the request itself",
+    ),
     ("do_sample", TRUE, "temperature 0 is the likeliest tokens"),
     # Samplers
     (
@@ -77,7 +90,7 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     (
         "return_token_ids return_tokens return_tokens_as_token_ids return_prompt_text return_hidden_states "
         "return_routed_experts return_full_text include_stop_str_in_output no_stop_trim details response_fields "
-        "post_sampling_probs return_meta_info",
+        "post_sampling_probs return_meta_info return_progress",
         NOTHING,
         "this server does not return that",
     ),
@@ -97,14 +110,17 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ),
     ("truncation", ("disabled", "none", False), "this server never cuts a prompt"),
     ("transforms safe_prompt", NOTHING, "this server never changes a prompt"),
-    ("plugins", NOTHING, "this server has none"),
+    ("plugins integrations mcp_servers", NOTHING, "this server has none"),
+    ("context_overflow_policy", ("stopAtLimit", ""), "this server never cuts a prompt"),
+    ("num_ctx n_ctx context_length", (0, -1), "[model] context_length in lmx.toml is the setting for that"),
     (
         "continue_final_message continue_",
         NOTHING,
         "this server always starts a new turn; /v1/completions goes on with a text",
     ),
     (
-        "chat_template documents template system raw instruction_template input_ids input_embeds prompt_embeds",
+        "chat_template documents template system system_prompt instructions input previous_response_id conversation "
+        "raw instruction_template input_ids input_embeds prompt_embeds context",
         NOTHING,
         "a prompt is made of messages by the model's own template, or is the field prompt",
     ),
@@ -114,7 +130,6 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
         "the models here read text only",
     ),
     ("lora lora_path lora_request adapters adapter adapter_id", NOTHING, "this server loads no adapters"),
-    ("options", NOTHING, "give its fields (temperature, top_p, seed …) in the request itself"),
     ("vllm_xargs", NOTHING, "this server knows none of them"),
     # Reasoning
     (
@@ -124,14 +139,21 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
         "this server does not limit reasoning",
     ),
     ("include_reasoning separate_reasoning", TRUE, "the answer is sent as it comes"),
+    ("reasoning_format", ("none", "auto"), "the answer is sent as it comes"),
     ("prompt_mode", (), "reasoning_effort is the field for that"),
 )
 _FIELDS = {name: (neutral, why) for names, neutral, why in _GROUPS for name in names.split()}
 _PENALTY_WINDOWS = ("repeat_last_n", "penalty_last_n", "repetition_context_size", "repetition_penalty_range")
 
 
-def refuse_unbuilt(body: dict[str, Any]) -> None:
-    """Raises InvalidRequest for a field of ``body`` that asks for something that is not built."""
+def refuse_unbuilt(body: dict[str, Any], built: frozenset[str]) -> None:
+    """Raises InvalidRequest for a field of ``body`` that asks for something that is not built, or that is one of the
+    ``built`` ones spelled otherwise (``maxTokens``, ``top-p``).
+    """
+    for name in body.keys() - _FIELDS.keys() - built:
+        meant = _spellings(built).get(_letters(name)) if len(name) < LONGEST_NAME else None
+        if meant is not None and body[name] is not None:
+            raise _refusal(name, body[name], f"the field is spelled {meant}")
     for name in body.keys() & _FIELDS.keys():
         neutral, why = _FIELDS[name]
         value = body[name]
@@ -141,6 +163,15 @@ def refuse_unbuilt(body: dict[str, Any]) -> None:
     for name in _PENALTY_WINDOWS:
         if penalises and body.get(name) not in (None, -1):
             raise _refusal(name, body[name], "the repetition penalty looks at the whole prompt and answer")
+
+
+@cache
+def _spellings(built: frozenset[str]) -> dict[str, str]:
+    return {_letters(name): name for name in (*_FIELDS, *built)}
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _same(value: Any, neutral: Any) -> bool:

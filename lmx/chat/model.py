@@ -6,6 +6,7 @@ engines and never needs the weights.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,15 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
-        conversation = (normalise(messages), tools or None, template_kwargs or {})
-        conversation, breaker = self._special.break_up(conversation)
-        text = self._template.render(*conversation, add_generation_prompt=add_generation_prompt)
+        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt)
+        try:
+            text, breaker = render(normalise(messages))
+        except InvalidRequest:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            # A model once wrote arguments that are no object, and its template asks for their items: the conversation
+            # would be refused for ever.
+            text, breaker = render(normalise(messages, only_objects=True))
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
@@ -87,6 +94,18 @@ class ChatModel:
         for part, literal in self._special.segments(text, breaker):
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
+
+    def _render(
+        self,
+        tools: list[dict[str, Any]] | None,
+        kwargs: dict[str, Any],
+        add_generation_prompt: bool,
+        messages: list[dict[str, Any]],
+    ) -> tuple[str, str]:
+        """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
+        assert self._template is not None
+        conversation, breaker = self._special.break_up((messages, tools, kwargs))
+        return self._template.render(*conversation, add_generation_prompt=add_generation_prompt), breaker
 
     def _tokenizer_bos(self, param: str) -> list[int]:
         return self._bos or _encode(self._tokenizer, "", param, add_special=True)

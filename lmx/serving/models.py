@@ -51,7 +51,7 @@ class Models:
         """The server is about to stop: nothing new is taken."""
         self._settings = settings.model
         self._served = served
-        self.readers = Readers(served.folder.words)
+        self.readers = Readers(lambda: [served.folder.words for served in self.listing()])
         """Processes for large request bodies."""
 
     @classmethod

@@ -8,7 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ class ReaderProcess:
         self._stream = stream
 
     @classmethod
-    async def start(cls, words: Path) -> "ReaderProcess":
+    async def start(cls, words: Iterable[Path]) -> "ReaderProcess":
         ours, theirs = socket.socketpair()
         try:
             # No code from the working directory (-P), no text of its own on our stderr: a client could fill it.
-            command = [sys.executable, "-P", "-m", "lmx.api.reader", str(theirs.fileno()), str(words)]
+            command = [sys.executable, "-P", "-m", "lmx.api.reader", str(theirs.fileno()), *map(str, words)]
             process = await trio.lowlevel.open_process(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -109,7 +109,8 @@ class ReaderProcess:
 class Readers:
     """At most READERS processes, none until a large body comes."""
 
-    def __init__(self, words: Path) -> None:
+    def __init__(self, words: Callable[[], Iterable[Path]]) -> None:
+        """``words``: of the models that a new reader gets ready for."""
         self._words = words
         self._free = trio.CapacityLimiter(READERS)
         self._idle: list[ReaderProcess] = []
@@ -128,7 +129,7 @@ class Readers:
     async def _start(self) -> ReaderProcess:
         self._live += 1
         try:
-            return await ReaderProcess.start(self._words)
+            return await ReaderProcess.start(self._words())
         except BaseException:
             self._live -= 1
             raise
