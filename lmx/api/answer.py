@@ -59,9 +59,6 @@ class Collected:
         self._texts[choice.index].append(delta.text)
         self._logprobs[choice.index].extend(delta.logprobs)
 
-    async def quiet(self) -> None:
-        pass
-
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
 

@@ -37,8 +37,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         job = await _job(body, served, settings)
         model = body.model or served.id
         if body.stream:
-            produce = partial(_stream, job, body, model, settings.server.sse_comment_s)
-            return EventStream(produce, job.call.id)
+            return EventStream(partial(_stream, job, body, model), job.call.id, settings.server.sse_comment_s)
         return json_response(await _answer(job, body, model))
 
     return routes
@@ -108,7 +107,7 @@ def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
 
 async def _answer(job: Job, body: ChatRequest, model: str) -> dict[str, Any]:
     collected = Collected(job)
-    choices = await run(job, collected, quiet_s=float("inf"))
+    choices = await run(job, collected)
     return heading("chatcmpl", "chat.completion", model, job) | {
         "choices": [
             {
@@ -123,17 +122,17 @@ async def _answer(job: Job, body: ChatRequest, model: str) -> dict[str, Any]:
     }
 
 
-async def _stream(job: Job, body: ChatRequest, model: str, comment_s: float, writer: EventWriter) -> None:
+async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) -> None:
     chunks = ChunkStream(
         job,
         writer,
         heading("chatcmpl", "chat.completion.chunk", model, job),
         _delta_object,
-        first=[_delta_object(index, "", None, None, role="assistant") for index in range(job.n)],
+        first={index: _delta_object(index, "", None, None, role="assistant") for index in range(job.n)},
         with_usage=body.stream_options is not None and body.stream_options.include_usage,
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )
-    await chunks.end(await run(job, chunks, quiet_s=comment_s))
+    await chunks.end(await run(job, chunks))
 
 
 def _delta_object(

@@ -49,7 +49,8 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         echoes = [text if body.echo else "" for text in texts for _ in range(job.n)]
         model = body.model or served.id
         if body.stream:
-            return EventStream(partial(_stream, job, body, model, echoes, settings.server.sse_comment_s), job.call.id)
+            produce = partial(_stream, job, body, model, echoes)
+            return EventStream(produce, job.call.id, settings.server.sse_comment_s)
         return json_response(await _answer(job, body, model, echoes))
 
     return routes
@@ -91,7 +92,7 @@ def _prompts(body: CompletionRequest, chat: ChatModel) -> tuple[list[str], list[
 
 async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[str]) -> dict[str, Any]:
     collected = Collected(job)
-    choices = await run(job, collected, quiet_s=float("inf"))
+    choices = await run(job, collected)
     objects = []
     for choice in choices:
         given = collected.logprobs(choice)
@@ -102,20 +103,18 @@ async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[st
     return heading("cmpl", "text_completion", model, job) | {"choices": objects, "usage": usage(job, choices)}
 
 
-async def _stream(
-    job: Job, body: CompletionRequest, model: str, echoes: list[str], comment_s: float, writer: EventWriter
-) -> None:
+async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[str], writer: EventWriter) -> None:
     logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
     chunks = ChunkStream(
         job,
         writer,
         heading("cmpl", "text_completion", model, job),
         _choice_object,
-        first=[_choice_object(index, text, None, None) for index, text in enumerate(echoes) if text],
+        first={index: _choice_object(index, text, None, None) for index, text in enumerate(echoes) if text},
         with_usage=body.stream_options is not None and body.stream_options.include_usage,
         format_logprobs=lambda index, new: logprobs[index].format(new),
     )
-    await chunks.end(await run(job, chunks, quiet_s=comment_s))
+    await chunks.end(await run(job, chunks))
 
 
 def _choice_object(index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
