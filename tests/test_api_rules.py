@@ -98,8 +98,8 @@ def test_the_admin_face_without_keys_is_for_loopback() -> None:
     [
         ("/", "/"),
         ("", "/?"),
-        ("*", "/*"),
-        ("example.com:443", "/example.com:443"),
+        ("*", "/?*"),
+        ("example.com:443", "/?example.com:443"),
         ("http://localhost:1234//v1/v1/models", "/v1/models"),
         ("HTTP://[::1", "/"),
         ("//", "/"),

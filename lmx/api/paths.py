@@ -18,12 +18,12 @@ def normalised(path: str) -> str:
     >>> normalised("//v1/v1/models/"), normalised("/chat/completions")
     ('/v1/models', '/v1/chat/completions')
     >>> normalised("http://localhost:1234/v1/models"), normalised("*"), normalised("example.com:443"), normalised("")
-    ('/v1/models', '/*', '/example.com:443', '/?')
+    ('/v1/models', '/?*', '/?example.com:443', '/?')
     """
     if re.match("https?://", path, re.IGNORECASE):  # the absolute form, as to a proxy
         path = re.sub("^[^/]*//[^/]*", "", path) or "/"
     elif not path.startswith("/"):  # OPTIONS *, CONNECT host:port, or nonsense: no route has such a path
-        path = f"/{path or '?'}"
+        path = f"/?{path}"
     path = re.sub("/{2,}", "/", path)
     path = re.sub("^(/v1)+(?=/v1(/|$))", "", path)
     if _WITHOUT_V1.match(path):
