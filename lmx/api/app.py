@@ -26,6 +26,9 @@ from lmx.config import ServerSettings, Settings
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
+NEED_A_MODEL = ("chat", "completions", "models")
+"""Faces whose requests wait while the words of a model are made, at its first start."""
+
 
 class _App(QuartTrio):  # type: ignore[misc]
     async def dispatch_request(self, request_context: Any = None) -> Any:
@@ -41,7 +44,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
     app.asgi_app = with_normal_paths(app.asgi_app)
     app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
     app.logger.setLevel(logging.WARNING)
-    _add_rules(app, settings.server, metrics)
+    _add_rules(app, models, settings.server, metrics)
     _add_errors(app, settings.server)
     for routes in (
         _root(),
@@ -59,7 +62,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
     return app
 
 
-def _add_rules(app: Quart, settings: ServerSettings, metrics: Metrics) -> None:
+def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Metrics) -> None:
     @app.before_request
     async def admit() -> None:
         address = request.remote_addr or ""
@@ -68,6 +71,8 @@ def _add_rules(app: Quart, settings: ServerSettings, metrics: Metrics) -> None:
             g.call.key_name = authorize(settings, request.path, request.headers, address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
+        if request.blueprint in NEED_A_MODEL:
+            await models.settled()
 
     @app.after_request
     async def add_headers(response: Response) -> Response:

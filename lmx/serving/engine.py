@@ -59,7 +59,7 @@ class Engine:
         self.restarts = 0
         self._load = load
         self._settings = settings
-        self._command = settings.command or [sys.executable, "-m", "lmx.engine"]
+        self._command = settings.command or [sys.executable, "-P", "-m", "lmx.engine"]
         self._environment = environment
         self._meter = Meter(name, metrics)
         self._breaker = Breaker(
