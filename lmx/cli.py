@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from lmx.api.errors import expected
 from lmx.api.http import BACKLOG, serve_http
 from lmx.config import Settings, load_settings
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
+from lmx.logs import flush, log_to_stderr
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -40,7 +40,11 @@ logger = logging.getLogger("lmx")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with log_to_stderr():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         settings = _settings(options)
         logger.setLevel(settings.server.log_level.upper())
@@ -192,5 +196,6 @@ class _Server:
                     if self._models is not None:
                         self._models.kill()
                     logger.warning("second signal: ended at once")
+                    flush()
                     os._exit(128 + number)
                 self._shutdown.set()
