@@ -43,6 +43,7 @@ class Http1(H11Protocol):  # type: ignore[misc]
 
     async def _send_error_response(self, status_code: int) -> None:
         message = REASONS.get(status_code, OTHERWISE).format(limit=self.config.h11_max_incomplete_size)
+        status_code = 431 if status_code == 431 else 400  # h11's 501 would read as a failure of ours
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = json.dumps({"error": error}).encode()
         headers = [
