@@ -76,6 +76,7 @@ BODIES = [
     b"0\r\nX: y\r\n\r\n",
     b"\x81\x85abcdhello",
 ]
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 GOOD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -153,7 +154,7 @@ SETTING_VALUES = [0, 1, 100, 16384, 65535, 2**24 - 1, 2**31 - 1, 2**32 - 1]
 def http2(draw: st.DrawFn) -> list[bytes]:
     """A connection of frames that a client sends, might send, and must not send."""
     encoder = hpack.Encoder()
-    data = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frames.SettingsFrame(0).serialize()
+    data = PREFACE + frames.SettingsFrame(0).serialize()
     for number in range(draw(st.integers(1, 8))):
         if draw(st.integers(0, 29)) == 0:  # any frame's header over any bytes
             body = draw(st.binary(max_size=20))
@@ -237,25 +238,38 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-KINDS: list[Any] = [(http1, http1_statuses), (http2, http2_statuses), (upgrades, http1_statuses)]
+def plain_http2() -> bytes:
+    block = hpack.Encoder().encode(PSEUDO)
+    ask = frames.HeadersFrame(1, block, flags=["END_STREAM", "END_HEADERS"])
+    return PREFACE + frames.SettingsFrame(0).serialize() + ask.serialize()
 
 
-@pytest.mark.parametrize(("strategy", "statuses"), KINDS, ids=["http1", "http2", "upgrades"])
-def test_what_comes_over_a_socket(server: Server, strategy: Any, statuses: Any, cases: int) -> None:
-    pid, seen = server.engine()["pid"], set()
+KINDS: list[Any] = [
+    (http1, http1_statuses, GOOD, 200),
+    (http2, http2_statuses, plain_http2(), 200),
+    (upgrades, http1_statuses, GOOD.replace(b"\r\n\r\n", b"\r\nUpgrade: websocket\r\n\r\n"), 404),
+]
+
+
+@pytest.mark.parametrize(("strategy", "statuses", "plain", "status"), KINDS, ids=["http1", "http2", "upgrades"])
+def test_what_comes_over_a_socket(
+    server: Server, strategy: Any, statuses: Any, plain: bytes, status: int, cases: int
+) -> None:
+    pid, seen = server.engine()["pid"], dict.fromkeys(range(100, 600), 0)
+    while statuses(exchange(server, [plain])) != [status]:  # a busy machine may not answer in QUIET_S
+        pass
     with httpx.Client(base_url=server.url, timeout=10) as client:
 
         @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(strategy())
         def check(pieces: list[bytes]) -> None:
-            found = statuses(exchange(server, pieces))
-            assert all(status < 500 or status == 503 for status in found), found
+            for found in statuses(exchange(server, pieces)):
+                assert found < 500 or found == 503
+                seen[found] += 1
             assert client.get("/health").status_code == 200
-            seen.update(found)
 
         check()
-        print(sorted(seen))
-    assert (404 if strategy is upgrades else 200) in seen  # it has not only been refused
+    print({status: count for status, count in seen.items() if count})
     server.idle()
     assert (server.engine()["pid"], server.engine()["restarts"]) == (pid, 0)
     assert [line for line in server.lines if "Traceback" in line] == []

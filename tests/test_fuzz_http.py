@@ -9,4 +9,4 @@ __all__ = ["server", "test_what_comes_over_a_socket"]
 
 @pytest.fixture
 def cases() -> int:
-    return 30
+    return 20

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import httpx
-import pytest
 import tomlkit
 
 from tests.server import PATIENCE_S, ROOT
@@ -16,13 +15,12 @@ from tests.server import PATIENCE_S, ROOT
 ASK = {"prompt": "x", "max_tokens": 2}
 
 
-@pytest.mark.parametrize("flood", ["requests", "engine"])
-def test_a_pipe_that_nobody_reads_holds_nobody(tiny_model: Path, tmp_path: Path, flood: str) -> None:
-    """More is logged than the pipe and the queue hold; the server answers, ends when told, and says what was lost."""
+def test_a_pipe_that_nobody_reads_holds_nobody(tiny_model: Path, tmp_path: Path) -> None:
+    """The engine prints more than the pipe and the queue hold, and so do failing requests; the server answers, and ends
+    when told."""
     engine = tmp_path / "engine.py"
-    lines = 20_000 if flood == "engine" else 0
     engine.write_text(
-        f"import sys\nfor i in range({lines}): print('noise', i, 'x' * 80)\n"
+        f"import sys\nfor i in range(20_000): print('noise', i, 'x' * 80)\n"
         f"sys.path.insert(0, {str(ROOT)!r})\nfrom bench.null_engine import main\nmain()\n"
     )
     settings = {"server": {"log_level": "info"}, "engine": {"command": [sys.executable, str(engine)]}}
@@ -46,7 +44,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody(tiny_model: Path, tmp_path: Path,
                 head += log.read(1)  # and no byte more
             url = "http" + head.decode().rpartition("http")[2].strip()
             with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
-                for _ in range(150 if flood == "requests" else 1):  # each is a warning
+                for _ in range(100):  # each is a warning
                     assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 2}).status_code == 500
                 assert client.post("/v1/completions", json=ASK).status_code == 200
                 assert client.get("/health").status_code == 200
@@ -56,7 +54,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody(tiny_model: Path, tmp_path: Path,
             process.kill()
             process.wait()
         rest = log.read()
-    assert b"noise" in rest if flood == "engine" else b"non_finite" in rest
+    assert b"noise" in rest
 
 
 def test_lines_that_were_dropped_are_counted(tmp_path: Path) -> None:

@@ -203,6 +203,40 @@ async def test_http2_odd_requests_get_json_beside_a_good_stream(server: Server) 
         assert "message" in json.loads(bodies[stream_id])["error"]
 
 
+@with_server(write_timeout_s=0.3, LMX_NULL_STEP_MS=2)
+async def test_http2_stream_that_is_not_read_gives_its_lease_back_and_its_sibling_goes_on(server: Server) -> None:
+    client = await server.connect()
+    http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    http2.initiate_connection()
+    http2.increment_flow_control_window(2**30)
+    body = json.dumps(HELLO | {"max_tokens": 4000, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    for stream_id in (1, 3):
+        http2.send_headers(stream_id, [(":method", "POST"), (":path", CHAT), (":scheme", "http"), (":authority", "a")])
+        http2.send_data(stream_id, body, end_stream=True)
+    http2.increment_flow_control_window(2**30, 3)  # only this one is ever read
+    await client.send_all(http2.data_to_send())
+    seen = dict.fromkeys((1, 3), 0)
+    while True:
+        data = await client.receive_some()
+        assert data, "the connection ended"
+        for event in http2.receive_data(data):
+            if isinstance(event, h2.events.DataReceived):
+                seen[event.stream_id] += len(event.data)
+            elif isinstance(event, h2.events.StreamReset):
+                assert event.stream_id == 1
+                break
+        else:
+            continue
+        break
+    await server.leased(1)
+    assert seen[3] > seen[1]
+    before = seen[3]
+    while seen[3] < before + 10_000:
+        for event in http2.receive_data(await client.receive_some()):
+            if isinstance(event, h2.events.DataReceived):
+                seen[event.stream_id] += len(event.data)
+
+
 # --- what libraries raise -------------------------------------------------------------------------
 
 

@@ -85,6 +85,13 @@ class Conversion:
                 f"{self.source} could not be converted to {self.folder} (exit status {returncode}): {tail}"
             )
 
+    def refuse_if_made(self, made: set[Path]) -> None:
+        """``made``: the folders of conversions before this one; it is added. Raises ModelInvalid for the second time,
+        so that nobody converts without end what is never whole."""
+        if self.folder in made:
+            raise ModelInvalid(f"{self.source} was converted, but {self.folder} is not whole. Is the disk full?")
+        made.add(self.folder)
+
     def discard(self) -> None:
         """Remove what a converter left that was killed; not what another one works on."""
         lock = lock_path(self.folder)

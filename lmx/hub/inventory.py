@@ -64,10 +64,12 @@ class ModelFolder:
 
 def resolve(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
     """As ``find``, with every conversion done on the way."""
+    made: set[Path] = set()
     while True:
         try:
             return find(name, cache_dir, backend)
         except ConversionNeeded as needed:
+            needed.conversion.refuse_if_made(made)
             convert(needed.conversion)
 
 

@@ -57,7 +57,7 @@ class Models:
         self._metrics = metrics
         self._served = served
         self._loading = trio.CancelScope()
-        self._settled = trio.Event()
+        self.settled = trio.Event()
         """The model is there, or will never be."""
 
     @classmethod
@@ -78,7 +78,7 @@ class Models:
             with self._loading:
                 self._served = self._served or await self._load()
         finally:
-            self._settled.set()
+            self.settled.set()
             self.presentable.set()
         async with trio.open_nursery() as nursery:
             for served in self.listing():
@@ -86,6 +86,7 @@ class Models:
             task_status.started()
 
     async def _load(self) -> Served:
+        made: set[Path] = set()
         while True:
             try:
                 # Abandoned: what a thread reads harms nobody.
@@ -94,6 +95,7 @@ class Models:
                 )
             except ConversionNeeded as needed:
                 conversion = needed.conversion
+            conversion.refuse_if_made(made)
             self.presentable.set()
             logger.info("making the %s of %s, once: %s", conversion.what, conversion.source, conversion.folder)
             await run_converter(conversion)
@@ -101,10 +103,6 @@ class Models:
     def stop_loading(self) -> None:
         """Give up a model that is not there yet, and with it those who wait for it."""
         self._loading.cancel()
-
-    async def settled(self) -> None:
-        """Wait until the model is there or given up."""
-        await self._settled.wait()
 
     def states(self) -> dict[str, str]:
         """Each model's state, as ``Engine.state``; one whose words are not there yet is "loading"."""
