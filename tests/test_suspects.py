@@ -154,8 +154,7 @@ A, B, C = (request(number) for number in (1, 2, 3))
 def accuse(
     suspects: Suspects, *running: tuple[GenerateRequest, int], now: float = 0.0, **options: bool
 ) -> bytes | None:
-    contents = [(content_key(request), drawn) for request, drawn in running]
-    return suspects.accuse(contents, now, **({"killed": False, "probe": False} | options))
+    return suspects.accuse(running, now, **({"killed": False, "probe": False} | options))
 
 
 def test_content_is_all_but_the_seed_and_the_asker() -> None:

@@ -28,7 +28,7 @@ from lmx.errors import (
 from lmx.serving.failures import Failure
 from lmx.serving.lease import GenerateRequest, Lease
 from lmx.serving.meter import Meter
-from lmx.serving.suspects import Suspects, content_key
+from lmx.serving.suspects import Suspects
 
 RETRY_AFTER_MAX_S = 60.0
 PROBE_PATIENCE_S = 5.0
@@ -147,19 +147,20 @@ class Ledger:
         running = self._running()
         guilty = None if failure.cause == "shutdown" else self._accuse(running, failure)
         self.blamed = guilty is not None
-        waiting = []
+        now, waiting = trio.current_time(), []
         for lease in self.submitted.values():
             lease.submitted = False
-            if not lease.over and failure.cause == "shutdown":
+            refusal = self._suspects.refusal(lease.request, now)
+            if failure.cause == "shutdown":
                 lease.fail(ModelOverloaded(f"The model {self._name!r} was stopped: {failure}."))
-            elif not lease.over and guilty is not None and content_key(lease.request) == guilty:
-                lease.fail(RequestCrashesEngine(self._suspects.refusal(lease.request, trio.current_time())))
-            elif not lease.over and lease.first_token_at is None:
+            elif refusal:
+                lease.fail(RequestCrashesEngine(refusal))
+            elif lease.first_token_at is None and not lease.over:
                 waiting.append(lease)
                 continue
-            lease.fail(
-                EngineDied(f"The engine of {self._name!r} ended under this request: {failure}. It is restarted.")
-            )
+            else:
+                text = f"The engine of {self._name!r} ended under this request: {failure}. It is restarted."
+                lease.fail(EngineDied(text))
             lease.freed.set()
         self.submitted.clear()
         self._park([*waiting, *self._probes.values(), *self._parked.values()])
@@ -177,8 +178,8 @@ class Ledger:
 
     def _accuse(self, running: Sequence[Lease], failure: Failure) -> bytes | None:
         now, killed = trio.current_time(), failure.cause == "killed"
-        contents = [(content_key(lease.request), lease.drawn_tokens) for lease in running]
-        guilty = self._suspects.accuse(contents, now, killed=killed, probe=self._probing())
+        requests = [(lease.request, lease.drawn_tokens) for lease in running]
+        guilty = self._suspects.accuse(requests, now, killed=killed, probe=self._probing())
         if guilty is not None:
             why = (
                 f"This request has ended the engine of {self._name!r} more than once, the last time as the only cause "

@@ -27,6 +27,10 @@ def content_key(request: GenerateRequest) -> bytes:
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 
+def _size(request: GenerateRequest) -> tuple[int, int]:
+    return len(request.prompt), request.max_tokens
+
+
 @dataclass(slots=True)
 class _Entry:
     death: int
@@ -42,6 +46,9 @@ class _Entry:
 class Suspects:
     def __init__(self) -> None:
         self._entries: dict[bytes, _Entry] = {}
+        self._sizes: set[tuple[int, int]] = set()
+        """Of those in ``_entries`` (and of some that were): a long prompt's key takes milliseconds, and most requests
+        are of no suspect's size."""
         self._deaths = 0
 
     def tokens_alone(self, request: GenerateRequest, now: float) -> int:
@@ -55,7 +62,7 @@ class Suspects:
         return entry.refusal if entry is not None else ""
 
     def _find(self, request: GenerateRequest, now: float) -> _Entry | None:
-        if not self._entries:  # the usual case costs nothing
+        if _size(request) not in self._sizes:
             return None
         key = content_key(request)
         entry = self._entries.get(key)
@@ -64,17 +71,20 @@ class Suspects:
             return None
         return entry
 
-    def accuse(self, running: Collection[tuple[bytes, int]], now: float, *, killed: bool, probe: bool) -> bytes | None:
-        """The engine died with these contents running, each with the tokens it had drawn. ``probe``: one content that
-        ran alone for suspicion.
+    def accuse(
+        self, running: Collection[tuple[GenerateRequest, int]], now: float, *, killed: bool, probe: bool
+    ) -> bytes | None:
+        """The engine died with these requests running, each with the tokens it had drawn. ``probe``: it is one that ran
+        alone for suspicion.
 
         Returns the content that is proven to be the cause: the only one, suspected before; or one that was there at
         every one of many deaths.
         """
         self._deaths += 1
-        drawn_tokens = dict(running)
-        if killed:  # says nothing of those who decoded
-            drawn_tokens = {key: drawn for key, drawn in running if drawn == 0 or probe}
+        # A kill says nothing of those who decoded.
+        accused = [(request, drawn) for request, drawn in running if not killed or probe or drawn == 0]
+        drawn_tokens = {content_key(request): drawn for request, drawn in accused}
+        self._sizes.update(_size(request) for request, _ in accused)
         before = {key: self._known(key, now) for key in drawn_tokens}
         guilty = self._guilty(before, certain=probe or not killed)
         if guilty is not None:
@@ -107,8 +117,9 @@ class Suspects:
     def _remember(self, key: bytes, entry: _Entry) -> None:
         self._entries.pop(key, None)
         self._entries[key] = entry
-        while len(self._entries) > MOST:
-            del self._entries[next(iter(self._entries))]
+        if len(self._entries) > MOST:
+            self._entries.clear()
+            self._sizes.clear()
 
     def clear(self, request: GenerateRequest) -> None:
         """It is past the point at which an engine died with it."""
