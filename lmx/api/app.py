@@ -23,7 +23,7 @@ from lmx.api.errors import UnknownPath, contained, error_response, expected, fro
 from lmx.api.events import EventStream, HTTPConnection
 from lmx.api.paths import with_normal_paths
 from lmx.config import ServerSettings, Settings
-from lmx.errors import DeadlineExceeded
+from lmx.errors import DeadlineExceeded, ModelOverloaded
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -72,11 +72,13 @@ def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Me
             g.call.key_name = authorize(settings, request.path, request.headers, address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
-        if request.blueprint in NEED_A_MODEL and not models.settled.is_set():
+        if request.blueprint in NEED_A_MODEL and not models.listing():
             with trio.move_on_at(g.call.deadline(None, settings)) as limit:
                 await models.settled.wait()
             if limit.cancelled_caught:
                 raise DeadlineExceeded("The request's time is up, and the model is not there yet.")
+            if not models.listing():
+                raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
 
     @app.after_request
     async def add_headers(response: Response) -> Response:
