@@ -92,7 +92,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **options: Any) -> AsyncIterator[Server]:
+async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncIterator[Server]:
     engine = {key: options.pop(key) for key in list(options) if key in EngineSettings.model_fields}
     settings = load_settings(
         environ={},
@@ -117,7 +117,8 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[Server]:
                     await serve_http(app, [sock], settings, shutdown=started.shutdown, task_status=task_status)
 
             await nursery.start(serve)
-            await started.engine.wait_state("ready")
+            if ready:
+                await started.engine.wait_state("ready")
             try:
                 yield started
             finally:

@@ -306,16 +306,6 @@ async def test_docs_name_every_route_and_need_no_internet(server: Server) -> Non
         assert path in page
 
 
-@with_server(sse_comment_s=0.05, LMX_NULL_STEP_MS=300)
-async def test_a_silent_stream_has_its_role_at_once_and_comments(server: Server) -> None:
-    client = await server.send("/v1/chat/completions", {"messages": HELLO, "max_tokens": 1, "stream": True})
-    data = b""
-    while b"[DONE]" not in data:
-        data += await client.receive_some()
-    role, comment, text = data.index(b'"role"'), data.index(b": waiting\n\n"), data.index(b'"length"')
-    assert role < comment < text
-
-
 @with_server(LMX_NULL_STEP_MS=50)
 async def test_a_deadline_ends_the_request(server: Server) -> None:
     body = {"messages": HELLO, "max_tokens": 4000}

@@ -97,7 +97,11 @@ def test_the_admin_face_without_keys_is_for_loopback() -> None:
     ("path", "normal"),
     [
         ("/", "/"),
-        ("", ""),
+        ("", "/?"),
+        ("*", "/?*"),
+        ("example.com:443", "/?example.com:443"),
+        ("http://localhost:1234//v1/v1/models", "/v1/models"),
+        ("HTTP://[::1", "/"),
         ("//", "/"),
         ("/v1/models", "/v1/models"),
         ("//v1//models/", "/v1/models"),

@@ -67,9 +67,6 @@ class Collected:
                 if isinstance(values, list):
                     self._logprobs[choice.index].setdefault(name, []).append(to_json(values)[1:-1])
 
-    async def quiet(self) -> None:
-        pass
-
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
 

@@ -61,7 +61,7 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
 
 
 async def _read(limit: int) -> list[bytes]:
-    """In pieces: copying 30 MB in one go would hold the event loop for 10 ms each time. None is tiny, however it came."""
+    """In pieces: copying 30 MB in one go would hold the event loop for 10 ms each time. None is tiny."""
     pieces, rest, size = [], bytearray(), 0
     with trio.move_on_after(request.body_timeout or math.inf) as patience:
         async for piece in request.body:

@@ -42,8 +42,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         )
         model = body.model or served.id
         if body.stream:
-            produce = partial(_stream, job, body, model, settings.server.sse_comment_s)
-            return EventStream(produce, job.call.id)
+            return EventStream(partial(_stream, job, body, model), job.call.id, settings.server.sse_comment_s)
         return await _answer(job, body, model)
 
     return routes
@@ -51,7 +50,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
 
 async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
     collected = Collected(job, lambda _, logprobs: chat_logprobs(job.served.chat, logprobs))
-    choices = await run(job, collected, quiet_s=float("inf"))
+    choices = await run(job, collected)
     objects = [
         {
             "index": choice.index,
@@ -65,17 +64,17 @@ async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
     return collected.response(answer, objects, with_logprobs=bool(body.logprobs))
 
 
-async def _stream(job: Job, body: ChatRequest, model: str, comment_s: float, writer: EventWriter) -> None:
+async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) -> None:
     chunks = ChunkStream(
         job,
         writer,
         heading("chatcmpl", "chat.completion.chunk", model, job),
         _delta_object,
-        first=[_delta_object(index, "", None, None, role="assistant") for index in range(job.n)],
+        first={index: _delta_object(index, "", None, None, role="assistant") for index in range(job.n)},
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )
-    await chunks.end(await run(job, chunks, quiet_s=comment_s))
+    await chunks.end(await run(job, chunks))
 
 
 def _delta_object(

@@ -43,7 +43,8 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         echoes = [text if body.echo else "" for text in prepared.texts for _ in range(job.n)]
         model = body.model or served.id
         if body.stream:
-            return EventStream(partial(_stream, job, body, model, echoes, settings.server.sse_comment_s), job.call.id)
+            produce = partial(_stream, job, body, model, echoes)
+            return EventStream(produce, job.call.id, settings.server.sse_comment_s)
         return await _answer(job, body, model, echoes)
 
     return routes
@@ -52,7 +53,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
 async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[str]) -> Response:
     logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
     collected = Collected(job, lambda index, new: logprobs[index].format(new))
-    choices = await run(job, collected, quiet_s=float("inf"))
+    choices = await run(job, collected)
     objects = [
         _choice_object(choice.index, echoes[choice.index] + collected.text(choice), None, choice.finish)
         for choice in choices
@@ -61,20 +62,18 @@ async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[st
     return collected.response(answer, objects, with_logprobs=body.logprobs is not None)
 
 
-async def _stream(
-    job: Job, body: CompletionRequest, model: str, echoes: list[str], comment_s: float, writer: EventWriter
-) -> None:
+async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[str], writer: EventWriter) -> None:
     logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
     chunks = ChunkStream(
         job,
         writer,
         heading("cmpl", "text_completion", model, job),
         _choice_object,
-        first=[_choice_object(index, text, None, None) for index, text in enumerate(echoes) if text],
+        first={index: _choice_object(index, text, None, None) for index, text in enumerate(echoes) if text},
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda index, new: logprobs[index].format(new),
     )
-    await chunks.end(await run(job, chunks, quiet_s=comment_s))
+    await chunks.end(await run(job, chunks))
 
 
 def _choice_object(index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:

@@ -104,18 +104,16 @@ class Choice:
 
 
 class Sink(Protocol):
-    """Where a job's pieces go. All methods may be cancelled; ``delta`` and ``quiet`` run concurrently for n > 1."""
+    """Where a job's pieces go. All methods may be cancelled; ``delta`` runs concurrently for n > 1."""
 
     async def begin(self) -> None:
         """Every choice has its lease: nothing more can be refused."""
 
-    async def delta(self, choice: Choice, delta: Delta) -> None: ...
-
-    async def quiet(self) -> None:
-        """A choice has brought nothing for ``quiet_s``."""
+    async def delta(self, choice: Choice, delta: Delta) -> None:
+        """Tokens came for ``choice``; their text may be held back."""
 
 
-async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
+async def run(job: Job, sink: Sink) -> list[Choice]:
     """Generate all choices of ``job`` into ``sink``; returns them finished.
 
     Raises what the leases raise, or DeadlineExceeded. Cancelled: every lease has been given back first.
@@ -129,7 +127,7 @@ async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
                 for choice in choices:
-                    await nursery.start(_run_choice, job, choice, sink, quiet_s, leased)
+                    await nursery.start(_run_choice, job, choice, sink, leased)
                 await sink.begin()
                 leased.set()
         except BaseExceptionGroup as group:
@@ -143,18 +141,13 @@ async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
 
 
 async def _run_choice(
-    job: Job, choice: Choice, sink: Sink, quiet_s: float, leased: trio.Event, *, task_status: trio.TaskStatus[None]
+    job: Job, choice: Choice, sink: Sink, leased: trio.Event, *, task_status: trio.TaskStatus[None]
 ) -> None:
     async with job.served.engine.generate(job.requests[choice.index]) as tokens:
         task_status.started()
         await leased.wait()
         while choice.finish is None:
-            with trio.move_on_after(quiet_s) as patience:
-                chunk = await tokens.receive()
-            if patience.cancelled_caught:
-                await sink.quiet()
-                continue
-            delta = choice.feed(chunk)
+            delta = choice.feed(await tokens.receive())
             choice.cached_tokens = tokens.cached_tokens
             if choice.stopped:
                 break
