@@ -15,7 +15,7 @@ MAKE_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --
 INSTALL = $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: serve test test-debug lint format bench install clean
+.PHONY: serve test test-debug fuzz lint format bench install clean
 
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
@@ -27,6 +27,10 @@ test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with 
 	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 	$(BIN)/python -m pytest tests/test_sched.py tests/test_sched_machine.py; status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
+
+fuzz: $(VENV)/installed-dev  ## thousands of requests of every kind against a running server
+	$(INSTALL) --group fuzz
+	$(BIN)/python -m pytest -s tests/fuzz_*.py
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
