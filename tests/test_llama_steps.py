@@ -39,12 +39,21 @@ def load(path: Path, kv: str, **options: object) -> "LlamaBackend":
 
 
 @pytest.fixture(
-    scope="module", params=["llama streams", "llama unified", "jamba streams", "jamba unified", "mamba streams"]
+    scope="module",
+    params=[
+        "llama streams",
+        "llama unified",
+        "jamba streams",
+        "jamba unified",
+        "mamba streams",
+        "gemma3_text streams",
+        "gemma3_text unified",
+    ],
 )
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "LlamaBackend":
     kind, kv = request.param.split()
     path = tmp_path_factory.mktemp("poisoned") / "model.gguf"
-    build_gguf(path) if kind == "llama" else build_recurrent_gguf(path, kind)
+    build_recurrent_gguf(path, kind) if kind in LAYERS else build_gguf(path, kind=kind)
     embeddings = next(t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
     embeddings.data[POISON] = np.nan
     return load(path, kv)
