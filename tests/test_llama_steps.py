@@ -181,6 +181,28 @@ def test_what_cannot_be_drawn_fails_its_own_row(run: Run, capfd: pytest.CaptureF
     assert [draw.bad for draw in run.step([good, bad])] == [False, True]
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e308, "top_p": 5e-324},
+        {"temperature": 1.0, "repetition_penalty": 5e-324},
+        {"temperature": 1e-310, "repetition_penalty": 5e-324, "logit_bias": {5: 1e308, 6: -1e308}, "min_p": 1.0},
+        {"presence_penalty": 1e308, "frequency_penalty": -1e308, "logit_bias": {5: 1e308}, "logprobs": 20},
+    ],
+    ids=str,
+)
+def test_no_value_of_a_request_ends_the_engine_or_touches_a_neighbour(run: Run, sampling: dict[str, Any]) -> None:
+    good, odd = run.start(0, prompt(20)), run.start(1, prompt(20), **sampling)
+    draws = run.step([], whole(good), whole(odd))
+    for _ in range(3):
+        draws += run.step([good, odd])
+    assert not any(draw.bad for draw in draws)
+    assert all(0 <= draw.token < run.backend.facts.vocab_size for draw in draws)
+    run.end()
+    assert answer(good) == alone(run, prompt(20), 4)
+
+
 def test_rows_with_gaps_between_them_compute_what_they_compute_alone(run: Run) -> None:
     prompts = [prompt(20 + seq, seq) for seq in range(ROWS)]
     sequences = [run.start(seq, tokens) for seq, tokens in enumerate(prompts)]
