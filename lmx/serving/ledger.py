@@ -354,6 +354,8 @@ class Ledger:
             )
         elif message.code == "invalid_token":
             lease.fail(InvalidRequest(message.message, param="prompt"))
+        elif message.code == "invalid_request":
+            lease.fail(InvalidRequest(message.message))
         else:
             logger.warning("%s: sequence %d failed (%s): %s", self._name, message.seq, message.code, message.message)
             lease.fail(SequenceFailed(f"The model could not answer this request ({message.code}): {message.message}."))

@@ -6,6 +6,8 @@ GGUF file, it is loading. Run by ``lmx.cli``.
 """
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from lmx.hub.conversion import ConversionNeeded
 from lmx.hub.inventory import ModelFolder, find, resolve
 from lmx.serving.converter import run_converter
 from lmx.serving.engine import Engine
+from lmx.serving.metal import buffer_limits, chip_name
 from lmx.serving.metrics import Metrics
 from lmx.serving.readers import Readers
 
@@ -185,5 +188,12 @@ def _read(settings: Settings, metrics: Metrics, find_model: Find) -> Served:
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,
     )
-    engine = Engine(folder.id, load, settings.engine, metrics)
+    limits = buffer_limits(
+        settings.engine.mlx_ops_per_buffer,
+        settings.engine.mlx_mb_per_buffer,
+        os.environ,
+        sys.platform,
+        chip_name(sys.platform),
+    )
+    engine = Engine(folder.id, load, settings.engine, metrics, {**os.environ, **limits})
     return Served(folder.id, folder, chat, engine, int(time.time()))
