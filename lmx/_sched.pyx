@@ -594,13 +594,21 @@ cdef class Scheduler:
     cdef void _learn(self, Step *step, double elapsed_ms) noexcept:
         """A step without a chunk teaches the decode cost; one with chunks, what they added to it."""
         cdef double x[3]
+        cdef double decode_ms, share
         cdef bint first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if not step.chunk:
             decode_features(x, step)
             observe(&self.decode_fit, x, elapsed_ms)
         else:
             prefill_features(x, step.chunk, step.chunk_context)
-            observe(&self.prefill_fit, x, elapsed_ms - self._decode_ms(step))
+            decode_ms = self._decode_ms(step)
+            if elapsed_ms >= decode_ms:
+                observe(&self.prefill_fit, x, elapsed_ms - decode_ms)
+            else:
+                # Then decoding is what was predicted too long (cold first steps), not the chunk that cost nothing.
+                share = decode_ms / (decode_ms + predict(&self.prefill_fit, x))
+                decode_features(x, step)
+                observe(&self.decode_fit, x, elapsed_ms * share)
         if first:  # both are costs of the same machine
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 

@@ -470,7 +470,12 @@ class ReferenceScheduler:
         first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if step.chunk:
             x = (1.0, step.chunk, step.chunk_context)
-            self.prefill_fit.observe(x, elapsed_ms - self.decode_ms(step))
+            decode_ms = self.decode_ms(step)
+            if elapsed_ms >= decode_ms:
+                self.prefill_fit.observe(x, elapsed_ms - decode_ms)
+            else:
+                share = decode_ms / (decode_ms + self.prefill_fit.predict(x))
+                self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms * share)
         else:
             self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms)
         if first:

@@ -896,6 +896,23 @@ def test_prompts_that_start_together_keep_to_the_area_as_padded_to_the_longest(i
 
 
 @BOTH
+@pytest.mark.parametrize("cold_steps", [2, 3, 4, 5])
+def test_cold_first_steps_do_not_make_chunks_look_free(implementation, cold_steps):
+    """Decoding is predicted too long after them: that a step with a chunk took less must teach the decode cost, else
+    the chunk's is learnt as nothing, and the next long prompt stops everybody for a second."""
+    scheduler = make(implementation, max_rows=8)
+    for seq in range(8):
+        scheduler.submit(seq, 60, 100)
+    for step in range(1, 60):
+        plan = scheduler.plan(0.0)
+        chunk_tokens = sum(chunk.tokens for chunk in plan.prefills)
+        cost_ms = (9 + 1.5 * len(plan.decode)) * bool(plan.decode) + (25 + 0.4 * chunk_tokens) * bool(chunk_tokens)
+        scheduler.commit(step, cost_ms + 3000 * (step <= cold_steps))
+    assert scheduler.predict_ms(8, 8 * 100) == pytest.approx(21.0, rel=0.1)
+    assert 0.5 * 844 < scheduler.predict_ms(0, 0, [(0, 2048)]) < 4 * 844
+
+
+@BOTH
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, -0.5])
 def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implementation, value):
     scheduler = make(implementation)
