@@ -10,6 +10,7 @@ from bench.result import Result, show
 
 NAMES = {
     "sched": "microseconds of a scheduling decision, against the tests' reference in Python",
+    "sched_policy": "what the scheduling policy gives, on a simulated device",
     "engine_vs_bare": "decode tok/s of the engine process, against a bare batched loop over mlx-lm's model",
     "http_vs_bare": "decode tok/s through HTTP, against the same loop",
     "http_null": "events a second of the HTTP path, with an engine that costs nothing",
