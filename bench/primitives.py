@@ -36,7 +36,7 @@ from tests.models import build_model
 TARGET = 1.05
 LAYERS = 24
 BUILT: dict[str, dict[str, Any]] = {"llama": {}, "qwen3_moe": {}, "gemma3_text": {"sliding_window": 8}}
-LENGTHS = (10, 25, 9, 21, 30, 12, 16, 28)
+LENGTHS = (10, 15, 9, 13, 16, 11, 14, 12)
 """All beyond the window of the sliding model."""
 ROWS = {"8 of 8": range(8), "8 of 8, one length": range(8), "5 of 8": (0, 1, 2, 3, 5)}
 DRAWS = {
@@ -87,7 +87,7 @@ def count_ours(loaded: adapter.LoadedModel, rows: str, sampling: Sampling) -> Co
     """The operations of a step in which these of 8 rows decode."""
     with patch.object(probe, "run", _probed):
         backend = MLXBackend(loaded, Load(path="", max_rows=8))
-    lengths = [20] * 8 if "one length" in rows else LENGTHS
+    lengths = [12] * 8 if "one length" in rows else LENGTHS
     sequences = [
         Sequence(seq, [5 + seq] * length, length, 99, sampling, ignore_eos=True) for seq, length in enumerate(lengths)
     ]
@@ -124,7 +124,7 @@ def count_theirs(loaded: adapter.LoadedModel, sampler: dict[str, Any]) -> Counte
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(mx, "async_eval", first))
-        next(generate_step(mx.array([5] * 20), loaded.model, sampler=sample))
+        next(generate_step(mx.array([5] * 12), loaded.model, sampler=sample))
     return counted
 
 

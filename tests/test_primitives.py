@@ -13,7 +13,7 @@ def test_a_step_has_no_more_operations_than_mlx_lms(kind: str, tmp_path: Path) -
     loaded = built(kind, tmp_path)
     for draw, (sampling, sampler) in DRAWS.items():
         theirs = count_theirs(loaded, sampler)
-        for rows in ROWS:
+        for rows in ROWS if draw == "greedy" else ("5 of 8",):
             ours = count_ours(loaded, rows, sampling)
             assert kernels(ours) <= TARGET * kernels(theirs), (draw, rows, ours - theirs)
             # mlx-lm's ring of a sliding layer, once full, is handed out as it is: it needs no slice. A view, no kernel.
