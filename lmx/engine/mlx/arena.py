@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
 from lmx.engine.mlx.layers import (
     DUMMY_SLOTS,
     KVLayer,
@@ -40,6 +40,7 @@ class Lane:
 
     def __init__(self, loaded: LoadedModel, kinds: Sequence[LayerKind], rows: int, slots: int, write: Write) -> None:
         self._loaded = loaded
+        self._kinds = kinds
         self._write = write
         self.slots = slots
         self.lengths = np.zeros(rows, np.int32)
@@ -71,6 +72,11 @@ class Lane:
         private = [a for caches in self._private.values() for cache in caches for a in cache.cache if a is not None]
         counts = self.counts.arrays if self.counts else []
         return [self.last_tokens, *counts, *states, *private]
+
+    @property
+    def keys_and_values(self) -> list[mx.array]:
+        """The buffers that decode steps write into."""
+        return [array for layer in self._layers if isinstance(layer, KVLayer) for array in layer.arrays]
 
     @property
     def capacity(self) -> int:
@@ -167,7 +173,7 @@ class Lane:
         start = int(self.lengths[row])
         caches: list[Any] = []
         states: list[Any] = []
-        fresh = make_prompt_cache(self._loaded.model) if start == 0 else None
+        fresh = parts(make_prompt_cache(self._loaded.model)) if start == 0 else None
         private = self._private.get(row, [])
         end = start + len(tokens)
         masks = Masks(np.arange(start, end, dtype=np.int32)[None], end)
@@ -182,7 +188,7 @@ class Lane:
             cache = fresh[index] if fresh else private[len(states)]
             states.append(cache)
             caches.append(cache)
-        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), caches)
+        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self._kinds, caches))
         self.lengths[row] = end
         if not last:
             if states:
@@ -192,6 +198,14 @@ class Lane:
         for layer, cache in zip((x for x in self._layers if isinstance(x, StateLayer)), states, strict=True):
             layer.put(row, cache.cache)
         return self._loaded.logits(hidden[:, -1:])[:, 0]
+
+    def written(self, row: int) -> list[mx.array]:
+        """Small arrays of their own that are there once what a chunk wrote into the row is: for a step that draws
+        nothing, whose end could not be seen otherwise. (While somebody holds a lane's buffer or a view of it, the next
+        write copies the buffer.)"""
+        layer = self._layers[-1]
+        newest = self._private[row][-1].cache if isinstance(layer, StateLayer) else layer.arrays
+        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None]
 
     @property
     def prefills_together(self) -> bool:
@@ -211,7 +225,7 @@ class Lane:
         masks = Masks(np.arange(longest, dtype=np.int32)[None], longest)
         caches = [PrefillView(layer, places, masks, 0, longest) for layer in self._layers if isinstance(layer, KVLayer)]
         assert len(caches) == len(self._layers)
-        hidden = self._loaded.hidden(tokens, caches)
+        hidden = self._loaded.hidden(tokens, whole(self._kinds, caches))
         self.lengths[list(rows)] = lengths
         return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
@@ -246,7 +260,7 @@ class Lane:
                 cache = ArraysCache(len(layer.arrays))
                 cache.cache = [array[:count] for array in layer.arrays]
                 caches.append(cache)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self._kinds, caches)))
         for layer, cache in zip(self._layers, caches, strict=True):
             if isinstance(layer, StateLayer):
                 layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
@@ -285,7 +299,7 @@ class Lane:
         """The opposite, into an empty row with room; its prefill goes on from ``length``."""
         given = iter(arrays)
         states: list[Any] = []
-        for layer, cache in zip(self._layers, make_prompt_cache(self._loaded.model), strict=True):
+        for layer, cache in zip(self._layers, parts(make_prompt_cache(self._loaded.model)), strict=True):
             mine = [next(given) for _ in layer.arrays]
             if isinstance(layer, KVLayer):
                 layer.put(row, mine)

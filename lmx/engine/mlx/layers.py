@@ -30,6 +30,7 @@ class KVLayer:
 
     def __init__(self, kind: LayerKind, rows: int, slots: int) -> None:
         self.window = kind.window
+        self.grouped = kind.grouped
         self.keys, self.values = (
             mx.zeros((rows, heads, slots, width), dtype)
             for (heads, width), dtype in zip(kind.shapes, kind.dtypes, strict=True)

@@ -64,6 +64,10 @@ class _View:
         """Only what this forward pass may see."""
         return self.keys, self.values
 
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
+        """What later layers read that share this one's (Gemma 3n)."""
+        return self.keys, self.values
+
     def empty(self) -> bool:
         return False
 
@@ -85,7 +89,8 @@ class DecodeView(_View):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:
         window = self._layer.window
-        return self._masks.get(window, window_size or window)
+        mask = self._masks.get(window, window_size or window)
+        return mask[:, :, None] if mask is not None and self._layer.grouped else mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         layer, rows = self._layer, keys.shape[0]
