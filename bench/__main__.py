@@ -10,6 +10,7 @@ from bench.result import Result, show
 
 NAMES = {
     "sched": "microseconds of a scheduling decision, against the tests' reference in Python",
+    "sched_policy": "what the scheduling policy gives, on a simulated device",
     "engine_vs_bare": "decode tok/s of the engine process, against a bare batched loop over mlx-lm's model",
     "http_vs_bare": "decode tok/s through HTTP, against the same loop",
     "http_null": "events a second of the HTTP path, with an engine that costs nothing",
@@ -17,6 +18,7 @@ NAMES = {
     "long_prompt": "worst gap of running streams while a long prompt arrives, against the target",
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
+    "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
     "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
