@@ -226,7 +226,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
             {"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 1.0}},
             {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}},
-        ]
+        ],
     },
     "nemotron_h": {"layer_types": None, "hybrid_override_pattern": ["M", "*", "-", "E"]},
     "olmo_hybrid": {"layer_types": _LINEAR, "linear_allow_neg_eigval": True},
