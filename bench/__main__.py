@@ -20,6 +20,7 @@ NAMES = {
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
     "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
+    "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",
