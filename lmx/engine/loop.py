@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmx._sched import NeverFits, Scheduler
-from lmx.engine.backend import Backend, Chunk, Launch, Sequence
+from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
@@ -44,11 +44,6 @@ _STALLED_S = 0.02
 # gets work waits until nothing came for so long, and at most this share of what the work will take that it has.
 _GATHER_S = 0.015
 _GATHER_SHARE = 0.1
-# Where starting a step blocks for more of it than this, it is started after the last one's tokens are told: they would
-# be late by that share of it (of a step with a chunk: of 250 ms). Where it blocks for nearly all of it, nothing runs
-# beside Python, and a step made before would only delay them.
-_BLOCKS_SHARE = 0.2
-_BLOCKS_ALL_SHARE = 0.95
 # How far into a step, by its prediction, the next one is launched, at most: a step slept through is a step in which the
 # device idles, tokens are late, and nothing is measured. So the hold stays this far from the earliest end lately seen,
 # and comes back in small steps after a prediction was wrong.
@@ -112,9 +107,9 @@ class StepLoop:
         self._stats_at = 0.0
         self._stopping = False
         self._stalled = False
-        self._blocks = facts.launch_share > _BLOCKS_SHARE
+        self._blocks = facts.launch_share > BLOCKS_SHARE
         self._forced = options.lookahead == "on"
-        self._plain = not self._forced and (options.lookahead == "off" or facts.launch_share > _BLOCKS_ALL_SHARE)
+        self._plain = not self._forced and (options.lookahead == "off" or facts.launch_share > BLOCKS_ALL_SHARE)
 
     def run(self) -> None:
         """Until ``Shutdown``. Raises ServerGone, and whatever the device raises."""
