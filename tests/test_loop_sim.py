@@ -114,8 +114,10 @@ def test_a_burst_starts_together(name: str, loop: LoopKind) -> None:
         assert max(report.ttft_ms(one) for one in burst) <= report.device_ms(burst[0]) + 4.5 * 2 + 10 + LATE_MS
 
 
-@pytest.mark.parametrize(("prompt", "apart_s", "count"), [(200, 0.004, 8), (200, 0.02, 1), (40, 0.004, 1)])
-def test_gathering_ends_when_nothing_came_for_a_moment_or_after_a_tenth_of_the_work(
+@pytest.mark.parametrize(
+    ("prompt", "apart_s", "count"), [(200, 0.004, 8), (200, 0.02, 1), (40, 0.004, 1), (250, 0.0125, 7)]
+)
+def test_gathering_ends_when_nothing_came_for_a_moment_and_has_one_deadline(
     prompt: int, apart_s: float, count: int
 ) -> None:
     simulation = Simulation(DEVICES["apart"])
@@ -127,7 +129,7 @@ def test_gathering_ends_when_nothing_came_for_a_moment_or_after_a_tenth_of_the_w
     waited_s = first.asked_s - trickle[0].asked_s
     assert len(together) == count
     assert first.asked_s - together[-1].asked_s <= 0.015 + 0.003
-    assert waited_s <= 0.1 * report.device_ms(trickle[0]) / 1e3 + 0.003
+    assert waited_s <= min(0.1 * report.device_ms(trickle[0]) / 1e3, 0.08) + 0.003
 
 
 # --- every loop does the same work ------------------------------------------------------------------------------------

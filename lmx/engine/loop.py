@@ -41,8 +41,10 @@ _INFINITY = float("inf")
 _STALLED_S = 0.02
 # Prompts that wait at the same moment start in one step, but requests made at the same moment arrive one after the
 # other: from a client that costs little eight within 5 ms, from asyncio clients 5 to 10 ms apart. An idle engine that
-# gets work waits until nothing came for so long, and at most this share of what the work will take that it has.
+# gets work waits until nothing came for so long, in all no longer than those of eight clients need, and at most this
+# share of what the work will take that it has.
 _GATHER_S = 0.015
+_GATHER_MOST_S = 0.08
 _GATHER_SHARE = 0.1
 # How far into a step, by its prediction, the next one is launched, at most: a step slept through is a step in which the
 # device idles, tokens are late, and nothing is measured. So the hold stays this far from the earliest end lately seen,
@@ -178,7 +180,8 @@ class StepLoop:
         while 0 < len(self._sequences) < self._backend.facts.max_rows:
             prompts = [(0, len(sequence.tokens)) for sequence in self._sequences.values()]
             work_s = self._scheduler.predict_ms(0, 0, prompts) / 1e3
-            remaining = min(latest + _GATHER_S, since + _GATHER_SHARE * work_s) - self._clock()
+            until = min(latest + _GATHER_S, since + min(_GATHER_MOST_S, _GATHER_SHARE * work_s))
+            remaining = until - self._clock()
             if remaining <= 0:
                 return
             self._handle_all(remaining)
