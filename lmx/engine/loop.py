@@ -80,7 +80,6 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
-        self._wipe: set[int] = set()
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
@@ -237,7 +236,6 @@ class StepLoop:
             if draw.bad:
                 sequence.ended = True
                 finished.append(sequence.seq)
-                self._wipe.add(sequence.seq)
                 self._link.send(
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
                 )
@@ -262,8 +260,7 @@ class StepLoop:
         """Free what has ended and is in no step that still runs."""
         for seq in self._scheduler.releasable():
             sequence = self._sequences.pop(seq)
-            self._backend.free(sequence, wipe=seq in self._wipe)
-            self._wipe.discard(seq)
+            self._backend.free(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
 

@@ -209,8 +209,7 @@ class LlamaBackend:
             logprobs = Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist()))
         return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        # ``wipe``: done when the row turned bad.
+    def free(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.seq, None)
         if row is not None:
             self._context.forget(row.slot)

@@ -20,7 +20,7 @@ import psutil
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import KVCost, fit_context
 from lmx.engine.mlx import adapter, kv_bytes, probe
-from lmx.engine.mlx.arena import Lane
+from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
 from lmx.protocol import Load, Logprobs, Sampling
@@ -34,6 +34,11 @@ _CHUNK_TOKENS = (192, 2048)
 # The share of a prefill pass that may be padding. Four prompts of 85 tokens ran at 1.27 to 1.6 times the speed of one
 # (SmolLM2 and a llama of 8 × 512 on a CPU), so this much padding costs about as much as another pass.
 _PASS_PADDING_SHARE = 0.25
+# Freed buffers that MLX may keep, at most, and of the machine's memory: a step's temporaries are made again in the next
+# one, so that those must be kept (a chunk of 2,048 tokens has a few hundred MB); all else is for other processes.
+# Metal's own limit is nine tenths of the memory and more.
+_POOL_BYTES = 4 * 1024**3
+_POOL_SHARE = 1 / 16
 _DUMMY = Sampling(seed=0, temperature=0.0)
 
 
@@ -54,7 +59,10 @@ class MLXBackend:
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
         adapter.wire(loaded.weights_bytes)
+        mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
         backend = cls(loaded, options)
+        # What the load's own passes left.
+        mx.clear_cache()
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -90,15 +98,16 @@ class MLXBackend:
         self._assert_thread()
         self._placement.enter(sequence)
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+    def free(self, sequence: Sequence) -> None:
         self._assert_thread()
-        self._placement.leave(sequence, wipe=wipe)
+        self._placement.leave(sequence)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "MLXLaunch":
         self._assert_thread()
         places = [self._placement[sequence] for sequence in decode]
         for place in places:
             self._placement.make_room(place, 1)
+        self._placement.settle()
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
         touched: list[Lane] = []
         for lane in self._placement.lanes:
@@ -106,6 +115,7 @@ class MLXBackend:
             if members:
                 self._placement.compact(lane, members)
                 launch.add(self._decode(lane, members), [(place.row, place.sequence) for place in members])
+                launch.watch(lane, [place.row for place in members])
                 touched.append(lane)
         if touched and chunks:
             # In one graph MLX may put a chunk's write before the decode's reading of the same buffers, which it then
@@ -166,6 +176,7 @@ class MLXBackend:
                 ending += [chunk.sequence for chunk in group]
         if ending:
             launch.add(self._draw_first(lane, ending, mx.concatenate(logits)), list(enumerate(ending)))
+            launch.watch(lane, [self._placement[sequence].row for sequence in ending])
 
     def _draw_first(self, lane: Lane, sequences: Seq[Sequence], logits: mx.array) -> Drawn:
         """The tokens that follow what was just prefilled; ``logits``: (B, V)."""
@@ -210,6 +221,9 @@ class MLXBackend:
         logits = self._loaded.model(mx.zeros((1, 1), mx.int32), cache=caches)
         if not bool(mx.all(mx.isfinite(mx.max(logits))).item()):
             raise RuntimeError("the canary's logits are not finite: the device or the weights in memory are broken")
+        del caches, logits
+        if not len(self._placement):
+            mx.clear_cache()
 
     def memory(self) -> MemoryFacts:
         self._assert_thread()
@@ -234,9 +248,14 @@ class MLXLaunch:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
         self._sync: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
+        self._watched: list[tuple[Seen, int]] = []
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
+
+    def watch(self, lane: Lane, rows: Seq[int]) -> None:
+        """The rows in their lane of what was added last: they are told when their draws are seen to be finite."""
+        self._watched += [(lane.seen[row], int(lane.lengths[row])) for row in rows]
 
     def start(self, state: list[mx.array]) -> None:
         """Let the device compute what was added until now, and ``state``."""
@@ -252,8 +271,11 @@ class MLXLaunch:
     def wait(self) -> list[Draw]:
         mx.eval(self._sync)
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
+        for draw, (seen, length) in zip(found, self._watched, strict=True):
+            if not draw.bad:
+                seen.finite(length)
         # A finished launch must not keep its arrays alive.
-        self._draws, self._sync = [], []
+        self._draws, self._sync, self._watched = [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 
