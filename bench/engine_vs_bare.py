@@ -1,14 +1,12 @@
 """Decode tok/s of the engine process over its socketpair (scheduler, arena, sampling graph, frames; no server), against
 the bare loop on the same model, batch and context length."""
 
-import os
 import random
 import time
 from functools import partial
-from unittest.mock import patch
 
 from bench.bare import bare_loop
-from bench.models import NAMES, folder, with_openblas
+from bench.models import NAMES, folder
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.protocol import Step
 from tests.engine_client import GREEDY, EngineClient, engine
@@ -22,7 +20,6 @@ def run(quick: bool) -> Result:
         tokens = 24 if name == "smollm2" else 128
         with (
             bare_loop(folder(name)) as bare,
-            patch.dict(os.environ, with_openblas()),
             engine(folder(name), max_rows=8) as client,
         ):
             for batch in (1, 8) if quick else (1, 4, 8):

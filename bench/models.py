@@ -8,18 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lmx.engine.mlx.blas import libraries
 from lmx.hub.inventory import EMBEDDED_ID, resolve
 from tests.models import build_model
 
 CACHE = Path(tempfile.gettempdir()) / f"lmx-bench-{os.getuid()}"
-OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
 SIZES = {"llama-8x512": (8, 512), "llama-4x128": (4, 128)}
 NAMES = ("smollm2", *SIZES)
 
 
 def with_openblas() -> dict[str, str]:
     """The environment for a process that runs a model without lmx's launcher."""
-    return {**os.environ, "LD_PRELOAD": str(OPENBLAS)} if OPENBLAS.exists() else dict(os.environ)
+    return {**os.environ, "LD_PRELOAD": ":".join(libraries())}
 
 
 def null_engine(step_ms: float) -> dict[str, str]:

@@ -2,15 +2,13 @@
 should be on this device. The baseline is the largest chunk."""
 
 import contextlib
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from unittest.mock import patch
 
-from bench.models import folder, with_openblas
+from bench.models import folder
 from bench.result import Result, Row, alternate, median_ratio
 from tests.engine_client import EngineClient, engine
 
@@ -23,7 +21,6 @@ def run(quick: bool) -> Result:
     chunks, lengths = ((128, 512, 2048), (85, 1024)) if quick else (CHUNKS, PROMPTS)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, with_openblas()))
         # All loaded at once: an idle engine costs memory, no time.
         clients = {
             chunk: stack.enter_context(engine(folder(MODEL), max_chunk_tokens=chunk, max_rows=1)) for chunk in chunks

@@ -23,6 +23,9 @@ cdef struct Step:  # what an uncommitted step is made of, for the cost model
     long long context  # summed over the rows
     long long chunk  # tokens of all chunks
     double chunk_context  # summed over the chunks' tokens
+    double area  # tokens times context, summed over the chunks that go on or are not the last
+    int whole  # prompts that are prefilled whole, in one pass: padded to the longest
+    long long longest
 
 cdef struct Fit:  # ms = scale * sum(weight[i] * shape[i] * feature[i])
     double shape[3]
@@ -46,6 +49,14 @@ cdef inline void decode_features(double *x, Step *step) noexcept:
 
 cdef inline double chunk_context(double start, double tokens) noexcept:
     return tokens * (start + tokens / 2.0)
+
+
+cdef inline void add_area(Step *step, long long start, long long tokens, bint last) noexcept:
+    if start == 0 and last:
+        step.whole += 1
+        step.longest = max(step.longest, tokens)
+    else:
+        step.area += <double>tokens * (start + tokens)
 
 
 cdef inline void prefill_features(double *x, double tokens, double context) noexcept:

@@ -13,12 +13,14 @@ cdef enum State:
     ENDED  # by cancel, commit or its last planned token; holds its row and KV until release()
 
 cdef struct Seq:
-    long long kv_bytes  # held, in whole quanta; while queued: what its admission takes
+    long long held_bytes  # KV in whole quanta; none while queued
+    long long asked_bytes  # what its admission takes
     long long arrival  # kept through preemption
-    long long place  # in _line_up: what its client will have been served when its turn comes
+    long long place  # in line_up(): what its client will have been served when its turn comes
     int priority
     int client
     State state
+    bint has_row
     int overtaken
     long long target  # tokens to prefill: the prompt, and after a preemption the answer so far
     long long length  # tokens in its KV once the planned steps have run
@@ -27,11 +29,6 @@ cdef struct Seq:
     long long last_step  # last planned step that it is in
     long long id
     double deadline
-
-cdef struct Client:
-    long long served  # tokens prefilled and generated (the virtual counter of Sheng et al., OSDI 2024)
-    long long ahead  # in _line_up: what its earlier sequences will add
-    int live
 
 cdef struct Slots:  # sequences in one condition
     int *items

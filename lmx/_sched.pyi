@@ -85,18 +85,22 @@ class Scheduler:
         kv_quantum_tokens: int = 256,
         max_chunk_tokens: int = 512,
         max_wave_tokens: int = 2048,
+        max_chunk_area: int = 0,
         itl_target_ms: float = 250.0,
         max_step_ms: float = 4000.0,
     ) -> None:
         """
         A sequence takes a row and KV when its prefill begins, and keeps both until ``release``: its prompt's KV and one
-        token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time. Where that
-        would exceed the budget, the latest started of the lowest priority is preempted; the first started of the
-        highest never is.
+        token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time (with a
+        ``kv_bytes_per_token`` of 0 nothing grows, and only the constant part and the rows limit). Where that would
+        exceed the budget, the latest started of the lowest priority is preempted; the first started of the highest
+        never is.
 
         Beside decoding rows a chunk is sized so that the predicted step stays within ``itl_target_ms`` (a prompt's end
-        may stretch it by a tenth, rather than cost a pass of its own); ``max_step_ms`` bounds every step. A chunk has
-        at least 32 tokens, whatever is predicted, so that prompts always go on.
+        may stretch it by a tenth, rather than cost a pass of its own); ``max_step_ms`` bounds every step, and
+        ``max_chunk_area`` (0: none) its tokens times context, on which the memory for attention depends: summed over
+        the chunks, whole prompts as if padded to the longest. A chunk has at least 32 tokens, whatever is predicted, so
+        that prompts always go on.
 
         While nobody decodes, the prompt that ends in a step is joined by those next in order, a wave: each one whole
         and queued until now, of the same priority, of at most ``max_chunk_tokens``; all together at most 64 prompts,
@@ -127,10 +131,12 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Decide the next step. ``now`` (seconds, any zero) only decides which deadlines have passed. Raises
         RuntimeError when two steps are uncommitted."""
-    def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = ()) -> None:
+    def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
-        are committed in their order. Raises ValueError, with nothing changed, for another step or an unknown id."""
+        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to lie
+        between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
+        unknown id."""
     def releasable(self) -> tuple[int, ...]:
         """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""
     def release(self, seq: int) -> int:

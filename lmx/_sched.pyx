@@ -3,7 +3,19 @@
 Pure decisions in C structs: no MLX, no I/O, no clock (the time is an argument), no randomness; the same calls give the
 same plans. The engine's step loop is its only caller, from one thread. ``_sched.pyi`` is the contract,
 ``tests/sched_reference.py`` the same policy in plain Python. Read ``plan()`` and what stands below it for the
-policy; the use of the cost model (``_cost.pxd``) follows, then the public bookkeeping, then the C plumbing.
+policy; "who is next" stands in ``_order.pxd``; the use of the cost model (``_cost.pxd``) follows, then the public
+bookkeeping, then the C plumbing.
+
+**Planned counts as done.** A step changes lengths, counters and states while it is planned, before it has run: so the
+next one can be planned at once, and nothing has to be settled when it is committed but its cost and who ended in it.
+
+    state        row, KV   it becomes      by
+    QUEUED       no        PREFILLING      _admit: its first chunk is planned
+    PREFILLING   yes       DECODING        _take: its last chunk is planned (which draws its first token too)
+    DECODING     yes       ENDED           _generate: its last token is planned
+    PREFILLING, DECODING   QUEUED          _preempt: its row and KV are free at once; it prefills all again
+    any          as it was ENDED           _end, by cancel() and commit(finished), or a deadline in plan()
+    ENDED        as it was (forgotten)     release(), when no uncommitted step has it any more
 """
 
 from libc.math cimport INFINITY, isfinite
@@ -12,7 +24,8 @@ from libc.string cimport memset
 
 cimport cython
 
-from lmx._cost cimport Fit, Step, chunk_context, decode_features, observe, predict, prefill_features, start_fit
+from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
+from lmx._order cimport Clients, activate, first, first_begun, idle, line_up
 
 from dataclasses import dataclass
 
@@ -23,6 +36,7 @@ cdef enum:
     WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
+cdef long long NO_LIMIT = 2**62
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
 
@@ -66,20 +80,18 @@ cdef class Scheduler:
     cdef Seq *seqs
     cdef int capacity
     cdef Slots queue, running, ending  # queue: by arrival; running: PREFILLING and DECODING, oldest admission first
-    cdef Slots line  # what _line_up() found
+    cdef Slots line  # what line_up() found
     cdef dict slot_of
     cdef list free_slots
-    cdef Client *clients
-    cdef int client_capacity
+    cdef Clients clients
     cdef dict client_of
     cdef list free_clients
-    cdef int active_clients
-    cdef long long floor  # smallest `served` of the active clients; never falls
     cdef long long arrivals
     cdef int max_rows, rows_used
     cdef long long kv_budget_bytes, kv_used_bytes, kv_ending_bytes, quantum_bytes, kv_bytes_per_sequence
     cdef long long quantum_tokens, capacity_tokens
     cdef long long max_chunk_tokens, max_wave_tokens
+    cdef double max_chunk_area
     cdef double itl_target_ms, max_step_ms
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
@@ -99,8 +111,7 @@ cdef class Scheduler:
         cdef Step *step = &self.uncommitted[(self.planned + 1) & 1]
         plan.step = 0
         plan.decode = plan.prefills = plan.preempted = plan.expired = ()
-        step.rows = step.context = step.chunk = 0
-        step.chunk_context = 0.0
+        memset(step, 0, sizeof(Step))
         if now >= self.due:
             plan.expired = self._expire(now)
         if self._make_room(plan):
@@ -136,7 +147,7 @@ cdef class Scheduler:
             victim = -1
             for i in range(self.running.size):
                 seq = &self.seqs[self.running.items[i]]
-                if seq.state == DECODING and self._kv_bytes(seq.length + 1) > seq.kv_bytes:
+                if seq.state == DECODING and self._kv_bytes(seq.length + 1) > seq.held_bytes:
                     growth += self.quantum_bytes
                 if victim < 0 or seq.priority <= self.seqs[victim].priority:
                     victim = self.running.items[i]
@@ -162,8 +173,8 @@ cdef class Scheduler:
             seq = &self.seqs[slot]
             if seq.state == DECODING:
                 seq.length += 1
-                if self._kv_bytes(seq.length) > seq.kv_bytes:
-                    seq.kv_bytes += self.quantum_bytes
+                if self._kv_bytes(seq.length) > seq.held_bytes:
+                    seq.held_bytes += self.quantum_bytes
                     self.kv_used_bytes += self.quantum_bytes
                 step.rows += 1
                 step.context += seq.length
@@ -197,58 +208,22 @@ cdef class Scheduler:
         cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
         cdef int i, slot, begun
         cdef Seq *seq
-        self._line_up(priority)
+        cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
+        line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
         for i in range(self.line.size):
             slot = self.line.items[i]
             seq = &self.seqs[slot]
-            begun = self._first_begun()
+            begun = first_begun(self.seqs, &self.clients, &self.running)
             if (
                 seq.target > self.max_chunk_tokens
                 or step.chunk + seq.target > self.max_wave_tokens
-                or self.kv_used_bytes + seq.kv_bytes > self.kv_budget_bytes
+                or self.kv_used_bytes + seq.asked_bytes > self.kv_budget_bytes
                 or self._predict_ms(step, 0, seq.target) > limit_ms
+                or self._area(step, 0, seq.target, True) > self.max_chunk_area
                 or (begun >= 0 and self._first(begun, slot) == begun)
             ):
                 return
             self._take(plan, step, slot, seq.target)
-
-    cdef void _line_up(self, int priority) noexcept:
-        """Into ``line``: the queued of this priority that are next in order, as many as may join the step's first.
-
-        One pass finds them all: whoever is taken counts as served before the client's next one is compared with
-        others, so each one's place is its client's counter and the tokens of the client's earlier ones (the start tags
-        of Goyal et al., "Start-time Fair Queuing", 1996).
-        """
-        cdef int i, j, slot, most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
-        cdef Seq *seq
-        cdef Client *client
-        self.line.size = 0
-        if most == 0:
-            return
-        for i in range(self.client_capacity):
-            self.clients[i].ahead = 0
-        for i in range(self.queue.size):
-            slot = self.queue.items[i]
-            seq = &self.seqs[slot]
-            if seq.priority < priority:
-                continue
-            if seq.priority > priority:  # it waits for KV
-                self.line.size = 0
-                return
-            client = &self.clients[seq.client]
-            seq.place = client.served + client.ahead
-            client.ahead += seq.target + 1
-            j = self.line.size
-            if j < most:
-                self.line.size += 1
-            elif seq.place < self.seqs[self.line.items[j - 1]].place:
-                j -= 1
-            else:
-                continue
-            while j > 0 and seq.place < self.seqs[self.line.items[j - 1]].place:
-                self.line.items[j] = self.line.items[j - 1]
-                j -= 1
-            self.line.items[j] = slot
 
     cdef void _take(self, Plan plan, Step *step, int slot, long long tokens):
         """Prefill so many tokens of this prompt in the step; the prompt's last ones give its next token too."""
@@ -258,32 +233,25 @@ cdef class Scheduler:
         plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
         step.chunk += tokens
         step.chunk_context += chunk_context(seq.length, tokens)
+        add_area(step, seq.length, tokens, seq.length + tokens == seq.target)
         seq.length += tokens
         seq.last_step = self.planned + 1
-        self.clients[seq.client].served += tokens
+        self.clients.items[seq.client].served += tokens
         if seq.length == seq.target:
             seq.state = DECODING
             self.decoding_changed = True
             self._generate(slot)
-
-    cdef int _first_begun(self) noexcept:
-        """The first in order of those that prefill already; or -1."""
-        cdef int i, best = -1
-        for i in range(self.running.size):
-            if self.seqs[self.running.items[i]].state == PREFILLING:
-                best = self._first(best, self.running.items[i])
-        return best
 
     cdef int _next_prompt(self, bint admit) noexcept:
         """The first in order of those that prefill already and, if ``admit``, of the queued ones whose KV fits; or -1.
 
         The first queued one that does not fit may be overtaken MAX_OVERTAKEN times. Then nobody behind it is admitted.
         """
-        cdef int i, best = self._first_begun(), fits = -1, waits = -1
+        cdef int i, best = first_begun(self.seqs, &self.clients, &self.running), fits = -1, waits = -1
         cdef long long free_bytes = self.kv_budget_bytes - self.kv_used_bytes
         if admit:
             for i in range(self.queue.size):
-                if self.seqs[self.queue.items[i]].kv_bytes <= free_bytes:
+                if self.seqs[self.queue.items[i]].asked_bytes <= free_bytes:
                     fits = self._first(fits, self.queue.items[i])
                 else:
                     waits = self._first(waits, self.queue.items[i])
@@ -295,19 +263,68 @@ cdef class Scheduler:
             self.seqs[waits].overtaken += 1
         return fits
 
-    cdef int _first(self, int a, int b) noexcept:
-        """The order: priority, then the least-served client, then arrival. ``a`` may be -1."""
-        if a < 0:
-            return b
-        cdef Seq *x = &self.seqs[a]
-        cdef Seq *y = &self.seqs[b]
-        if x.priority != y.priority:
-            return a if x.priority > y.priority else b
-        cdef long long x_served = self.clients[x.client].served
-        cdef long long y_served = self.clients[y.client].served
-        if x_served != y_served:
-            return a if x_served < y_served else b
-        return a if x.arrival <= y.arrival else b
+    cdef void _admit(self, int slot) noexcept:
+        cdef Seq *seq = &self.seqs[slot]
+        remove_slot(&self.queue, slot)
+        append_slot(&self.running, slot)
+        seq.state = PREFILLING
+        seq.has_row = True
+        self.rows_used += 1
+        seq.held_bytes = seq.asked_bytes
+        self.kv_used_bytes += seq.held_bytes
+
+    cdef void _preempt(self, int slot) noexcept:
+        """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
+        cdef Seq *seq = &self.seqs[slot]
+        remove_slot(&self.running, slot)
+        seq.has_row = False
+        self.rows_used -= 1
+        self.kv_used_bytes -= seq.held_bytes
+        seq.held_bytes = 0
+        self.decoding_changed |= seq.state == DECODING
+        seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
+        self._enqueue(slot)
+        self.preemptions += 1
+
+    cdef void _enqueue(self, int slot) noexcept:
+        cdef Seq *seq = &self.seqs[slot]
+        seq.state = QUEUED
+        seq.length = 0
+        # Room for one decode step too, if there will be one; else it would be preempted as soon as it is admitted.
+        seq.asked_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
+        cdef int i = self.queue.size
+        append_slot(&self.queue, slot)
+        while i > 0 and self.seqs[self.queue.items[i - 1]].arrival > seq.arrival:  # it was preempted
+            self.queue.items[i] = self.queue.items[i - 1]
+            i -= 1
+        self.queue.items[i] = slot
+
+    cdef void _generate(self, int slot):
+        """The step being planned samples a token for this sequence; the last one ends it."""
+        cdef Seq *seq = &self.seqs[slot]
+        seq.generated += 1
+        seq.last_step = self.planned + 1
+        self.clients.items[seq.client].served += 1
+        if seq.generated == seq.max_tokens:
+            self._end(slot)
+
+    cdef void _end(self, int slot):
+        """Finished or cancelled: in no later plan. Its row and KV stay, because a planned step may still use them."""
+        cdef Seq *seq = &self.seqs[slot]
+        if seq.state == QUEUED:
+            remove_slot(&self.queue, slot)
+        else:
+            remove_slot(&self.running, slot)
+            self.decoding_changed |= seq.state == DECODING
+        self.kv_ending_bytes += seq.held_bytes
+        seq.state = ENDED
+        append_slot(&self.ending, slot)
+        idle(&self.clients, seq.client)
+
+    cdef inline int _first(self, int a, int b) noexcept:
+        return first(self.seqs, &self.clients, a, b)
+
+    # --- cost ---------------------------------------------------------------------------------------------------------
 
     cdef long long _chunk_tokens(self, Step *step, Seq *seq) noexcept:
         """The largest chunk whose step stays within the time limit: whole tiles, or all that is left."""
@@ -321,78 +338,26 @@ cdef class Scheduler:
             if not self.prefill_fit.seen:
                 most = min(most, FIRST_CHUNK)
         cdef long long tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self._predict_ms(step, seq.length, tokens) > limit_ms:
+        while tokens > TILE and (
+            self._predict_ms(step, seq.length, tokens) > limit_ms
+            or self._area(step, seq.length, tokens, tokens == left) > self.max_chunk_area
+        ):
             tokens -= TILE
         if (
             left - tokens < TILE
             and left <= most
+            and self._area(step, seq.length, left, True) <= self.max_chunk_area
             and self._predict_ms(step, seq.length, left)
             <= TAIL_SLACK * max(limit_ms, self._predict_ms(step, seq.length, tokens))
         ):
             return left
         return tokens
 
-    cdef void _admit(self, int slot) noexcept:
-        cdef Seq *seq = &self.seqs[slot]
-        remove_slot(&self.queue, slot)
-        append_slot(&self.running, slot)
-        seq.state = PREFILLING
-        self.rows_used += 1
-        self.kv_used_bytes += seq.kv_bytes
-
-    cdef void _preempt(self, int slot) noexcept:
-        """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
-        cdef Seq *seq = &self.seqs[slot]
-        remove_slot(&self.running, slot)
-        self.rows_used -= 1
-        self.kv_used_bytes -= seq.kv_bytes
-        self.decoding_changed |= seq.state == DECODING
-        seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
-        self._enqueue(slot)
-        self.preemptions += 1
-
-    cdef void _enqueue(self, int slot) noexcept:
-        cdef Seq *seq = &self.seqs[slot]
-        seq.state = QUEUED
-        seq.length = 0
-        # Room for one decode step too, if there will be one; else it would be preempted as soon as it is admitted.
-        seq.kv_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
-        cdef int i = self.queue.size
-        append_slot(&self.queue, slot)
-        while i > 0 and self.seqs[self.queue.items[i - 1]].arrival > seq.arrival:  # it was preempted
-            self.queue.items[i] = self.queue.items[i - 1]
-            i -= 1
-        self.queue.items[i] = slot
-
-    cdef void _generate(self, int slot):
-        """The step being planned samples a token for this sequence; the last one ends it."""
-        cdef Seq *seq = &self.seqs[slot]
-        seq.generated += 1
-        seq.last_step = self.planned + 1
-        self.clients[seq.client].served += 1
-        if seq.generated == seq.max_tokens:
-            self._end(slot)
-
-    cdef void _end(self, int slot):
-        """Finished or cancelled: in no later plan. Its row and KV stay, because a planned step may still use them."""
-        cdef Seq *seq = &self.seqs[slot]
-        cdef Client *client = &self.clients[seq.client]
-        if seq.state == QUEUED:
-            remove_slot(&self.queue, slot)
-            seq.kv_bytes = 0
-        else:
-            remove_slot(&self.running, slot)
-            self.decoding_changed |= seq.state == DECODING
-        self.kv_ending_bytes += seq.kv_bytes
-        seq.state = ENDED
-        append_slot(&self.ending, slot)
-        client.live -= 1
-        if client.live == 0:
-            self.active_clients -= 1
-            if self.active_clients == 0:
-                self.floor = client.served
-
-    # --- cost ---------------------------------------------------------------------------------------------------------
+    cdef double _area(self, Step *step, long long start, long long tokens, bint last) noexcept:
+        """Tokens times context of the step's prefill, with this chunk: what its attention may need memory for."""
+        cdef Step with_it = step[0]
+        add_area(&with_it, start, tokens, last)
+        return with_it.area + <double>with_it.whole * with_it.longest * with_it.longest
 
     cdef double _decode_ms(self, Step *step) noexcept:
         cdef double x[3]
@@ -426,10 +391,9 @@ cdef class Scheduler:
     def predict_ms(self, decode_rows, decode_context, chunks=()):
         cdef Step step
         cdef long long start, tokens
+        memset(&step, 0, sizeof(Step))
         step.rows = _whole("decode_rows", decode_rows, 0)
         step.context = _whole("decode_context", decode_context, 0)
-        step.chunk = 0
-        step.chunk_context = 0.0
         for chunk in chunks:
             start, tokens = _whole("chunk start", chunk[0], 0), _whole("chunk tokens", chunk[1], 0)
             step.chunk += tokens
@@ -448,6 +412,7 @@ cdef class Scheduler:
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
         max_wave_tokens=2048,
+        max_chunk_area=0,
         double itl_target_ms=250.0,
         double max_step_ms=4000.0,
     ):
@@ -455,17 +420,22 @@ cdef class Scheduler:
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0, 2**61)
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1, 2**20)
-        self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
+        self.quantum_bytes = self.quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
+        self.max_chunk_area = _whole("max_chunk_area", max_chunk_area, 0, 2**61) or INFINITY
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        self.capacity_tokens = (
-            max(0, self.kv_budget_bytes - self.kv_bytes_per_sequence) // self.quantum_bytes * self.quantum_tokens
-        )
+        if self.kv_bytes_per_sequence > self.kv_budget_bytes:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
+            self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
         self.due = INFINITY
         self.slot_of = {}
         self.free_slots = []
@@ -507,7 +477,7 @@ cdef class Scheduler:
         s.deadline = deadline
         s.target = prompt
         s.max_tokens = min(limit, self.capacity_tokens - prompt + 1)  # the last token is never put into the KV
-        s.client = self._activate(client)
+        s.client = activate(&self.clients, self.client_of, self.free_clients, client)
         self.due = min(self.due, deadline)
         self._enqueue(slot)
         return s.max_tokens
@@ -519,7 +489,7 @@ cdef class Scheduler:
         self._end(slot)
         return True
 
-    def commit(self, step, double elapsed_ms, finished=()):
+    def commit(self, step, double elapsed_ms, finished=(), bint learn=True):
         _check_time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
@@ -527,7 +497,8 @@ cdef class Scheduler:
             if seq not in self.slot_of:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed += 1
-        self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
+        if learn:
+            self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
         for seq in finished:
             self.cancel(seq)
 
@@ -541,11 +512,11 @@ cdef class Scheduler:
         cdef int slot = self.slot_of.get(seq, -1)
         if slot < 0 or self.seqs[slot].state != ENDED or self.seqs[slot].last_step > self.committed:
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
-        cdef long long freed_bytes = self.seqs[slot].kv_bytes
+        cdef long long freed_bytes = self.seqs[slot].held_bytes
         remove_slot(&self.ending, slot)
         self.kv_used_bytes -= freed_bytes
         self.kv_ending_bytes -= freed_bytes
-        self.rows_used -= freed_bytes > 0
+        self.rows_used -= self.seqs[slot].has_row
         del self.slot_of[seq]
         self.free_slots.append(slot)
         return freed_bytes
@@ -577,42 +548,6 @@ cdef class Scheduler:
         quanta = (tokens + self.quantum_tokens - 1) // self.quantum_tokens
         return self.kv_bytes_per_sequence + quanta * self.quantum_bytes
 
-    cdef int _activate(self, str name):
-        """Count one more live sequence of the client. One that was idle starts no lower than the active ones."""
-        cdef int i, index
-        cdef long long lowest = 2**62
-        if name not in self.client_of:
-            if not self.free_clients:
-                self._grow_clients()
-            index = self.free_clients.pop()
-            memset(&self.clients[index], 0, sizeof(Client))
-            self.client_of[name] = index
-        index = self.client_of[name]
-        cdef Client *client = &self.clients[index]
-        if client.live == 0:
-            for i in range(self.client_capacity):
-                if self.clients[i].live:
-                    lowest = min(lowest, self.clients[i].served)
-            if self.active_clients:
-                self.floor = lowest
-            client.served = max(client.served, self.floor)
-            self.active_clients += 1
-        client.live += 1
-        return index
-
-    cdef int _grow_clients(self) except -1:
-        """Forget idle clients that would come back at the floor anyway; if that is not much, double the table."""
-        for name, index in list(self.client_of.items()):
-            if self.clients[<int>index].live == 0 and self.clients[<int>index].served <= self.floor:
-                self.free_clients.append(self.client_of.pop(name))
-        if len(self.free_clients) <= self.client_capacity // 2:
-            size = max(16, 2 * self.client_capacity)
-            self.clients = <Client *>resized(self.clients, size * sizeof(Client))
-            memset(&self.clients[self.client_capacity], 0, (size - self.client_capacity) * sizeof(Client))
-            self.free_clients.extend(range(size - 1, self.client_capacity - 1, -1))
-            self.client_capacity = size
-        return 0
-
     cdef int _grow(self) except -1:
         cdef int i, size = max(64, 2 * self.capacity)
         self.seqs = <Seq *>resized(self.seqs, size * sizeof(Seq))
@@ -628,7 +563,7 @@ cdef class Scheduler:
 
     def __dealloc__(self):
         free(self.seqs)
-        free(self.clients)
+        free(self.clients.items)
         free(self.queue.items)
         free(self.running.items)
         free(self.ending.items)

@@ -5,17 +5,22 @@ Each later source overrides the earlier one, key by key. A key that does not exi
 lists every key with its default (a test holds the two together).
 """
 
+import difflib
+import logging
 import os
 import sys
 import tomllib
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lmx.errors import ConfigError
+
+logger = logging.getLogger("lmx")
 
 BackendName = Literal["auto", "mlx", "llama"]
 
@@ -59,6 +64,14 @@ class ModelSettings(_Section):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmx"
 
 
+def _library(value: str) -> str:
+    if value not in ("auto", "off") and not Path(value).is_file():
+        raise PydanticCustomError(
+            "no_file", 'there is no such file; give the path of libopenblas.so.0, "auto" or "off"'
+        )
+    return value
+
+
 class EngineSettings(_Section):
     max_rows: int = Field(8, ge=1, le=512)
     max_queue: int = Field(1024, ge=1)
@@ -75,7 +88,7 @@ class EngineSettings(_Section):
     restart_cooldown_s: float = Field(60.0, ge=0)
     max_restarts: int = Field(5, ge=0)
     max_unread_tokens: int = Field(8192, ge=1)
-    openblas: str = "auto"
+    openblas: Annotated[str, AfterValidator(_library)] = "auto"
     command: list[str] = []
 
 
@@ -131,7 +144,7 @@ def load_settings(
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.", param="--config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -155,7 +168,18 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 except tomllib.TOMLDecodeError as error:
                     raise ConfigError(f"{name}={value!r} is not a TOML value: {error}.", param=name) from None
             found[section][key] = value
+    known = [f"LMX_{section}_{key}".upper() for section, values in _keys().items() for key in values]
+    sections = tuple(f"LMX_{section}_".upper() for section in found)
+    for name in sorted(name for name in environ if name.startswith("LMX_") and name not in known):
+        nearest = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+        if nearest or name.startswith(sections):
+            meant = f"; did you mean {nearest[0]}?" if nearest else "; lmx.toml lists every setting."
+            logger.warning("the variable %s is no setting of lmx%s", name, meant)
     return found
+
+
+def _keys() -> dict[str, list[str]]:
+    return {section: list(values) for section, values in Settings().model_dump().items()}
 
 
 def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
@@ -163,7 +187,8 @@ def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
     section, *rest = (str(part) for part in first["loc"])
     key = ".".join(rest)
     if first["type"] == "extra_forbidden":
-        problem = "there is no such setting"
+        nearest = difflib.get_close_matches(key, _keys()[section], 1)
+        problem = "there is no such setting" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     else:
         problem = f"{first['msg']} (got {first['input']!r})"
     return ConfigError(

@@ -79,6 +79,8 @@ class Load:
     """"auto": where the device runs apart from Python; "on"; "off"."""
     batching: str = "auto"
     """"single": one sequence at a time, even where rows could share a step."""
+    openblas: str = "auto"
+    """MLX's BLAS on Linux: "auto", "off", or the path of libopenblas.so.0."""
     stats_interval_s: float = 1.0
     log_level: str = "info"
     """"debug": the libraries' own logs too."""

@@ -29,7 +29,6 @@ from lmx.protocol import (
     encode,
     pack_tokens,
 )
-from lmx.serving.openblas import engine_environment
 
 GREEDY = Sampling(seed=0, temperature=0.0)
 _SILENCE_S = 60.0
@@ -147,13 +146,11 @@ def engine(folder: Path, **options: Any) -> Iterator[EngineClient]:
 @contextmanager
 def engine_process(folder: Path, **options: Any) -> Iterator[EngineClient]:
     ours, theirs = socket.socketpair()
-    size_bytes = sum(file.stat().st_size for file in (folder.iterdir() if folder.is_dir() else [folder]))
     with ours:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lmx.engine", "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=engine_environment(options.get("backend", "mlx"), "auto", size_bytes),
             )
         try:
             ours.settimeout(_SILENCE_S)

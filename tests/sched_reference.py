@@ -12,6 +12,7 @@ from lmx._sched import NeverFits, Prefill, SchedulerStatistics
 TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
+NO_LIMIT = 2**62
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
 MAX_WAVE = 64
@@ -36,6 +37,7 @@ class Sequence:
     target: int
     max_tokens: int
     state: str = "queued"
+    has_row: bool = False
     started: int = 0
     overtaken: int = 0
     kv_bytes: int = 0
@@ -50,6 +52,8 @@ class Step:
     context: int = 0
     chunk: int = 0
     chunk_context: float = 0.0
+    area: float = 0.0
+    whole: tuple[int, ...] = ()
 
 
 @dataclass
@@ -122,6 +126,7 @@ class ReferenceScheduler:
         kv_quantum_tokens=256,
         max_chunk_tokens=512,
         max_wave_tokens=2048,
+        max_chunk_area=0,
         itl_target_ms=250.0,
         max_step_ms=4000.0,
     ):
@@ -129,16 +134,22 @@ class ReferenceScheduler:
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0)
         self.quantum_tokens = _whole("kv_quantum_tokens", kv_quantum_tokens, 1)
-        self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 1)
+        self.quantum_bytes = kv_quantum_tokens * _whole("kv_bytes_per_token", kv_bytes_per_token, 0)
         self.max_chunk_tokens = _whole("max_chunk_tokens", max_chunk_tokens, TILE)
         self.max_wave_tokens = _whole("max_wave_tokens", max_wave_tokens, 1)
+        self.max_chunk_area = _whole("max_chunk_area", max_chunk_area, 0) or math.inf
         for name, limit_ms in (("itl_target_ms", itl_target_ms), ("max_step_ms", max_step_ms)):
             if not (math.isfinite(limit_ms) and limit_ms > 0):
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        room_bytes = max(0, kv_budget_bytes - kv_bytes_per_sequence)
-        self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
+        room_bytes = kv_budget_bytes - kv_bytes_per_sequence
+        if room_bytes < 0:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
         self.sequences = {}
         self.served = {}
         self.floor = 0
@@ -160,7 +171,7 @@ class ReferenceScheduler:
         return sum(s.kv_bytes for s in self.sequences.values())
 
     def rows_used(self):
-        return sum(s.kv_bytes > 0 for s in self.sequences.values())
+        return sum(s.has_row for s in self.sequences.values())
 
     def kv_bytes_for(self, tokens):
         return self.kv_bytes_per_sequence + math.ceil(tokens / self.quantum_tokens) * self.quantum_bytes
@@ -201,7 +212,7 @@ class ReferenceScheduler:
             victim = min(self.running(), key=lambda s: (s.priority, -s.started))
             if victim.state == "decoding":
                 victim.target = victim.length + 1
-            victim.state, victim.length, victim.kv_bytes = "queued", 0, 0
+            victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
             self.preemptions += 1
             plan.preempted += (victim.id,)
 
@@ -236,16 +247,21 @@ class ReferenceScheduler:
             and s.target <= self.max_chunk_tokens
             and step.chunk + s.target <= self.max_wave_tokens
             and self.cost_ms(step, 0, s.target) <= min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+            and self.area(step, s, s.target) <= self.max_chunk_area
         )
         return s if fits else None
 
     def take(self, plan, step, s, tokens):
         if s.state == "queued":
             self.starts += 1
-            s.state, s.started, s.kv_bytes = "prefilling", self.starts, self.admission_bytes(s)
+            s.state, s.has_row, s.started, s.kv_bytes = "prefilling", True, self.starts, self.admission_bytes(s)
         plan.prefills += (Prefill(s.id, s.length, tokens, s.length + tokens == s.target),)
         step.chunk += tokens
         step.chunk_context += tokens * (s.length + tokens / 2.0)
+        if tokens == s.target:
+            step.whole += (tokens,)
+        else:
+            step.area += tokens * (s.length + tokens)
         s.length += tokens
         s.last_step = self.planned + 1
         self.served[s.client] += tokens
@@ -282,12 +298,18 @@ class ReferenceScheduler:
         if left <= TILE:
             return left
         tokens = min(left, most) // TILE * TILE
-        while tokens > TILE and self.cost_ms(step, s.length, tokens) > limit_ms:
+        while tokens > TILE and (
+            self.cost_ms(step, s.length, tokens) > limit_ms or self.area(step, s, tokens) > self.max_chunk_area
+        ):
             tokens -= TILE
         slack_ms = TAIL_SLACK * max(limit_ms, self.cost_ms(step, s.length, tokens))
-        if left - tokens < TILE and left <= most and self.cost_ms(step, s.length, left) <= slack_ms:
-            return left
-        return tokens
+        whole_left = (
+            left - tokens < TILE
+            and left <= most
+            and self.area(step, s, left) <= self.max_chunk_area
+            and self.cost_ms(step, s.length, left) <= slack_ms
+        )
+        return left if whole_left else tokens
 
     def generate(self, s):
         s.generated += 1
@@ -302,6 +324,11 @@ class ReferenceScheduler:
             self.floor = self.served[s.client]
 
     # --- cost ---
+
+    def area(self, step, s, tokens):
+        whole = step.whole + (tokens,) * (tokens == s.target)
+        padded = float(len(whole)) * max(whole, default=0) * max(whole, default=0)
+        return step.area + padded + (0.0 if tokens == s.target else float(tokens * (s.length + tokens)))
 
     def decode_ms(self, step):
         return self.decode_fit.predict((1.0, step.rows, step.context)) if step.rows else 0.0
@@ -361,7 +388,7 @@ class ReferenceScheduler:
         self.end(self.sequences[seq])
         return True
 
-    def commit(self, step, elapsed_ms, finished=()):
+    def commit(self, step, elapsed_ms, finished=(), learn=True):
         _time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
@@ -369,7 +396,9 @@ class ReferenceScheduler:
             if seq not in self.sequences:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed = step
-        self.learn(self.uncommitted.pop(step), elapsed_ms)
+        committed = self.uncommitted.pop(step)
+        if learn:
+            self.learn(committed, elapsed_ms)
         for seq in finished:
             self.cancel(seq)
 

@@ -120,6 +120,35 @@ def test_a_list_of_templates_is_chosen_from(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", "\ufeffhere"),
+        ("chat_template.json", json.dumps({"chat_template": "here"})),
+        ("chat_template.json", json.dumps({"chat_template": {"default": "here", "tool_use": "tools"}})),
+        ("processor_config.json", json.dumps({"chat_template": "here"})),
+        ("additional_chat_templates/default.jinja", "here"),
+    ],
+)
+def test_a_template_is_found_wherever_transformers_reads_one(file: str, content: str, folder: Path) -> None:
+    write_tokenizer(folder, chat_template=None)
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(content, encoding="utf-8")
+    (folder / "additional_chat_templates").mkdir(exist_ok=True)
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (folder / "additional_chat_templates" / "._tool_use.jinja").write_bytes(b"\0\5\x16\7 AppleDouble {% if %}")
+    model = ChatModel.load(folder)
+    assert (rendered(model, USER), rendered(model, USER, tools=[{"type": "function"}])) == ("here", "tools")
+
+
+def test_templates_of_a_dictionary_are_chosen_from(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    templates = {"default": "plain", "tool_use": "tools"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}), encoding="utf-8-sig")
+    model = ChatModel.load(folder)
+    assert (rendered(model, USER), rendered(model, USER, tools=[{"type": "function"}])) == ("plain", "tools")
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
@@ -162,7 +191,7 @@ def test_a_model_without_a_template_says_so(folder: Path) -> None:
     [
         ("tokenizer.json", "{", r"tokenizer\.json cannot be used"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
-        ("tokenizer_config.json", '{"chat_template": 3}', "neither a string nor a list"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "neither a string nor named templates"),
         ("chat_template.jinja", "a\n{% if %}", "does not compile: line 2"),
         ("config.json", "[]", r"config\.json holds a JSON list"),
     ],

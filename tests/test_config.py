@@ -60,7 +60,7 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         ("\udcff", {}, ["lmx.toml", "not valid TOML"]),
         ("[sever]\nport = 1", {}, ["[sever]", "[server]", "[engine]"]),
         ("port = 1", {}, ["[port]", "[server]"]),
-        ("[server]\nprot = 1", {}, ["[server] prot", "no such setting"]),
+        ("[server]\nprot = 1", {}, ["[server] prot", "no such setting", "did you mean port?"]),
         ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "LMX_SERVER_PORT"]),
         ("[engine]\nmax_rows = 0", {}, ["[engine] max_rows", "greater than or equal to 1"]),
         ("[engine]\nmax_chunk_tokens = 100", {}, ["[engine] max_chunk_tokens", "multiple of 32"]),
@@ -81,6 +81,22 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, environ: dict[str, str], 
     with pytest.raises(ConfigError) as caught:
         load_settings(path, environ)
     assert [word for word in words if word not in caught.value.message] == []
+
+
+def test_a_misspelt_variable_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"LMX_SERVER_PROT": "1", "LMX_ENGIN_MAX_ROWS": "2", "LMX_SERVER_WHATEVER": "3", "LMX_NULL_STEP_MS": "4"}
+    assert load_settings(None, environ | {"LMX_SERVER_PORT": "5"}).server.port == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "the variable LMX_ENGIN_MAX_ROWS is no setting of lmx; did you mean LMX_ENGINE_MAX_ROWS?",
+        "the variable LMX_SERVER_PROT is no setting of lmx; did you mean LMX_SERVER_PORT?",
+        "the variable LMX_SERVER_WHATEVER is no setting of lmx; lmx.toml lists every setting.",
+    ]
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "lmx.toml"
+    path.write_text("[server]\nport = 7", encoding="utf-8-sig")
+    assert load_settings(path, {}).server.port == 7
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
@@ -132,6 +137,46 @@ def test_a_repository_is_found_in_the_hugging_face_cache(
     assert (found.id, found.format, found.path.name) == ("some-org/Tiny-Llama", "mlx", "abc123")
     with pytest.raises(ModelNotFound, match="hf download some-org/Other"):
         resolve("some-org/Other", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_dot_files_are_never_models(
+    kind: str, original: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AppleDouble files, which macOS leaves on disks of other systems and in archives."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "abc123"
+    if kind == "folder":
+        shutil.copytree(original, snapshot)
+    else:
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.gguf").symlink_to(gguf)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc123")
+    for name in ("._model.gguf", "._model.safetensors", "._config.json", "._mmproj.gguf"):
+        (snapshot / name).write_bytes(b"\0\5\x16\7")
+    found = resolve("org/model", tmp_path / "ours", "mlx")
+    assert (found.id, found.format) == ("org/model", "mlx" if kind == "folder" else "gguf")
+
+
+def test_a_model_has_the_name_that_the_user_gave_it(original: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some-org--Tiny--Llama" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(original, snapshot)
+    (tmp_path / "nice").symlink_to(snapshot)
+    assert resolve(str(tmp_path / "nice"), tmp_path / "ours").id == "nice"
+    assert resolve(f"{tmp_path}/nice/", tmp_path / "ours").id == "nice"
+    assert resolve(str(snapshot), tmp_path / "ours").id == "some-org/Tiny--Llama"
+    (tmp_path / "odd\udcff").symlink_to(snapshot)
+    assert resolve(str(tmp_path / "odd\udcff"), tmp_path / "ours").id == "odd\ufffd"
+
+
+@pytest.mark.parametrize("stem", ["x" * 230, "ü" * 120, "odd\udcff"])
+def test_a_gguf_file_may_have_any_name(stem: str, gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{stem}.gguf"
+    path.symlink_to(gguf)
+    found = resolve(str(path), tmp_path / "ours", "mlx")
+    assert found.id == stem.replace("\udcff", "\ufffd")
+    assert (found.words / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "../nothing", "/no/such/file.gguf", "a/b/c", "a\0b", "x" * 5000])

@@ -231,6 +231,32 @@ def test_never_fits_and_the_budget_as_a_limit_of_max_tokens(implementation):
 
 
 @BOTH
+@pytest.mark.parametrize("per_sequence", [0, 100])
+def test_where_nothing_grows_with_the_tokens_only_rows_and_the_constant_part_limit(implementation, per_sequence):
+    sizes = {"kv_bytes_per_token": 0, "kv_bytes_per_sequence": per_sequence, "kv_budget_bytes": 250, "max_rows": 3}
+    scheduler = make(implementation, **sizes)
+    for seq in range(4):
+        assert scheduler.submit(seq, 100_000, 2**40) == 2**40
+    for _ in range(1000):
+        run(scheduler)
+    figures = scheduler.statistics()
+    assert (figures.decoding, figures.kv_used_bytes) == ((2, 200) if per_sequence else (3, 0))
+    for seq in range(4):
+        scheduler.cancel(seq)
+    run(scheduler)
+    scheduler.submit(9, 10, 2)
+    assert [decode for decode, _ in drain(scheduler)] == [(), (9,)]
+
+
+@BOTH
+def test_a_constant_part_beyond_the_budget_never_fits(implementation):
+    scheduler = make(implementation, kv_bytes_per_token=0, kv_bytes_per_sequence=300, kv_budget_bytes=250)
+    with pytest.raises(NeverFits) as refusal:
+        scheduler.submit(1, 1, 1)
+    assert (refusal.value.needed_bytes, refusal.value.budget_bytes) == (300, 250)
+
+
+@BOTH
 @pytest.mark.parametrize(("prompt_tokens", "max_tokens", "quanta"), [(63, 9, 2), (64, 9, 3), (64, 1, 2), (1, 1, 1)])
 def test_admission_takes_whole_quanta_for_the_prompt_and_the_first_decode(
     implementation, prompt_tokens, max_tokens, quanta
@@ -593,6 +619,24 @@ def test_a_lasting_change_of_speed_is_learned_in_three_steps(implementation):
     assert scheduler.predict_ms(1, 100) == pytest.approx(400.0, rel=0.05)
 
 
+@BOTH
+def test_a_chunk_keeps_to_the_area_of_tokens_times_context(implementation):
+    scheduler = make(implementation, max_chunk_tokens=512, max_chunk_area=200_000)
+    scheduler.submit(1, 5000, 1)
+    chunks = [chunk for _, [chunk] in drain(scheduler)]
+    assert all(tokens == 32 or tokens * (start + tokens) <= 200_000 for _, start, tokens in chunks)
+    assert [tokens for *_, tokens in chunks[:3]] == [416, 256, 192]
+    assert chunks[-1] == (1, 4960, 40)
+
+
+@BOTH
+def test_prompts_that_start_together_keep_to_the_area_as_padded_to_the_longest(implementation):
+    scheduler = measured(implementation, max_chunk_area=4 * 100 * 100)
+    for seq, prompt_tokens in enumerate((60, 60, 100, 60, 60), start=1):
+        scheduler.submit(seq, prompt_tokens, 3)
+    assert starting(scheduler) == [1, 2, 3, 4]
+
+
 # --- errors -------------------------------------------------------------------------------------------
 
 
@@ -603,7 +647,7 @@ def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implem
     for name in ("max_rows", "kv_budget_bytes", "kv_bytes_per_token", "kv_bytes_per_sequence", "kv_quantum_tokens"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
-    for name in ("max_chunk_tokens", "max_wave_tokens", "itl_target_ms", "max_step_ms"):
+    for name in ("max_chunk_tokens", "max_wave_tokens", "max_chunk_area", "itl_target_ms", "max_step_ms"):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make(implementation, **{name: value})
     good = {"seq": 1, "prompt_tokens": 10, "max_tokens": 5, "priority": 0, "deadline": 9.0}

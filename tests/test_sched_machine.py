@@ -25,22 +25,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_rows=st.integers(1, 6),
         quanta=st.integers(1, 30),
         quantum_tokens=st.sampled_from([8, 32, 50]),
+        per_token=st.sampled_from([10, 10, 10, 0]),
         per_sequence=st.sampled_from([0, 70]),
         max_chunk_tokens=st.sampled_from([32, 64, 200]),
         max_wave_tokens=st.sampled_from([1, 100, 400]),
+        max_chunk_area=st.sampled_from([0, 0, 1, 5_000, 20_000]),
         itl_target_ms=st.sampled_from([1.0, 30.0, 250.0]),
     )
-    def start(self, max_rows, quanta, quantum_tokens, per_sequence, max_chunk_tokens, max_wave_tokens, itl_target_ms):
+    def start(
+        self,
+        max_rows,
+        quanta,
+        quantum_tokens,
+        per_token,
+        per_sequence,
+        max_chunk_tokens,
+        max_wave_tokens,
+        max_chunk_area,
+        itl_target_ms,
+    ):
+        self.max_chunk_area = max_chunk_area or float("inf")
         self.max_rows, self.max_chunk_tokens, self.max_wave_tokens = max_rows, max_chunk_tokens, max_wave_tokens
         self.budget_bytes = quanta * quantum_tokens * 10 + per_sequence
         sizes = {
             "max_rows": max_rows,
             "kv_budget_bytes": self.budget_bytes,
-            "kv_bytes_per_token": 10,
+            "kv_bytes_per_token": per_token,
             "kv_bytes_per_sequence": per_sequence,
             "kv_quantum_tokens": quantum_tokens,
             "max_chunk_tokens": max_chunk_tokens,
             "max_wave_tokens": max_wave_tokens,
+            "max_chunk_area": max_chunk_area,
             "itl_target_ms": itl_target_ms,
         }
         self.compiled, self.reference = Scheduler(**sizes), ReferenceScheduler(**sizes)
@@ -156,22 +171,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(chunk.last for chunk in plan.prefills)
             assert all(chunk.start == 0 for chunk in plan.prefills[1:])
             assert sum(chunk.tokens for chunk in plan.prefills) <= self.max_wave_tokens
+            longest = max(chunk.tokens for chunk in plan.prefills)
+            assert len(plan.prefills) * longest**2 <= self.max_chunk_area or plan.prefills[0].start
         for chunk in plan.prefills:
+            assert chunk.tokens <= 32 or chunk.tokens * (chunk.start + chunk.tokens) <= self.max_chunk_area
             assert 0 < chunk.tokens <= self.max_chunk_tokens
             assert chunk.start == (0 if chunk.start == 0 else self.prefilled[chunk.seq])
             self.prefilled[chunk.seq] = chunk.start + chunk.tokens
 
     @precondition(lambda self: self.planned_members)
-    @rule(elapsed_ms=st.floats(0.0, 5000.0), data=st.data())
-    def commit(self, elapsed_ms, data):
+    @rule(elapsed_ms=st.floats(0.0, 5000.0), learn=st.sampled_from([True, True, False]), data=st.data())
+    def commit(self, elapsed_ms, learn, data):
         step = min(self.planned_members)
         members = sorted(self.planned_members[step])
-        self.commit_step(elapsed_ms, data.draw(st.lists(st.sampled_from(members), unique=True)) if members else [])
+        finished = data.draw(st.lists(st.sampled_from(members), unique=True)) if members else []
+        self.commit_step(elapsed_ms, finished, learn)
 
-    def commit_step(self, elapsed_ms, finished):
+    def commit_step(self, elapsed_ms, finished, learn=True):
         step = min(self.planned_members)
         finished = [seq for seq in finished if seq not in self.released]
-        self.both("commit", step, elapsed_ms, finished)
+        before_ms = self.compiled.predict_ms(2, 100, [(0, 50)])
+        self.both("commit", step, elapsed_ms, finished, learn)
+        assert learn or self.compiled.predict_ms(2, 100, [(0, 50)]) == before_ms
         del self.planned_members[step]
         for seq in finished:
             self.end(seq)

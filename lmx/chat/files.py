@@ -30,24 +30,43 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    """From chat_template.jinja or else tokenizer_config.json. None: the model has none. Raises ModelInvalid."""
-    path = folder / "chat_template.jinja"
-    source = settings.get("chat_template")
-    if path.is_file():
-        source = path.read_text(encoding="utf-8", errors="replace")
-    else:
-        path = folder / "tokenizer_config.json"
-    if not source:
-        return None
+    """From every place that transformers reads one from. None: the model has none. Raises ModelInvalid."""
+    sources: dict[str, str] = {}
+    path = folder / "tokenizer_config.json"
     try:
-        sources = {"default": source} if isinstance(source, str) else {t["name"]: t["template"] for t in source}
-        return ChatTemplate(sources, named_tokens(settings))
+        # Later ones win: the files of their own are what newer versions write.
+        sources |= _named_templates(settings.get("chat_template"))
+        for path in (folder / "processor_config.json", folder / "chat_template.json"):
+            sources |= _named_templates(_optional_json(path).get("chat_template"))
+        for path in sorted((folder / "additional_chat_templates").glob("[!.]*.jinja")):
+            sources[path.stem] = _read_text(path)
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            sources["default"] = _read_text(path)
+    except (TypeError, KeyError):
+        raise ModelInvalid(f"the chat_template in {path} is neither a string nor named templates.") from None
+    try:
+        return ChatTemplate(sources, named_tokens(settings)) if sources else None
     except jinja2.TemplateSyntaxError as error:
         raise ModelInvalid(
-            f"the chat template in {path} does not compile: line {error.lineno}: {error.message}."
+            f"a chat template of {folder} does not compile: line {error.lineno}: {error.message}."
         ) from None
-    except (TypeError, KeyError):
-        raise ModelInvalid(f"the chat_template in {path} is neither a string nor a list of named templates.") from None
+
+
+def _named_templates(value: Any) -> dict[str, str]:
+    """A string, {name: template}, or a list of {"name": …, "template": …}. Raises TypeError or KeyError."""
+    if not value:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    named = value if isinstance(value, dict) else {entry["name"]: entry["template"] for entry in value}
+    if not all(isinstance(text, str) for item in named.items() for text in item):
+        raise TypeError
+    return named
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def read_eos_ids(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:

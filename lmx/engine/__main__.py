@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from lmx.engine.backend import Backend
 from lmx.engine.link import Link, ServerGone
@@ -70,9 +71,22 @@ def _loader(backend: str) -> Callable[[Load], Backend]:
         from lmx.engine.llama.backend import LlamaBackend
 
         return LlamaBackend.load
+    return _load_mlx
+
+
+def _load_mlx(options: Load) -> Backend:
+    from lmx.engine.mlx import blas
+
+    weights_bytes = sum(file.stat().st_size for file in Path(options.path).glob("*.safetensors"))
+    try:
+        used = blas.load(options.openblas, weights_bytes)
+    except OSError as error:
+        raise ModelInvalid(f"[engine] openblas: {options.openblas!r} cannot be loaded: {error}.") from None
     from lmx.engine.mlx.backend import MLXBackend
 
-    return MLXBackend.load
+    backend = MLXBackend.load(options)
+    backend.facts.probes["BLAS"] = used
+    return backend
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Every function takes ``xp`` (``mlx.core`` or ``numpy``), so both back ends draw 
 depends on its own logits, its own ``Sampling`` and noise keyed by (seed, position, token), and on nothing else in the
 batch. Nothing here reads a device array back: the graph stays lazy. Called by the back ends, once a step.
 
+Whatever the logits and the parameters are, nothing raises: a row draws one of the vocabulary's ids or is ``bad``.
+Numbers that float32 cannot work with are brought to the nearest that it can.
+
 Order: penalties and bias, temperature, min-p, top-k, top-p (as vLLM). The draw is the Gumbel-max trick, with noise
 from an integer hash (1.8 ms for 8 rows of 49,152 on the CPU). Inverting the cumulative
 distribution needs one random number a row, but the last bits of the logits, which differ between batch shapes, move
@@ -28,6 +31,9 @@ _SELECT_LIMIT = 1024
 # Below the likeliest by this much (in nats, after the temperature) a token cannot be drawn: noise lies in (-2.9, 16.7).
 # Nor do all such tokens together change a sum of probabilities in float32 (262,144 · e^-30 is 2^-25).
 _SPAN = 30.0
+# Parameters are kept within these: their products with any logit of a model are finite in float32, and neither they nor
+# their reciprocals are flushed to zero on a GPU. A smaller temperature draws as this one does.
+_LEAST, _MOST = 1e-20, 1e20
 
 Array = Any
 
@@ -51,7 +57,7 @@ class Drawn:
     tokens: Array
     """(B,) int32."""
     bad: Array
-    """(B,) bool: the row's logits hold NaN or +inf; its token means nothing."""
+    """(B,) bool: the row's logits hold NaN or +inf, or nothing but -inf; its token means nothing."""
     logprobs: Array | None = None
     """(B,) float32, of the drawn tokens under the unscaled distribution; None if no row asked."""
     top_ids: Array | None = None
@@ -71,13 +77,13 @@ class SamplingBatch:
         self._ids = xp.arange(vocab_size, dtype=xp.uint32)[None]
         self._narrow = xp is np and len(rows) == 1
         """Shapes may depend on values, so only the tokens that can win need noise and order."""
-        self._temperature = self._column([row.temperature or 1.0 for row in rows])
+        self._temperature = self._column([row.temperature or 1.0 for row in rows], low=_LEAST)
         self._is_greedy = xp.array([row.temperature == 0 for row in rows])
         self._log_min_p = None
         if any(row.min_p > 0 for row in rows):
-            self._log_min_p = self._column([np.log(row.min_p) if row.min_p > 0 else -np.inf for row in rows])
+            self._log_min_p = self._column([np.log(min(row.min_p, 1.0)) if row.min_p > 0 else -_MOST for row in rows])
         if self.penalised:
-            self._repetition = self._column([row.repetition_penalty for row in rows])
+            self._repetition = self._column([row.repetition_penalty for row in rows], low=_LEAST)
             self._presence = self._column([row.presence_penalty for row in rows])
             self._frequency = self._column([row.frequency_penalty for row in rows])
         self._bias = None
@@ -85,12 +91,12 @@ class SamplingBatch:
             bias = np.zeros((len(rows), vocab_size), np.float32)
             for index, row in enumerate(rows):
                 for token, value in (row.logit_bias or {}).items():
-                    bias[index, token] += value
+                    bias[index, token] = _bounded(value)
             self._bias = xp.array(bias)
         self._nucleus(rows, vocab_size)
 
-    def _column(self, values: Sequence[float]) -> Array:
-        return self.xp.array(np.asarray(values, np.float32)[:, None])
+    def _column(self, values: Sequence[float], low: float = -_MOST) -> Array:
+        return self.xp.array(np.asarray([_bounded(value, low) for value in values], np.float32)[:, None])
 
     def _nucleus(self, rows: Sequence[Sampling], vocab_size: int) -> None:
         """Rows that need their logits ordered (top-k, top-p): only those pay for it."""
@@ -116,10 +122,14 @@ class SamplingBatch:
         ``logits``: (B, V) of any float type. ``keys``: one a row, see ``draw_key``. ``counts``: seen and generated,
         each (B, V), when ``penalised``: how often a token stands in prompt and answer, and in the answer.
         """
+        with np.errstate(all="ignore"):
+            return self._draw(logits, keys, counts)
+
+    def _draw(self, logits: Array, keys: Sequence[int], counts: Sequence[Array] | None) -> Drawn:
         xp = self.xp
         raw = logits if logits.dtype == xp.float32 else logits.astype(xp.float32)
-        total = xp.sum(raw, axis=-1)
-        bad = xp.isnan(total) | (total == xp.inf)
+        top = xp.max(raw, axis=-1, keepdims=True)
+        bad = ~xp.isfinite(top[:, 0])
         x = raw
         if self.penalised:
             assert counts is not None
@@ -132,7 +142,6 @@ class SamplingBatch:
             tokens = xp.where(self._is_greedy, tokens, sampled)
         if not self.wants_logprobs:
             return Drawn(tokens, bad)
-        top = xp.max(raw, axis=-1, keepdims=True)
         logprobs = raw - (top + xp.log(xp.sum(xp.exp(raw - top), axis=-1, keepdims=True)))
         n = min(TOP_LOGPROBS, raw.shape[-1])
         ids = xp.argpartition(-logprobs, n - 1, axis=-1)[:, :n]
@@ -154,13 +163,14 @@ class SamplingBatch:
 
     def _sample(self, x: Array, keys: Array) -> Array:
         xp = self.xp
-        x = x / self._temperature
-        x = x - xp.max(x, axis=-1, keepdims=True)
+        # Shifted before it is scaled: the likeliest stays 0, and finite, at any temperature.
+        x = (x - xp.max(x, axis=-1, keepdims=True)) / self._temperature
         if self._log_min_p is not None:
-            x = xp.where(x >= self._log_min_p, x, -xp.inf)
+            x = xp.where(x < self._log_min_p, -xp.inf, x)
         ids = self._ids
         if self._narrow:
-            keep = np.flatnonzero(x[0] >= -_SPAN)
+            # NaN counts as near, so that a row of nothing else keeps something.
+            keep = np.flatnonzero(~(x[0] < -_SPAN))
             x, ids = x[:, keep], ids[:, keep]
         if self._nucleus_rows is not None:
             x = xp.where(x >= self._threshold(x), x, -xp.inf)
@@ -201,6 +211,11 @@ class SamplingBatch:
         threshold = xp.take_along_axis(x, last, axis=-1)
         none = xp.full((1, 1), -xp.inf, dtype=xp.float32)
         return xp.concatenate([threshold, none])[self._nucleus_back]
+
+
+def _bounded(value: float, low: float = -_MOST) -> float:
+    """The nearest value in [low, _MOST]; NaN gives ``low``."""
+    return min(max(low, value), _MOST)
 
 
 def penalised(row: Sampling) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lmx.errors import ModelInvalid
 from lmx.hub.folder import inspect_folder, read_json
-from lmx.hub.gguf_parts import model_name, part_paths
+from lmx.hub.gguf_parts import model_name, part_paths, printable
 
 CONVERTER_VERSION = 3
 """Raise it when the converter writes something else for the same file."""
@@ -27,6 +27,7 @@ REFUSED = 3
 """Exit status of the converter when the file is at fault and stderr holds the message for the user."""
 WORDS_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 _HEAD_BYTES = 1024 * 1024
+_NAME_BYTES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,4 +114,6 @@ def _folder(source: Path, parent: Path) -> Path:
     for stat in stats:
         digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode())
     digest.update(f"{CONVERTER_VERSION}".encode())
-    return parent.expanduser() / f"{model_name(source)}-{digest.hexdigest()[:16]}"
+    # Short enough to leave room, in the 255 bytes of a file name, for what stands around it while a converter works.
+    name = printable(model_name(source), _NAME_BYTES)
+    return parent.expanduser() / f"{name}-{digest.hexdigest()[:16]}"

@@ -3,6 +3,7 @@
 Names only, nothing is opened. Called by the inventory, by the key of a conversion, and by the converter.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -22,3 +23,8 @@ def model_name(path: Path) -> str:
     """The file's name without ".gguf" and the number of a part."""
     found = _PART.fullmatch(path.stem)
     return found["stem"] if found else path.stem
+
+
+def printable(name: str, most_bytes: int = 255) -> str:
+    """A file's name as text that every log and JSON can hold, cut to so many bytes of UTF-8."""
+    return os.fsencode(name).decode(errors="replace").encode()[:most_bytes].decode(errors="ignore")

@@ -19,7 +19,7 @@ from lmx.hub import backends
 from lmx.hub.backends import Backend, Wanted
 from lmx.hub.conversion import weights_folder, words_folder
 from lmx.hub.folder import inspect_folder
-from lmx.hub.gguf_parts import model_name, part_paths
+from lmx.hub.gguf_parts import model_name, part_paths, printable
 
 logger = logging.getLogger("lmx")
 
@@ -66,19 +66,20 @@ def resolve(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder
     """Find the model called ``name`` and choose its engine, ``backend`` if that is one. What is made of a GGUF file
     goes into ``cache_dir`` at its first use.
 
-    An existing path wins over a repository of the same name. Raises ModelNotFound, or ModelInvalid naming the file.
+    An existing path wins over a repository of the same name. Links stay as they were named: in the Hugging Face cache
+    it is they that have the files' names. Raises ModelNotFound, or ModelInvalid naming the file.
     """
     if name == EMBEDDED_ID:
         return replace(_from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID, backend), sampling=_EMBEDDED_SAMPLING)
     expanded = os.path.expanduser(name)  # os.path, because pathlib raises on names that cannot be paths
     if os.path.isdir(expanded):
-        path = Path(expanded).resolve()
-        return _from_folder(path, path.name, backend)
+        path = Path(os.path.abspath(expanded))
+        return _from_folder(path, _folder_name(path), backend)
     if os.path.isfile(expanded):
-        path = Path(os.path.abspath(expanded))  # links stay: in the Hugging Face cache they have the files' names
+        path = Path(os.path.abspath(expanded))
         if path.suffix.lower() != ".gguf":
             raise ModelInvalid(f"{path} is a file, but no .gguf file. Name a model's folder or a .gguf file.")
-        return _from_gguf(path, cache_dir, model_name(path), backend)
+        return _from_gguf(path, cache_dir, printable(model_name(path)), backend)
     hint = ""
     if _REPOSITORY.fullmatch(name):
         snapshot = _cached_snapshot(name)
@@ -90,6 +91,14 @@ def resolve(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder
         f"There is no model {name[:200]!r}: it is neither a folder, nor a .gguf file, nor a repository in the local "
         f"Hugging Face cache, nor the embedded model {EMBEDDED_ID!r}.{hint}"
     )
+
+
+def _folder_name(path: Path) -> str:
+    """Its own, or that of the repository whose snapshot in the Hugging Face cache it is."""
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return printable(path.name)
 
 
 def _from_folder(path: Path, model_id: str, wanted: Wanted) -> ModelFolder:
@@ -169,10 +178,10 @@ def _cached_snapshot(repository: str) -> Path | None:
 
 def _only_gguf(snapshot: Path) -> Path | None:
     """The GGUF file of a snapshot without MLX weights; of a split one the first part. Raises ModelInvalid if there are
-    several. A projector for images (mmproj) is no model of its own."""
-    if any(snapshot.glob("*.safetensors")):
+    several. A projector for images (mmproj) is no model of its own, nor is a dot file (AppleDouble's ``._NAME``)."""
+    if any(snapshot.glob("[!.]*.safetensors")):
         return None
-    files = [path for path in snapshot.rglob("*.gguf") if not path.name.startswith("mmproj")]
+    files = [path for path in snapshot.rglob("[!.]*.gguf") if not path.name.startswith("mmproj")]
     models = sorted({part_paths(path)[0] for path in files})
     if len(models) > 1:
         raise ModelInvalid(

@@ -18,7 +18,6 @@ from lmx.errors import LmxError, ModelNotFound, ModelOverloaded
 from lmx.hub.inventory import ModelFolder, resolve
 from lmx.serving.engine import Engine
 from lmx.serving.metrics import Metrics
-from lmx.serving.openblas import engine_environment
 
 BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 
@@ -68,14 +67,14 @@ class Models:
             itl_target_ms=settings.engine.itl_target_ms,
             lookahead=settings.engine.lookahead,
             batching=settings.engine.batching,
+            openblas=settings.engine.openblas,
             log_level=settings.server.log_level,
             kv_bits=settings.llama.kv_bits,
             gpu_layers=settings.llama.gpu_layers,
             threads=settings.llama.threads,
             mmap=settings.llama.mmap,
         )
-        environment = engine_environment(folder.backend, settings.engine.openblas, folder.size_bytes)
-        engine = Engine(folder.id, load, settings.engine, metrics, environment)
+        engine = Engine(folder.id, load, settings.engine, metrics)
         return cls(settings, Served(folder.id, folder, chat, engine, int(time.time())))
 
     def resolve(self, requested: str) -> Served:

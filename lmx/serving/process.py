@@ -59,7 +59,7 @@ class EngineProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**environment, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )

@@ -29,6 +29,10 @@ import llama_cpp as C
 
 KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
 MAX_SLOTS = int(C.llama_max_parallel_sequences())
+# GCC 12 takes most of the tile configuration that ggml's AMX kernels load for dead stores and drops them: the first
+# product with quantised weights faults (a Sapphire Rapids under Debian 12). A build does not say what compiled it, so
+# none of them gets weights laid out for AMX.
+_AMX = b"AMX_INT8 = 1" in C.llama_print_system_info()
 _PROBE_CELLS = 256
 _KEPT_ERRORS = 3
 # enum ggml_log_level, which the bindings lack.
@@ -74,6 +78,7 @@ class Model:
         parameters = C.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         parameters.load_mode = C.LLAMA_LOAD_MODE_MMAP if mmap else C.LLAMA_LOAD_MODE_NONE
+        parameters.use_extra_bufts = not _AMX
         self.pointer = C.llama_model_load_from_file(path.encode(), parameters)
         if not self.pointer:
             raise ModelInvalid(f"llama.cpp cannot load {path}: {_reason()}.")

@@ -96,17 +96,25 @@ def load(folder: Path) -> LoadedModel:
     """
     try:
         model, config = load_model(folder)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
-        # RuntimeError is what mx.load raises for a truncated file; an MLX out-of-memory is one too and says "allocate".
-        if "allocate" in str(error):
-            raise
-        raise ModelInvalid(f"{folder} cannot be loaded by mlx-lm: {error}", param="model") from error
+    except Exception as error:
+        raise _invalid(f"{folder} cannot be loaded by mlx-lm", error) from error
+    except SystemExit as error:  # mlx_lm.models.olmo, without the package that it needs
+        raise ModelInvalid(
+            f"{folder} cannot be loaded by mlx-lm: its code for this model_type ends the process that imports it; it "
+            "prints why (most likely a package that is not installed).",
+            param="model",
+        ) from error
     dtype = _describe_dtype(config, model)
     if mx.default_device() == mx.cpu:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
     text = config.get("text_config", config)
-    probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    try:
+        probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+        mx.eval(probe)
+    except Exception as error:
+        # Some models are written for Metal alone.
+        raise _invalid(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
     return LoadedModel(
         model=model,
         architecture=str(config.get("model_type", "unknown")),
@@ -117,6 +125,14 @@ def load(folder: Path) -> LoadedModel:
         dtype=dtype,
         head=_find_head(model),
     )
+
+
+def _invalid(what: str, error: BaseException) -> BaseException:
+    """The model's fault, which no restart mends; unless the memory was short, which the next start may find free."""
+    text = f"{type(error).__name__}: {error}"
+    if "allocate" in text or "Insufficient Memory" in text or isinstance(error, MemoryError):
+        return error
+    return ModelInvalid(f"{what}: {text}", param="model")
 
 
 def _first(config: dict[str, Any], *names: str, default: int) -> int:

@@ -1,0 +1,137 @@
+"""Who is next: priority, then the client that was served least, then arrival. Inline functions for ``_sched.pyx``.
+
+The clients' counters are the virtual counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024):
+each counts the tokens that its client's sequences prefilled and generated. A client that was idle comes back no lower
+than the active ones, so idleness is no credit, and no debt is forgotten while others are behind it.
+"""
+
+from libc.string cimport memset
+
+from lmx._sched cimport PREFILLING, Seq, Slots, resized
+
+cdef struct Client:
+    long long served  # tokens prefilled and generated
+    long long ahead  # in line_up(): what its earlier sequences will add
+    int live  # sequences that have not ended; none: the client is idle
+
+cdef struct Clients:
+    Client *items
+    int capacity
+    int active  # clients with live sequences
+    long long floor  # smallest `served` of the active clients; never falls
+
+
+cdef inline int first(Seq *seqs, Clients *clients, int a, int b) noexcept:
+    """The one of two sequences that goes first. ``a`` may be -1."""
+    if a < 0:
+        return b
+    cdef Seq *x = &seqs[a]
+    cdef Seq *y = &seqs[b]
+    if x.priority != y.priority:
+        return a if x.priority > y.priority else b
+    cdef long long x_served = clients.items[x.client].served
+    cdef long long y_served = clients.items[y.client].served
+    if x_served != y_served:
+        return a if x_served < y_served else b
+    return a if x.arrival <= y.arrival else b
+
+
+cdef inline int first_begun(Seq *seqs, Clients *clients, Slots *running) noexcept:
+    """The first in order of those that prefill already; or -1."""
+    cdef int i, best = -1
+    for i in range(running.size):
+        if seqs[running.items[i]].state == PREFILLING:
+            best = first(seqs, clients, best, running.items[i])
+    return best
+
+
+cdef inline void line_up(
+    Seq *seqs, Clients *clients, Slots *queue, Slots *line, int priority, int most
+) noexcept:
+    """Into ``line``: the first ``most`` in order of the queued of this priority; nobody, if a higher one is queued.
+
+    One pass finds them all: whoever is taken counts as served before the client's next one is compared with others, so
+    each one's place is its client's counter and the tokens of the client's earlier ones (the start tags of Goyal et
+    al., "Start-time Fair Queuing", 1996). ``queue`` is in order of arrival, and so equal places stay in it.
+    """
+    cdef int i, j, slot
+    cdef Seq *seq
+    cdef Client *client
+    line.size = 0
+    if most <= 0:
+        return
+    for i in range(clients.capacity):
+        clients.items[i].ahead = 0
+    for i in range(queue.size):
+        slot = queue.items[i]
+        seq = &seqs[slot]
+        if seq.priority < priority:
+            continue
+        if seq.priority > priority:  # it waits for KV
+            line.size = 0
+            return
+        client = &clients.items[seq.client]
+        seq.place = client.served + client.ahead
+        client.ahead += seq.target + 1
+        j = line.size
+        if j < most:
+            line.size += 1
+        elif seq.place < seqs[line.items[j - 1]].place:
+            j -= 1  # the last one gives up its place
+        else:
+            continue
+        while j > 0 and seq.place < seqs[line.items[j - 1]].place:
+            line.items[j] = line.items[j - 1]
+            j -= 1
+        line.items[j] = slot
+
+
+cdef inline int activate(Clients *clients, dict client_of, list free_clients, str name) except -1:
+    """Count one more live sequence of the client, whose index is returned. One that was idle starts no lower than the
+    active ones."""
+    cdef int i, index
+    cdef long long lowest = 2**62
+    if name not in client_of:
+        if not free_clients:
+            forget_or_grow(clients, client_of, free_clients)
+        index = free_clients.pop()
+        memset(&clients.items[index], 0, sizeof(Client))
+        client_of[name] = index
+    index = client_of[name]
+    cdef Client *client = &clients.items[index]
+    if client.live == 0:
+        for i in range(clients.capacity):
+            if clients.items[i].live:
+                lowest = min(lowest, clients.items[i].served)
+        if clients.active:
+            clients.floor = lowest
+        client.served = max(client.served, clients.floor)
+        clients.active += 1
+    client.live += 1
+    return index
+
+
+cdef inline void idle(Clients *clients, int index) noexcept:
+    """One live sequence of the client less."""
+    cdef Client *client = &clients.items[index]
+    client.live -= 1
+    if client.live == 0:
+        clients.active -= 1
+        if clients.active == 0:
+            clients.floor = client.served
+
+
+cdef inline int forget_or_grow(Clients *clients, dict client_of, list free_clients) except -1:
+    """Forget idle clients that would come back at the floor anyway; if that is not much, double the table."""
+    cdef int size, index
+    for name, known in list(client_of.items()):
+        index = known
+        if clients.items[index].live == 0 and clients.items[index].served <= clients.floor:
+            free_clients.append(client_of.pop(name))
+    if len(free_clients) <= clients.capacity // 2:
+        size = max(16, 2 * clients.capacity)
+        clients.items = <Client *>resized(clients.items, size * sizeof(Client))
+        memset(&clients.items[clients.capacity], 0, (size - clients.capacity) * sizeof(Client))
+        free_clients.extend(range(size - 1, clients.capacity - 1, -1))
+        clients.capacity = size
+    return 0
