@@ -151,6 +151,7 @@ def test_left_in_any_state_it_harms_nobody(neighbours: Neighbours, sampling: Sam
     prompt = [POISON] * tokens or clean_prompt(30, 3)
 
     def attempt() -> bool:
+        steps, messages = len(client.steps), len(client.messages)
         bad = client.submit(
             prompt,
             50,
@@ -159,9 +160,9 @@ def test_left_in_any_state_it_harms_nobody(neighbours: Neighbours, sampling: Sam
         )
         answer = client.answers[bad]
         if state == "prefill":
-            client.wait(lambda: any(seq == bad for step in client.steps[-3:] for seq, _ in step.prefills))
+            client.wait(lambda: any(seq == bad for step in client.steps[steps:] for seq, _ in step.prefills))
         elif state == "last chunk":
-            client.wait(lambda: any(bad in getattr(message, "seqs", ()) for message in client.messages[-3:]))
+            client.wait(lambda: any(bad in getattr(message, "seqs", ()) for message in client.messages[messages:]))
         elif state == "decode":
             client.wait(lambda: bool(answer.tokens))
         if state != "expired":

@@ -206,7 +206,7 @@ class Lane:
         for mine, theirs in zip(self._per_row, other._per_row, strict=False):
             if length or not isinstance(mine, KVLayer):
                 mine.put(row, theirs.take(source, length))
-            mx.async_eval(mine.arrays)  # type: ignore[no-untyped-call]
+            mx.eval(mine.arrays)
         self.last_tokens[row] = other.last_tokens[source]
 
     def prefill(self, row: int, tokens: Sequence[int], *, last: bool) -> mx.array | None:

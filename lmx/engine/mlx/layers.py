@@ -126,7 +126,8 @@ def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
 
 
 def _copies(views: Sequence[mx.array]) -> list[mx.array]:
-    copies = [mx.contiguous(view) for view in views]
+    # Not ``mx.contiguous``, which gives a view of one row and one head back as it is.
+    copies = [mx.concatenate([view, view[:0]]) for view in views]
     mx.eval(copies)
     return copies
 

@@ -221,7 +221,7 @@ class Placement:
         return min(found, key=order, default=())
 
     def _partings(self, lane: Lane) -> Iterator[tuple[_Change, ...]]:
-        """The lane without what it does not use; and without its shortest rows, which go to another lane or a new one."""
+        """The lane without what it does not use; and without its shortest rows, which go elsewhere."""
         members = sorted(self.of_lane(lane), key=lambda place: place.tokens)
         sizes = [round_slots(place.tokens) for place in members]
         yield (_Change(lane, len(members), min(sizes[-1], lane.slots)),)
