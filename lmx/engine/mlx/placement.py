@@ -1,9 +1,9 @@
 """Where each sequence lives: which lane, which row (DESIGN §4).
 
 A decode step costs one forward pass for each lane with decoding rows, so there are as few lanes as the padding (free
-rows, and slots beyond the sequences' own) allows. It may take, at most, half of the KV in use, or 2 % of the weights
-if that is more (less is not worth a pass over those), and never more than a quarter of the KV budget. What is *made*
-keeps to nine tenths of that, so that what is made now is not unmade by the next small change.
+rows, and slots beyond the sequences' own) allows. It may take, at most, half of the KV in use, or 2 % of the
+weights if that is more (less is not worth another pass over those), and never more than a quarter of the KV budget.
+What is *made* keeps to nine tenths of that, so that what is made now is not unmade by the next small change.
 
 Sequences that join take a free row, else a lane grows for them, else they get a lane of their own. Whenever somebody
 joined or left, ``settle`` joins lanes where that keeps within the limit, and gives rows and slots back, or parts the
