@@ -152,7 +152,7 @@ def test_short_newcomers_do_not_keep_a_long_ones_lane(backend: MLXBackend) -> No
 
 
 def test_rows_of_like_lengths_share_one_lane(backend: MLXBackend) -> None:
-    """Each lane is another pass over the weights."""
+    """Each lane is another pass through attention."""
     rows = Rows(backend._placement)
     for tokens in (700, 600, 650, 500, 720, 640, 580, 610):
         rows.step([rows.add(tokens)])
@@ -164,7 +164,7 @@ def test_rows_of_like_lengths_share_one_lane(backend: MLXBackend) -> None:
         rows.remove(sequence)
 
 
-def test_padding_worth_less_than_a_pass_over_the_weights_stays(loaded: adapter.LoadedModel) -> None:
+def test_padding_that_is_little_beside_the_weights_stays(loaded: adapter.LoadedModel) -> None:
     """Of a model whose weights weigh as much as a million tokens of KV: here it is 20,000 tokens."""
     backend = MLXBackend(loaded, Load(path="", max_rows=8))
     facts = replace(backend.facts, weights_bytes=10**6 * backend.facts.kv_bytes_per_token)

@@ -269,6 +269,14 @@ class Lane:
         if tokens is None:
             tokens = self.last_tokens[:count, None]
         width = tokens.shape[1]
+        caches = self.begin_decode(active, width)
+        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        self.end_decode(active, caches, width)
+        return logits
+
+    def begin_decode(self, active: Sequence[int], width: int) -> list[Any]:
+        """What model code sees of each layer in such a step."""
+        count = max(active) + 1
         steps = np.arange(width, dtype=np.int32)
         alive = np.zeros(count, bool)
         alive[list(active)] = True
@@ -289,12 +297,14 @@ class Lane:
                 cache = ArraysCache(len(layer.arrays))
                 cache.cache = [array[:count] for array in layer.arrays]
                 caches.append(cache)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        return caches
+
+    def end_decode(self, active: Sequence[int], caches: Sequence[Any], width: int) -> None:
+        """Keep what the step wrote."""
         for layer, cache in zip(self._layers, caches, strict=True):
             if isinstance(layer, StateLayer):
                 layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
         self.lengths[list(active)] += width
-        return logits
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a

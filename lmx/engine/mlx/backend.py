@@ -19,7 +19,7 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import KVCost, fit_context
-from lmx.engine.mlx import adapter, kv_bytes, probe
+from lmx.engine.mlx import adapter, kv_bytes, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
@@ -49,8 +49,15 @@ class MLXBackend:
         self._thread = threading.get_ident()
         self._loaded = loaded
         self._probe = probe.run(loaded, force_single=options.batching == "single")
+        apart = (
+            "it has one row"
+            if self._probe.path == "single"
+            else together.check(loaded, self._probe.kinds, self._probe.write)
+        )
         self.facts = self._facts(options)
+        self.facts.probes["lanes"] = f"decoded one by one: {apart}" if apart else "decoded in one pass over the weights"
         self._placement = Placement(loaded, self._probe, self.facts)
+        self._decodes_together = not apart
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
         """Of each lane's last step; good as long as the same sequences decode in the same rows."""
 
@@ -109,14 +116,16 @@ class MLXBackend:
             self._placement.make_room(place, 1)
         self._placement.settle()
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
-        touched: list[Lane] = []
+        decoding: list[tuple[Lane, list[Place]]] = []
         for lane in self._placement.lanes:
             members = [place for place in places if place.lane is lane]
             if members:
                 self._placement.compact(lane, members)
-                launch.add(self._decode(lane, members), [(place.row, place.sequence) for place in members])
-                launch.watch(lane, [place.row for place in members])
-                touched.append(lane)
+                decoding.append((lane, members))
+        for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
+            launch.add(self._decode(lane, members, logits), [(place.row, place.sequence) for place in members])
+            launch.watch(lane, [place.row for place in members])
+        touched = [lane for lane, _ in decoding]
         if touched and chunks:
             # In one graph MLX may put a chunk's write before the decode's reading of the same buffers, which it then
             # copies (400 instead of 200 ms for a last chunk in a lane of 540 MB).
@@ -131,7 +140,15 @@ class MLXBackend:
         launch.start([array for lane in touched for array in lane.arrays])
         return launch
 
-    def _decode(self, lane: Lane, members: list[Place]) -> Drawn:
+    def _forward(self, decoding: list[tuple[Lane, list[Place]]]) -> list[mx.array]:
+        """One step of these rows of each lane; the logits of each, (B, V)."""
+        parts = [(lane, [place.row for place in members]) for lane, members in decoding]
+        if len(parts) > 1 and self._decodes_together:
+            return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
+        return [lane.decode(rows)[:, 0] for lane, rows in parts]
+
+    def _decode(self, lane: Lane, members: list[Place], logits: mx.array) -> Drawn:
+        """Draw the next token of each; ``logits``: of the lane's rows as far as they were computed."""
         count = max(place.row for place in members) + 1
         by_row: list[Sequence | None] = [None] * count
         for place in members:
@@ -145,12 +162,11 @@ class MLXBackend:
             penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
         ):
             lane.counts = None
-        # The draw fills the position after the one that this step computes.
+        # The draw fills the position after the one that was just computed.
         keys = [
-            draw_key(sequence.sampling.seed, int(lane.lengths[row]) + 1) if sequence else 0
+            draw_key(sequence.sampling.seed, int(lane.lengths[row])) if sequence else 0
             for row, sequence in enumerate(by_row)
         ]
-        logits = lane.decode([place.row for place in members])[:, 0]
         counts = [array[:count] for array in lane.counts.arrays] if lane.counts and batch.penalised else None
         drawn = batch.draw(logits, keys, counts)
         # Written into, never replaced by, the draw's own array: that one is read later and must not change.

@@ -1,8 +1,9 @@
 """Where each sequence lives: which lane, which row (DESIGN §4).
 
-A decode step costs one forward pass for each lane with decoding rows, so there are as few lanes as the padding (free
-rows, and slots beyond the sequences' own) allows. It may take, at most, half of the KV in use, or 2 % of the
-weights if that is more (less is not worth another pass over those), and never more than a quarter of the KV budget.
+A decode step costs a pass through attention for each lane with decoding rows, and where model code does not let lanes
+decode together (``together``) one over the weights, so there are as few lanes as the padding (free rows, and slots
+beyond the sequences' own) allows. It may take, at most, half of the KV in use, or 2 % of the
+weights if that is more (less is not worth a lane), and never more than a quarter of the KV budget.
 What is *made* keeps to nine tenths of that, so that what is made now is not unmade by the next small change.
 
 Sequences that join take a free row, else a lane grows for them, else they get a lane of their own. Whenever somebody
@@ -186,7 +187,7 @@ class Placement:
     # --- settling ---------------------------------------------------------------------------------------------------
 
     def _worth_joining(self) -> tuple[_Change, ...]:
-        """Two lanes that can be one: the rows of one move to the other. A pass less in every step."""
+        """Two lanes that can be one: the rows of one move to the other."""
         held = self._held()
         limit = _MAKE_SHARE * self._limit(held)
         lanes = sorted(self.lanes, key=lambda lane: lane.slots)
