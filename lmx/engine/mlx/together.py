@@ -138,7 +138,7 @@ def check(loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write) -> str:
             found.append(logits)
     except Exception as error:
         # Whatever model code raises that does something else with what it got.
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for one, together in zip(*found, strict=True):
         largest = float(mx.max(mx.abs(one)))
         off = float(mx.max(mx.abs(one - together))) / max(largest, 1e-6)
