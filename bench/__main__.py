@@ -18,7 +18,10 @@ NAMES = {
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
     "memory_mix": "KV buffers against the KV in them, in a mix of short and long sequences that never idles",
+    "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
     "prefill": "prompt tok/s by chunk size",
+    "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
+    "lookahead": "lookahead forced on against off: first and second prompt, bursts",
 }
 
 

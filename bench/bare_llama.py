@@ -60,7 +60,16 @@ def _serve(path: str) -> None:
 
     threads = default_threads()
     model = Model(path, gpu_layers=-1, mmap=True)
-    context = Context(model, cells=CELLS, slots=8, chunk_tokens=512, kv_bits=16, threads=threads)
+    context = Context(
+        model,
+        cells=CELLS,
+        slots=8,
+        streams=True,
+        batch_tokens=512,
+        forward_tokens=512,
+        kv_bits=16,
+        threads=threads,
+    )
 
     def llama() -> Llama:
         return Llama(path, n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1, verbose=False)

@@ -13,10 +13,12 @@ Environment, all optional:
     LMX_NULL_LOAD=model_invalid  the load fails with this code; "exit": exit 3; "hang": never ready;
                                  "wait:PATH": loads until PATH exists
     LMX_NULL_CRASH_TOKEN=7       a prompt holding this token aborts the process in its first prefill step
+    LMX_NULL_CRASH_AFTER=3       ... or after so many tokens drawn; -1: as soon as it is submitted
     LMX_NULL_CRASH_FLAG=PATH     ... but only while PATH does not exist; it is made before the crash
     LMX_NULL_CRASH_TEXT=TEXT     the last line on stderr before such a crash
     LMX_NULL_HANG_TOKEN=8        a prompt holding it stops the loop for ever in its first prefill step
-    LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with code "non_finite"
+    LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with the code
+    LMX_NULL_FAIL_CODE=CODE      (default "non_finite")
     LMX_NULL_KEEP_TOKEN=10       such a sequence is never freed
 """
 
@@ -71,6 +73,7 @@ class NullEngine:
         self.running: tuple[int, ...] = ()
         self.step_s = float(os.environ.get("LMX_NULL_STEP_MS", "0")) / 1000
         self.next_stats = 0.0
+        self.crash_after = int(os.environ.get("LMX_NULL_CRASH_AFTER", "0"))
         self.crash, self.hang = _fault_token("CRASH"), _fault_token("HANG")
         self.fail, self.keep = _fault_token("FAIL"), _fault_token("KEEP")
 
@@ -151,6 +154,8 @@ class NullEngine:
         match message:
             case protocol.Submit(seq=seq):
                 prompt = protocol.unpack_tokens(message.prompt)
+                if self.crash in prompt and self.crash_after < 0:
+                    self.abort()
                 needed = len(prompt) * KV_BYTES_PER_TOKEN
                 if needed > self.budget:
                     text = f"the prompt needs {needed} bytes of KV, the budget is {self.budget}"
@@ -259,6 +264,8 @@ class NullEngine:
             chunk_tokens = self.options.max_chunk_tokens or CHUNK_TOKENS
             prefill.done = min(len(prefill.prompt), prefill.done + chunk_tokens)
         time.sleep(self.step_s)
+        if any(self.crash in row.prompt and 0 < self.crash_after == row.drawn for row in live):
+            self.abort()
         drawn = tuple(self.draw(row) for row in live if row.done == len(row.prompt) and not row.ended)
         self.step += 1
         elapsed_ms = (time.monotonic() - began) * 1000
@@ -272,18 +279,22 @@ class NullEngine:
         return protocol.Tokens(row.submit.seq, (token,), "length" if row.ended else None, row.logprobs)
 
     def misbehave(self, row: Row) -> None:
-        if self.crash in row.prompt:
-            flag = os.environ.get("LMX_NULL_CRASH_FLAG")
-            if flag is None or not os.path.exists(flag):
-                if flag is not None:
-                    Path(flag).touch()
-                print(os.environ.get("LMX_NULL_CRASH_TEXT", "null engine: told to crash"), file=sys.stderr, flush=True)
-                os.abort()
+        if self.crash in row.prompt and self.crash_after == 0:
+            self.abort()
         if self.hang in row.prompt:
             time.sleep(1e9)
         if self.fail in row.prompt:
             row.ended = True
-            self.send(protocol.Failed(row.submit.seq, "non_finite", "null engine: told to fail this sequence"))
+            code = os.environ.get("LMX_NULL_FAIL_CODE", "non_finite")
+            self.send(protocol.Failed(row.submit.seq, code, "null engine: told to fail this sequence"))
+
+    def abort(self) -> None:
+        flag = os.environ.get("LMX_NULL_CRASH_FLAG")
+        if flag is None or not os.path.exists(flag):
+            if flag is not None:
+                Path(flag).touch()
+            print(os.environ.get("LMX_NULL_CRASH_TEXT", "null engine: told to crash"), file=sys.stderr, flush=True)
+            os.abort()
 
 
 def main() -> None:

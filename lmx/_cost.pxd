@@ -24,6 +24,9 @@ cdef struct Step:  # what an uncommitted step is made of, for the cost model
     long long chunk  # tokens of all chunks
     double chunk_context  # summed over the chunks' tokens
     double area  # tokens times context, summed over the chunks that go on or are not the last
+    int chunks
+    bint holds  # decoding rows wait for it
+    double predicted_ms  # if it holds
     int whole  # prompts that are prefilled whole, in one pass: padded to the longest
     long long longest
 

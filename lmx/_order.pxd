@@ -1,4 +1,4 @@
-"""Who is next: priority, then the client that was served least, then arrival. Inline functions for ``_sched.pyx``.
+"""Who is next: priority, then the client that was served least, then its turn. Inline functions for ``_sched.pyx``.
 
 The clients' counters are the virtual counters of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024):
 each counts the tokens that its client's sequences prefilled and generated. A client that was idle comes back no lower
@@ -7,11 +7,12 @@ than the active ones, so idleness is no credit, and no debt is forgotten while o
 
 from libc.string cimport memset
 
-from lmx._sched cimport PREFILLING, Seq, Slots, resized
+from lmx._sched cimport MAX_OVERTAKEN, PREFILLING, Seq, Slots, resized
 
 cdef struct Client:
     long long served  # tokens prefilled and generated
     long long ahead  # in line_up(): what its earlier sequences will add
+    int rows  # in Scheduler._give_way(): how many it has
     int live  # sequences that have not ended; none: the client is idle
 
 cdef struct Clients:
@@ -33,7 +34,36 @@ cdef inline int first(Seq *seqs, Clients *clients, int a, int b) noexcept:
     cdef long long y_served = clients.items[y.client].served
     if x_served != y_served:
         return a if x_served < y_served else b
-    return a if x.arrival <= y.arrival else b
+    return a if x.turn <= y.turn else b
+
+
+cdef inline long long turn_of(
+    Seq *seqs, Slots *queue, Slots *running, Seq *newcomer, long long arrival, long long short_tokens
+) noexcept:
+    """By arrival; but a short prompt goes before the long ones of its own client that wait or prefill, unless they were
+    overtaken MAX_OVERTAKEN times already, or a short one waits behind them."""
+    cdef long long barrier = -1, turn = arrival * (MAX_OVERTAKEN + 1) + MAX_OVERTAKEN  # room for those it lets pass
+    cdef int i, slot
+    cdef Seq *seq
+    cdef Seq *passed = NULL
+    if newcomer.target > short_tokens:
+        return turn
+    for i in range(queue.size + running.size):
+        seq = &seqs[queue.items[i] if i < queue.size else running.items[i - queue.size]]
+        if waits_with(seq, newcomer) and (seq.target - seq.length <= short_tokens or seq.overtaken >= MAX_OVERTAKEN):
+            barrier = max(barrier, seq.turn)
+    for i in range(queue.size + running.size):
+        seq = &seqs[queue.items[i] if i < queue.size else running.items[i - queue.size]]
+        if waits_with(seq, newcomer) and seq.turn > barrier:
+            if passed == NULL or seq.turn < passed.turn:
+                passed = seq
+                turn = seq.turn - MAX_OVERTAKEN + seq.overtaken
+            seq.overtaken += 1
+    return turn
+
+
+cdef inline bint waits_with(Seq *seq, Seq *newcomer) noexcept:
+    return seq.client == newcomer.client and seq.priority == newcomer.priority and seq.state <= PREFILLING
 
 
 cdef inline int first_begun(Seq *seqs, Clients *clients, Slots *running) noexcept:
@@ -45,21 +75,17 @@ cdef inline int first_begun(Seq *seqs, Clients *clients, Slots *running) noexcep
     return best
 
 
-cdef inline void line_up(
-    Seq *seqs, Clients *clients, Slots *queue, Slots *line, int priority, int most
-) noexcept:
-    """Into ``line``: the first ``most`` in order of the queued of this priority; nobody, if a higher one is queued.
+cdef inline bint line_up(Seq *seqs, Clients *clients, Slots *queue, Slots *line, int priority, int most) noexcept:
+    """Into ``line``: the first ``most`` in order of the queued of this priority. False: a higher one is queued.
 
     One pass finds them all: whoever is taken counts as served before the client's next one is compared with others, so
     each one's place is its client's counter and the tokens of the client's earlier ones (the start tags of Goyal et
-    al., "Start-time Fair Queuing", 1996). ``queue`` is in order of arrival, and so equal places stay in it.
+    al., "Start-time Fair Queuing", 1996). ``queue`` is in order of turns, and so equal places stay in it.
     """
     cdef int i, j, slot
     cdef Seq *seq
     cdef Client *client
     line.size = 0
-    if most <= 0:
-        return
     for i in range(clients.capacity):
         clients.items[i].ahead = 0
     for i in range(queue.size):
@@ -67,16 +93,15 @@ cdef inline void line_up(
         seq = &seqs[slot]
         if seq.priority < priority:
             continue
-        if seq.priority > priority:  # it waits for KV
-            line.size = 0
-            return
+        if seq.priority > priority:
+            return False
         client = &clients.items[seq.client]
         seq.place = client.served + client.ahead
-        client.ahead += seq.target + 1
+        client.ahead += max(0, seq.target - seq.charged) + 1
         j = line.size
         if j < most:
             line.size += 1
-        elif seq.place < seqs[line.items[j - 1]].place:
+        elif j > 0 and seq.place < seqs[line.items[j - 1]].place:
             j -= 1  # the last one gives up its place
         else:
             continue
@@ -84,6 +109,7 @@ cdef inline void line_up(
             line.items[j] = line.items[j - 1]
             j -= 1
         line.items[j] = slot
+    return True
 
 
 cdef inline int activate(Clients *clients, dict client_of, list free_clients, str name) except -1:

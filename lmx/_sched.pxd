@@ -6,29 +6,36 @@ from libc.string cimport memmove
 cdef extern from "<assert.h>" nogil:
     void c_assert "assert" (bint)  # live in the debug build only
 
+cdef enum:
+    MAX_OVERTAKEN = 8  # that go before one out of turn: smaller ones while it waits for KV, its client's shorter ones
+
 cdef enum State:
     QUEUED
     PREFILLING
     DECODING
     ENDED  # by cancel, commit or its last planned token; holds its row and KV until release()
 
-cdef struct Seq:
-    long long held_bytes  # KV in whole quanta; none while queued
-    long long asked_bytes  # what its admission takes
-    long long arrival  # kept through preemption
-    long long place  # in line_up(): what its client will have been served when its turn comes
+cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them are searched in each step
     int priority
     int client
+    long long turn  # by arrival, MAX_OVERTAKEN + 1 apart; kept through preemption
+    long long asked_bytes  # of KV: what its admission takes
+    long long prompt_bytes  # for its prompt alone
+    long long most_bytes  # when it ends at max_tokens
+    long long target  # tokens to prefill: the prompt, and after a preemption the answer so far
+    long long charged  # as many of them its client was charged for already, before a preemption
+    long long place  # in line_up(): what its client will have been served when its turn comes
+    double deadline
     State state
     bint has_row
-    int overtaken
-    long long target  # tokens to prefill: the prompt, and after a preemption the answer so far
+    int overtaken  # out of turn
+    int yielded  # times it gave its row to a client that was behind
+    long long held_bytes  # KV in whole quanta; none while queued
     long long length  # tokens in its KV once the planned steps have run
     long long generated
     long long max_tokens
     long long last_step  # last planned step that it is in
     long long id
-    double deadline
 
 cdef struct Slots:  # sequences in one condition
     int *items

@@ -59,14 +59,15 @@ class Plan:
     @property
     def step(self) -> int:
         """Number of this step, counting from 1; 0: nothing can run. Sequences may be decoding even so: then they need
-        KV that ended sequences still hold. Commit what is uncommitted, release, and plan again."""
+        KV that ended sequences still hold. Or the only one that ran has just given way. Commit what is uncommitted,
+        release, and plan again."""
     @property
     def decode(self) -> tuple[int, ...]:
-        """Those that decode in this step. The same tuple object as in the last step while nobody joins or leaves."""
+        """Those that decode in this step; empty also while rows that were just started wait for others to start with
+        them. The same tuple object as in the last step while nobody joins or leaves."""
     @property
     def prefills(self) -> tuple[Prefill, ...]:
-        """The chunks of this step: beside decoding rows at most one; otherwise one, or several that each end a
-        prompt."""
+        """The chunks of this step: one, or several that each end a prompt."""
     @property
     def preempted(self) -> tuple[int, ...]:
         """Sequences whose KV is to be dropped before this step; they prefill again (prompt and answer so far) later."""
@@ -92,9 +93,12 @@ class Scheduler:
         """
         A sequence takes a row and KV when its prefill begins, and keeps both until ``release``: its prompt's KV and one
         token more, rounded up to whole quanta, plus ``kv_bytes_per_sequence``; then a quantum at a time (with a
-        ``kv_bytes_per_token`` of 0 nothing grows, and only the constant part and the rows limit). Where that would
-        exceed the budget, the latest started of the lowest priority is preempted; the first started of the highest
-        never is.
+        ``kv_bytes_per_token`` of 0 nothing grows, and only the constant part and the rows limit). Beside others it is
+        admitted when there is also room for what it and they will grow: to answers as they usually become (smoothed
+        mean and spread of those that ended; 256 tokens before any has), or a quantum, whichever is more, and never
+        beyond ``max_tokens``. Where growth exceeds the budget all the same, of the lowest priority the one with the
+        fewest tokens to compute again is preempted; the first started of the highest priority never is. What is
+        computed again is not charged to its client again.
 
         Beside decoding rows a chunk is sized so that the predicted step stays within ``itl_target_ms`` (a prompt's end
         may stretch it by a tenth, rather than cost a pass of its own); ``max_step_ms`` bounds every step, and
@@ -102,14 +106,30 @@ class Scheduler:
         the chunks, whole prompts as if padded to the longest. A chunk has at least 32 tokens, whatever is predicted, so
         that prompts always go on.
 
-        While nobody decodes, the prompt that ends in a step is joined by those next in order, a wave: each one whole
-        and queued until now, of the same priority, of at most ``max_chunk_tokens``; all together at most 64 prompts,
-        ``max_wave_tokens`` and a predicted 8 × ``itl_target_ms``. The first that does not fit ends it.
+        A prompt that ends in a step is joined by those next in order, a wave: each one to its end, whole ones and the
+        rest of begun ones, of the same priority, of at most ``max_chunk_tokens`` in the step; all together at most 64
+        prompts, ``max_wave_tokens``, and a predicted ``itl_target_ms`` for the step beside decoding rows, 8 times that
+        without. The first that does not fit ends it. While all decoding rows have had only their first token (and none
+        a higher priority), they wait for a prompt that fits a step to its end, and its wave, within 8 ×
+        ``itl_target_ms`` from their first token to the next: so prompts that come moments after a wave began still
+        start with it. Rows that have had more never wait.
 
         Prompts are taken by priority, then by the client that was served fewest tokens (prefilled and generated; Sheng
-        et al., "Fairness in Serving Large Language Models", OSDI 2024), then by arrival. Priority is strict: under
-        lasting load, higher priorities starve lower ones. Otherwise nobody starves: the first in order that
-        waits for KV is overtaken by at most 8 smaller ones; then nobody behind it is admitted before it.
+        et al., "Fairness in Serving Large Language Models", OSDI 2024), then by turn: arrival, but a prompt of at most
+        ``max_chunk_tokens`` goes before those of its own client and priority of which more than that is left to
+        prefill. The first in order that waits for KV is overtaken by smaller ones that fit. No sequence is overtaken
+        more than 8 times, in these two ways together; then nobody behind it goes before it.
+
+        Where rows or KV are full, and none that ended is about to give them back, running sequences give way to the
+        first in order that waits, and keep their turn:
+        - to a higher priority at once, as many of the lower ones as it needs, and none if all would not be enough (for
+          KV one step later than for a row, for which that is known at once). Priority is strict: under lasting load,
+          higher ones starve lower ones.
+        - to a client far behind one row at a time: more than 512 served tokens behind a client that has at least two
+          rows more; or without any row, all rows being in use, 2,048 behind one that has one; and by half of what the
+          sequence that gives way has in its KV. Each gives way so at most twice; and what is computed again for it is
+          at most a 16th of what was prefilled and a quarter of what was generated, up to 32,768 tokens, and 4,096 at
+          the start.
         """
     def submit(
         self,
@@ -134,8 +154,8 @@ class Scheduler:
     def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
-        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to lie
-        between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
+        are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to
+        lie between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
         unknown id."""
     def releasable(self) -> tuple[int, ...]:
         """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""

@@ -18,25 +18,35 @@ next one can be planned at once, and nothing has to be settled when it is commit
     ENDED        as it was (forgotten)     release(), when no uncommitted step has it any more
 """
 
-from libc.math cimport INFINITY, isfinite
+from libc.math cimport INFINITY, ceil, isfinite
 from libc.stdlib cimport free
 from libc.string cimport memset
 
 cimport cython
 
 from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
-from lmx._order cimport Clients, activate, first, first_begun, idle, line_up
+from lmx._order cimport Client, Clients, activate, first, first_begun, idle, line_up, turn_of
 
 from dataclasses import dataclass
 
 cdef enum:
     TILE = 32  # matrix kernels cost whole tiles of 32 rows
     FIRST_CHUNK = 128  # largest chunk beside decoding rows before anything was measured
-    MAX_OVERTAKEN = 8  # smaller sequences that may be admitted before one that waits for KV
+    FAR_BEHIND = 512  # tokens that a client may be behind one with more rows, before it gets one of these
+    MUCH_BEHIND = 2048  # with no row, behind one that has one
+    MAX_YIELDED = 2  # at most so often the same sequence gives its row
+    # What is computed again for that is earned before: this much, in 16ths of a token, for each token prefilled or
+    # generated (which takes some 5 times as long); so much at the start, and never more than that.
+    EARNED_PREFILLED = 1
+    EARNED_GENERATED = 4
+    FIRST_EARNED = 4 * 1024 * 16
+    MAX_EARNED = 32 * 1024 * 16
     WAVE_TARGETS = 8  # a wave may take this many times itl_target_ms; see _wave()
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
 cdef long long NO_LIMIT = 2**62
+cdef double ANSWER_TOKENS = 256.0  # how long an answer is, before one was seen
+cdef double ANSWER_SHARE = 1.0 / 16.0  # of the last answer in what is expected of the next
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
 
 
@@ -79,7 +89,7 @@ cdef class Plan:
 cdef class Scheduler:
     cdef Seq *seqs
     cdef int capacity
-    cdef Slots queue, running, ending  # queue: by arrival; running: PREFILLING and DECODING, oldest admission first
+    cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
     cdef Slots line  # what line_up() found
     cdef dict slot_of
     cdef list free_slots
@@ -93,6 +103,11 @@ cdef class Scheduler:
     cdef long long max_chunk_tokens, max_wave_tokens
     cdef double max_chunk_area
     cdef double itl_target_ms, max_step_ms
+    cdef double answer_tokens, answer_spread  # smoothed: how long answers become, and how far they are from that
+    cdef long long answer_bytes  # to be left free for an answer
+    cdef bint kv_short  # the first in order that waits had a row in the last plan, and no KV
+    cdef long long earned  # 16ths of tokens that may be computed again so that clients get their share
+    cdef double held_ms  # how long rows wait for prompts to start with them, in committed steps
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
     cdef Step uncommitted[2]
@@ -114,10 +129,22 @@ cdef class Scheduler:
         memset(step, 0, sizeof(Step))
         if now >= self.due:
             plan.expired = self._expire(now)
+        cdef int slot
+        cdef bint admit
         if self._make_room(plan):
-            self._decode(plan, step)
-            self._prefill(plan, step)
+            # A step that preempts for want of memory admits nobody.
+            admit = not plan.preempted and self._give_way(plan)
+            slot = self._next_prompt(admit)
+            if slot >= 0 and self._holds(slot):
+                step.holds = True
+            else:
+                self._decode(plan, step)
+            if slot >= 0:
+                self._prefill(plan, step, slot)
         if step.rows or step.chunk:
+            if not step.holds:
+                self.held_ms = 0.0
+                self.uncommitted[self.planned & 1].holds = False
             self.planned += 1
             plan.step = self.planned
         c_assert(0 <= self.kv_ending_bytes <= self.kv_used_bytes <= self.kv_budget_bytes)
@@ -126,37 +153,129 @@ cdef class Scheduler:
 
     cdef tuple _expire(self, double now):
         """Cancel what is past its deadline."""
-        slots = [i for i in range(self.capacity) if self.seqs[i].state != ENDED and self.seqs[i].deadline <= now]
-        late = sorted([self.seqs[i].id for i in slots])
+        cdef int i
+        cdef list late = []
+        self.due = INFINITY
+        for i in range(self.capacity):
+            if self.seqs[i].state != ENDED:
+                if self.seqs[i].deadline <= now:
+                    late.append(self.seqs[i].id)
+                else:
+                    self.due = min(self.due, self.seqs[i].deadline)
+        late.sort()
         for seq in late:
             self.cancel(seq)
-        self.due = self.next_deadline()
         return tuple(late)
 
     cdef bint _make_room(self, Plan plan):
         """See that every decoding row can take one more token. False: not before ended sequences are released.
 
-        The victim is the last in (priority, start) order and may be the growing row itself, so the first in that order
-        always goes on; alone it fits, because submit() limits max_tokens to the budget.
+        The victim is of the lowest priority, and there the one that is soonest computed again; but never the first
+        started of the highest, which so always goes on. Alone it fits, because submit() limits max_tokens to the
+        budget.
         """
-        cdef int i, victim
+        cdef int i, slot, first_started, victim
         cdef Seq *seq
         cdef long long growth
         while True:
             growth = 0
-            victim = -1
+            first_started = victim = -1
             for i in range(self.running.size):
-                seq = &self.seqs[self.running.items[i]]
+                slot = self.running.items[i]
+                seq = &self.seqs[slot]
                 if seq.state == DECODING and self._kv_bytes(seq.length + 1) > seq.held_bytes:
                     growth += self.quantum_bytes
-                if victim < 0 or seq.priority <= self.seqs[victim].priority:
-                    victim = self.running.items[i]
+                if first_started < 0 or seq.priority > self.seqs[first_started].priority:
+                    first_started = slot
             if self.kv_used_bytes + growth <= self.kv_budget_bytes:
                 return True
             if self.kv_ending_bytes:
                 return False  # a wait of a step is cheaper than a prompt computed again
-            self._preempt(victim)
-            plan.preempted += (self.seqs[victim].id,)
+            for i in range(self.running.size):
+                slot = self.running.items[i]
+                if slot != first_started and (victim < 0 or self._yields_before(slot, victim)):
+                    victim = slot
+            self._preempt(plan, victim)
+
+    cdef bint _yields_before(self, int a, int b) noexcept:
+        """Of two running ones, ``b`` started first."""
+        if self.seqs[a].priority != self.seqs[b].priority:
+            return self.seqs[a].priority < self.seqs[b].priority
+        return self.seqs[a].length <= self.seqs[b].length
+
+    cdef bint _give_way(self, Plan plan):
+        """Where rows or KV are full, running ones give theirs to the first in order that waits.
+
+        Lower priorities give what a higher one needs, at once. A client far behind gets one row at a time, of a client
+        that has more: as far as what is computed again stays a small part of all. Whoever gives its row keeps its
+        turn. False: the newest tokens of those that gave theirs may be in flight, so nobody is admitted yet.
+        """
+        # What has ended gives its row and KV back in a step or two.
+        if self.rows_used > self.running.size or (self.rows_used < self.max_rows and not self.kv_short):
+            return True
+        cdef int i, slot, lower = 0, victim = -1, waiter = -1
+        for i in range(self.queue.size):
+            waiter = self._first(waiter, self.queue.items[i])
+        if waiter < 0 or self._has_place(waiter):
+            return True
+        cdef Seq *seq = &self.seqs[waiter]
+        cdef long long room_bytes = self._room_bytes()
+        for i in range(self.running.size):
+            slot = self.running.items[i]
+            if self.seqs[slot].priority < seq.priority:
+                lower += 1
+                room_bytes += self._expected_bytes(&self.seqs[slot], self.seqs[slot].held_bytes)
+        if lower:
+            if self._wanted_bytes(seq, alone=lower == self.running.size) <= room_bytes:
+                while not self._has_place(waiter):
+                    self._preempt(plan, self._lowest())
+        else:
+            self._count_rows(seq.client)
+            for i in range(self.running.size):
+                slot = self.running.items[i]
+                if self._owes(slot, waiter, room_bytes) and (victim < 0 or self._yields_before(slot, victim)):
+                    victim = slot
+            if victim >= 0:
+                self.earned -= 16 * self.seqs[victim].length
+                self.seqs[victim].yielded += 1
+                self._preempt(plan, victim)
+        return not plan.preempted or self.committed == self.planned
+
+    cdef bint _has_place(self, int slot) noexcept:
+        return self.rows_used < self.max_rows and self._fits(&self.seqs[slot], self._room_bytes())
+
+    cdef int _lowest(self) noexcept:
+        cdef int i, victim = self.running.items[0]
+        for i in range(1, self.running.size):
+            if self._yields_before(self.running.items[i], victim):
+                victim = self.running.items[i]
+        return victim
+
+    cdef bint _owes(self, int slot, int waiter, long long room_bytes) noexcept:
+        """Whether this one's client is so far ahead of the waiting one's that its row, and what it holds, may go there;
+        the farther, the more there is to compute again."""
+        cdef Seq *row = &self.seqs[slot]
+        cdef Seq *seq = &self.seqs[waiter]
+        cdef Client *ahead = &self.clients.items[row.client]
+        cdef Client *behind = &self.clients.items[seq.client]
+        return (
+            row.priority == seq.priority
+            and row.yielded < MAX_YIELDED
+            and 16 * row.length <= self.earned
+            and (ahead.rows > behind.rows + 1 or (behind.rows == 0 and self.rows_used == self.max_rows))
+            and ahead.served - behind.served
+            > max(FAR_BEHIND if ahead.rows > behind.rows + 1 else MUCH_BEHIND, row.length // 2)
+            and self._wanted_bytes(seq, alone=self.running.size == 1)
+            <= room_bytes + self._expected_bytes(row, row.held_bytes)
+        )
+
+    cdef void _count_rows(self, int client) noexcept:
+        cdef int i
+        self.clients.items[client].rows = 0
+        for i in range(self.running.size):
+            self.clients.items[self.seqs[self.running.items[i]].client].rows = 0
+        for i in range(self.running.size):
+            self.clients.items[self.seqs[self.running.items[i]].client].rows += 1
 
     cdef void _decode(self, Plan plan, Step *step):
         """One token for every decoding row."""
@@ -182,48 +301,101 @@ cdef class Scheduler:
             if seq.state != ENDED:
                 i += 1
 
-    cdef void _prefill(self, Plan plan, Step *step):
-        """One chunk of the prompt that is first in order, if any can go on or be admitted; a wave if nobody decodes."""
-        # A step that preempts admits nobody: memory is short, and the victim's newest token may still be in flight.
-        cdef bint admit = not plan.preempted
-        cdef int slot = self._next_prompt(admit and self.rows_used < self.max_rows)
-        if slot < 0:
-            return
+    cdef void _prefill(self, Plan plan, Step *step, int slot):
+        """A chunk of this prompt; if it ends the prompt, the next ones in order with it, as far as time allows."""
         cdef Seq *seq = &self.seqs[slot]
-        self._take(plan, step, slot, self._chunk_tokens(step, seq))
-        if admit and step.rows == 0 and seq.length == seq.target:
-            self._wave(plan, step, seq.priority)
+        cdef double limit_ms = self._limit_ms(step)
+        self._take(plan, step, slot, seq.target - seq.length if step.holds else self._chunk_tokens(step, seq))
+        if seq.length == seq.target and self.prefill_fit.seen and not plan.preempted:
+            self._wave(plan, step, seq.priority, limit_ms)
+        if step.holds:
+            step.predicted_ms = self._predict_ms(step, 0, 0)
 
-    cdef void _wave(self, Plan plan, Step *step, int priority):
-        """Queued prompts beside one that ends in this step, while nobody decodes: the next in order, each one whole.
+    cdef void _wave(self, Plan plan, Step *step, int priority, double limit_ms):
+        """Beside one that ends in this step, the next in order, each one to its end.
 
-        Requests that come at the same moment then start together. One after the other, each would decode nearly alone
-        beside the next one's chunk, and eight prompts of 85 tokens took 1.3 to 1.5 times as long as in one pass
-        (SmolLM2 and a llama of 8 × 512 on a CPU). It ends at the first that does not fit, so nobody is overtaken; a
-        lower priority does not make a higher one wait. Who comes or is cancelled meanwhile waits for the step's end,
-        hence the time limit.
+        One after the other, each would decode nearly alone beside the next one's chunk, and eight prompts of 85 tokens
+        took 1.3 to 1.5 times as long as in one pass (SmolLM2 and a llama of 8 × 512 on a CPU). It ends at the first
+        that does not fit, so nobody is overtaken; a lower priority does not make a higher one wait. Who comes or is
+        cancelled meanwhile waits for the step's end, hence the time limit.
         """
-        if not self.prefill_fit.seen:
-            return
-        cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
-        cdef int i, slot, begun
+        cdef int slot, begun, next_in_line = -1
+        cdef long long left
         cdef Seq *seq
-        cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
-        line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
-        for i in range(self.line.size):
-            slot = self.line.items[i]
-            seq = &self.seqs[slot]
+        while step.chunks < MAX_WAVE:
+            if next_in_line < 0:
+                if not self._line_up(priority):
+                    return  # the higher one waits for KV
+                next_in_line = 0
+            slot = self.line.items[next_in_line] if next_in_line < self.line.size else -1
             begun = first_begun(self.seqs, &self.clients, &self.running)
+            if begun >= 0 and (slot < 0 or self._first(begun, slot) == begun):
+                slot = begun
+                next_in_line = -1  # it moves its client's others back
+            else:
+                next_in_line += 1
+            if slot < 0:
+                return
+            seq = &self.seqs[slot]
+            left = seq.target - seq.length
             if (
-                seq.target > self.max_chunk_tokens
-                or step.chunk + seq.target > self.max_wave_tokens
-                or self.kv_used_bytes + seq.asked_bytes > self.kv_budget_bytes
-                or self._predict_ms(step, 0, seq.target) > limit_ms
-                or self._area(step, 0, seq.target, True) > self.max_chunk_area
-                or (begun >= 0 and self._first(begun, slot) == begun)
+                seq.priority < priority
+                or left > self.max_chunk_tokens
+                or step.chunk + left > self.max_wave_tokens
+                or not (seq.state == PREFILLING or self._fits(seq, self._room_bytes()))
+                or self._predict_ms(step, seq.length, left) > limit_ms
+                or self._area(step, seq.length, left, True) > self.max_chunk_area
             ):
                 return
-            self._take(plan, step, slot, seq.target)
+            self._take(plan, step, slot, left)
+
+    cdef bint _holds(self, int slot) noexcept:
+        """Whether rows that were only just started wait for this prompt, so that it starts with them.
+
+        Requests that were made together come one after the other, and a wave that has begun takes in who came until
+        then. Its rows have shown one token; that they show the next one a wave later costs them less than all of them
+        lose beside the others' chunks. Rows that have gone on never wait, nor does anybody for a lower priority.
+        """
+        cdef int i, rows = 0
+        cdef Seq *seq = &self.seqs[slot]
+        cdef Seq *row
+        cdef Step next_step
+        if not self.prefill_fit.seen or seq.target - seq.length > self.max_chunk_tokens:
+            return False
+        for i in range(self.running.size):
+            row = &self.seqs[self.running.items[i]]
+            if row.state == DECODING:
+                if row.generated > 1 or row.priority > seq.priority:
+                    return False
+                rows += 1
+        memset(&next_step, 0, sizeof(Step))
+        next_step.holds = True
+        return (
+            rows > 0
+            and self._predict_ms(&next_step, seq.length, seq.target - seq.length) <= self._limit_ms(&next_step)
+            and self._area(&next_step, seq.length, seq.target - seq.length, True) <= self.max_chunk_area
+        )
+
+    cdef double _held_ms(self) noexcept:
+        """How long rows that could decode have waited already, what is planned included."""
+        cdef Step *last = &self.uncommitted[self.planned & 1]
+        return self.held_ms + (last.predicted_ms if last.holds and self.committed < self.planned else 0.0)
+
+    cdef double _limit_ms(self, Step *step) noexcept:
+        """How long a step's prompts may take; beside or before rows, these with it."""
+        cdef Step rows
+        cdef int i
+        if step.rows:
+            return min(self.max_step_ms, self.itl_target_ms)
+        cdef double limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        if step.holds:
+            memset(&rows, 0, sizeof(Step))
+            for i in range(self.running.size):
+                rows.rows += 1
+                rows.context += self.seqs[self.running.items[i]].length
+            limit_ms -= max(self._decode_ms(&rows), self.itl_target_ms)  # the rows' next step, with a chunk in it
+            limit_ms -= self._held_ms()
+        return limit_ms
 
     cdef void _take(self, Plan plan, Step *step, int slot, long long tokens):
         """Prefill so many tokens of this prompt in the step; the prompt's last ones give its next token too."""
@@ -233,10 +405,14 @@ cdef class Scheduler:
         plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
         step.chunk += tokens
         step.chunk_context += chunk_context(seq.length, tokens)
+        step.chunks += 1
         add_area(step, seq.length, tokens, seq.length + tokens == seq.target)
         seq.length += tokens
         seq.last_step = self.planned + 1
+        # What is computed again was charged before.
+        tokens = max(0, seq.length - max(seq.length - tokens, seq.charged))
         self.clients.items[seq.client].served += tokens
+        self.earned = min(self.earned + EARNED_PREFILLED * tokens, MAX_EARNED)
         if seq.length == seq.target:
             seq.state = DECODING
             self.decoding_changed = True
@@ -248,20 +424,46 @@ cdef class Scheduler:
         The first queued one that does not fit may be overtaken MAX_OVERTAKEN times. Then nobody behind it is admitted.
         """
         cdef int i, best = first_begun(self.seqs, &self.clients, &self.running), fits = -1, waits = -1
-        cdef long long free_bytes = self.kv_budget_bytes - self.kv_used_bytes
-        if admit:
+        cdef long long room_bytes = self._room_bytes()
+        self.kv_short = False
+        if admit and self.rows_used < self.max_rows:
             for i in range(self.queue.size):
-                if self.seqs[self.queue.items[i]].asked_bytes <= free_bytes:
+                if self._fits(&self.seqs[self.queue.items[i]], room_bytes):
                     fits = self._first(fits, self.queue.items[i])
                 else:
                     waits = self._first(waits, self.queue.items[i])
+            self.kv_short = waits >= 0 and (fits < 0 or self._first(fits, waits) == waits)
         if fits < 0 or self._first(best, fits) == best:
             return best
-        if waits >= 0 and self._first(fits, waits) == waits:
+        if self.kv_short:
             if self.seqs[waits].overtaken >= MAX_OVERTAKEN:
                 return best
             self.seqs[waits].overtaken += 1
         return fits
+
+    cdef long long _room_bytes(self) noexcept:
+        """The KV that is free, less what the running ones will still grow.
+
+        Without that a prompt that just fits is soon preempted, or preempts others, and is computed again.
+        """
+        cdef int i
+        cdef Seq *seq
+        cdef long long room_bytes = self.kv_budget_bytes - self.kv_used_bytes
+        for i in range(self.running.size):
+            seq = &self.seqs[self.running.items[i]]
+            room_bytes -= self._expected_bytes(seq, seq.held_bytes) - seq.held_bytes
+        return room_bytes
+
+    cdef inline bint _fits(self, Seq *seq, long long room_bytes) noexcept:
+        return self._wanted_bytes(seq, alone=self.running.size == 0) <= room_bytes
+
+    cdef inline long long _wanted_bytes(self, Seq *seq, bint alone) noexcept:
+        """What must be free to admit a queued one; beside others, with an answer as they usually are."""
+        return seq.asked_bytes if alone else self._expected_bytes(seq, seq.asked_bytes)
+
+    cdef inline long long _expected_bytes(self, Seq *seq, long long held_bytes) noexcept:
+        """What a sequence will hold in the end: with an answer as they usually are, or more, if it is longer already."""
+        return min(seq.most_bytes, max(seq.prompt_bytes + self.answer_bytes, held_bytes + self.quantum_bytes))
 
     cdef void _admit(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
@@ -273,7 +475,7 @@ cdef class Scheduler:
         seq.held_bytes = seq.asked_bytes
         self.kv_used_bytes += seq.held_bytes
 
-    cdef void _preempt(self, int slot) noexcept:
+    cdef void _preempt(self, Plan plan, int slot):
         """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
         cdef Seq *seq = &self.seqs[slot]
         remove_slot(&self.running, slot)
@@ -283,8 +485,10 @@ cdef class Scheduler:
         seq.held_bytes = 0
         self.decoding_changed |= seq.state == DECODING
         seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
+        seq.charged = max(seq.charged, seq.target if seq.state == DECODING else seq.length)
         self._enqueue(slot)
         self.preemptions += 1
+        plan.preempted += (seq.id,)
 
     cdef void _enqueue(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
@@ -294,7 +498,7 @@ cdef class Scheduler:
         seq.asked_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
         cdef int i = self.queue.size
         append_slot(&self.queue, slot)
-        while i > 0 and self.seqs[self.queue.items[i - 1]].arrival > seq.arrival:  # it was preempted
+        while i > 0 and self.seqs[self.queue.items[i - 1]].turn > seq.turn:  # it was preempted, or passes others
             self.queue.items[i] = self.queue.items[i - 1]
             i -= 1
         self.queue.items[i] = slot
@@ -305,6 +509,7 @@ cdef class Scheduler:
         seq.generated += 1
         seq.last_step = self.planned + 1
         self.clients.items[seq.client].served += 1
+        self.earned = min(self.earned + EARNED_GENERATED, MAX_EARNED)
         if seq.generated == seq.max_tokens:
             self._end(slot)
 
@@ -316,10 +521,21 @@ cdef class Scheduler:
         else:
             remove_slot(&self.running, slot)
             self.decoding_changed |= seq.state == DECODING
+        if seq.generated:
+            self._learn_answer(seq.generated)
         self.kv_ending_bytes += seq.held_bytes
         seq.state = ENDED
         append_slot(&self.ending, slot)
         idle(&self.clients, seq.client)
+
+    cdef void _learn_answer(self, double tokens) noexcept:
+        self.answer_spread += (abs(tokens - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
+        self.answer_tokens += (tokens - self.answer_tokens) * ANSWER_SHARE
+        self.answer_bytes = self._quanta_bytes(<long long>ceil(self.answer_tokens + self.answer_spread))
+
+    cdef bint _line_up(self, int priority) noexcept:
+        cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
+        return line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
 
     cdef inline int _first(self, int a, int b) noexcept:
         return first(self.seqs, &self.clients, a, b)
@@ -378,13 +594,21 @@ cdef class Scheduler:
     cdef void _learn(self, Step *step, double elapsed_ms) noexcept:
         """A step without a chunk teaches the decode cost; one with chunks, what they added to it."""
         cdef double x[3]
+        cdef double decode_ms, share
         cdef bint first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if not step.chunk:
             decode_features(x, step)
             observe(&self.decode_fit, x, elapsed_ms)
         else:
             prefill_features(x, step.chunk, step.chunk_context)
-            observe(&self.prefill_fit, x, elapsed_ms - self._decode_ms(step))
+            decode_ms = self._decode_ms(step)
+            if elapsed_ms >= decode_ms:
+                observe(&self.prefill_fit, x, elapsed_ms - decode_ms)
+            else:
+                # Then decoding is what was predicted too long (cold first steps), not the chunk that cost nothing.
+                share = decode_ms / (decode_ms + predict(&self.prefill_fit, x))
+                decode_features(x, step)
+                observe(&self.decode_fit, x, elapsed_ms * share)
         if first:  # both are costs of the same machine
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 
@@ -436,6 +660,9 @@ cdef class Scheduler:
         else:
             room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
             self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
+        self.earned = FIRST_EARNED
+        self.answer_tokens = ANSWER_TOKENS
+        self.answer_bytes = self._quanta_bytes(<long long>ANSWER_TOKENS)
         self.due = INFINITY
         self.slot_of = {}
         self.free_slots = []
@@ -471,13 +698,15 @@ cdef class Scheduler:
         self.slot_of[seq] = slot
         memset(s, 0, sizeof(Seq))
         self.arrivals += 1
-        s.arrival = self.arrivals
         s.id = id_
         s.priority = rank
         s.deadline = deadline
         s.target = prompt
         s.max_tokens = min(limit, self.capacity_tokens - prompt + 1)  # the last token is never put into the KV
+        s.prompt_bytes = self._kv_bytes(prompt)
+        s.most_bytes = self._kv_bytes(prompt + s.max_tokens - 1)
         s.client = activate(&self.clients, self.client_of, self.free_clients, client)
+        s.turn = turn_of(self.seqs, &self.queue, &self.running, s, self.arrivals, self.max_chunk_tokens)
         self.due = min(self.due, deadline)
         self._enqueue(slot)
         return s.max_tokens
@@ -497,6 +726,8 @@ cdef class Scheduler:
             if seq not in self.slot_of:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed += 1
+        if self.uncommitted[self.committed & 1].holds:
+            self.held_ms += elapsed_ms
         if learn:
             self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
         for seq in finished:
@@ -545,8 +776,10 @@ cdef class Scheduler:
     # --- plumbing -----------------------------------------------------------------------------------------------------
 
     cdef inline long long _kv_bytes(self, long long tokens) noexcept:
-        quanta = (tokens + self.quantum_tokens - 1) // self.quantum_tokens
-        return self.kv_bytes_per_sequence + quanta * self.quantum_bytes
+        return self.kv_bytes_per_sequence + self._quanta_bytes(tokens)
+
+    cdef inline long long _quanta_bytes(self, long long tokens) noexcept:
+        return (tokens + self.quantum_tokens - 1) // self.quantum_tokens * self.quantum_bytes
 
     cdef int _grow(self) except -1:
         cdef int i, size = max(64, 2 * self.capacity)

@@ -8,12 +8,12 @@ give its lease back.
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from typing import Any
 import trio
 
 from lmx.api.app import create_app
+from lmx.api.errors import expected
 from lmx.api.http import BACKLOG, serve_http
 from lmx.config import Settings, load_settings
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
+from lmx.logs import flush, log_to_stderr
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -39,7 +41,11 @@ logger = logging.getLogger("lmx")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with log_to_stderr():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         settings = _settings(options)
         logger.setLevel(settings.server.log_level.upper())
@@ -127,6 +133,7 @@ class _Server:
     def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
         self._settings = settings
         self._sockets = sockets
+        self._metrics = Metrics()
         self._models: Models | None = None
         self._shutdown = trio.Event()
         self._serving = trio.CancelScope()
@@ -140,24 +147,29 @@ class _Server:
         return code
 
     async def _serve(self) -> int:
-        metrics = Metrics()
+        models = self._models = Models(self._settings, self._metrics)
         try:
-            # Not abandoned on a signal: it may run a converter, and a half-made model folder helps nobody.
-            models = self._models = await trio.to_thread.run_sync(Models.load, self._settings, metrics)
-        except LmxError as error:
-            logger.error("%s", error.message)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(models.run)
+                nursery.start_soon(self._drain, models)
+                # A model that cannot be is refused before anybody is answered; one that must be converted first is not.
+                await models.presentable.wait()
+                if not self._shutdown.is_set():
+                    with self._serving:
+                        await self._serve_http(create_app(models, self._settings, self._metrics))
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            if group.subgroup(LmxError) is None:
+                raise
+            logger.error("%s", expected(group, "").message)
             return 2
-        async with trio.open_nursery() as nursery:
-            await nursery.start(models.run)
-            nursery.start_soon(self._drain, models)
-            app = create_app(models, self._settings, metrics)
-            with self._serving:
-                await self._serve_http(app)
-            nursery.cancel_scope.cancel()
         logger.info("stopped")
         return 0
 
     async def _serve_http(self, app: Any) -> None:
+        # What was made up to here stays: a full collection that looks at it would hold the event loop for 80 ms.
+        gc.collect()
+        gc.freeze()
         serve = partial(serve_http, app, self._sockets, self._settings, shutdown=self._shutdown)
         async with trio.open_nursery() as nursery:
             await nursery.start(serve)
@@ -170,7 +182,11 @@ class _Server:
         await self._shutdown.wait()
         models.draining = True
         drain_s = self._settings.server.drain_s
-        logger.info("stopping; running requests have %g s to finish (a second signal ends at once)", drain_s)
+        if not models.listing():
+            logger.info("stopping; the model that was being read is given up")
+            models.stop_loading()
+        else:
+            logger.info("stopping; running requests have %g s to finish (a second signal ends at once)", drain_s)
         await trio.sleep(drain_s)
         models.fail_all(ModelOverloaded("The server is shutting down; this request did not finish in time."))
         await trio.sleep(LAST_WORDS_S)
@@ -184,5 +200,6 @@ class _Server:
                     if self._models is not None:
                         self._models.kill()
                     logger.warning("second signal: ended at once")
+                    flush()
                     os._exit(128 + number)
                 self._shutdown.set()

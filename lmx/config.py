@@ -22,6 +22,9 @@ from lmx.errors import ConfigError
 
 logger = logging.getLogger("lmx")
 
+Key = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f]([^\x00-\x1f\x7f]*[^\x00-\x20\x7f])?$")]
+"""An API key must fit into a header: not empty, no control characters, no blanks around it."""
+
 BackendName = Literal["auto", "mlx", "llama"]
 
 
@@ -40,15 +43,35 @@ class ServerSettings(_Section):
     request_timeout_s: float = Field(0.0, ge=0)
     allowed_hosts: list[str] = []
     cors_origins: list[str] = []
-    inference_keys: dict[str, str] = {}
-    admin_keys: dict[str, str] = {}
+    inference_keys: dict[str, Key] = {}
+    admin_keys: dict[str, Key] = {}
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
     aliases: dict[str, str] = {}
-    placeholders: list[str] = ["default", "local-model", "gpt-*", "claude-*", "model-placeholder", "auto"]
+    placeholders: list[str] = [
+        "default",
+        "local-model",
+        "model-placeholder",
+        "auto",
+        "gpt-3.5*",
+        "gpt-4",
+        "gpt-4-*",
+        "gpt-4.*",
+        "gpt-4o*",
+        "gpt-5",
+        "gpt-5-*",
+        "gpt-5.*",
+        "chatgpt-*",
+        "o1",
+        "o1-*",
+        "o3",
+        "o3-*",
+        "o4-*",
+        "claude-*",
+    ]
     cache_dir: str = ""
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}
@@ -89,6 +112,8 @@ class EngineSettings(_Section):
     max_restarts: int = Field(5, ge=0)
     max_unread_tokens: int = Field(8192, ge=1)
     openblas: Annotated[str, AfterValidator(_library)] = "auto"
+    mlx_ops_per_buffer: int = Field(0, ge=0, le=2**31 - 1)
+    mlx_mb_per_buffer: int = Field(0, ge=0, le=2**31 - 1)
     command: list[str] = []
 
 

@@ -80,6 +80,14 @@ class EngineDied(LmxError):
     code = "engine_died"
 
 
+class RequestCrashesEngine(LmxError):
+    """The engine ended twice over this one request, the second time with nothing beside it: trying again is no use."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "request_crashes_engine"
+
+
 class SequenceFailed(LmxError):
     """The engine gave this one sequence up (for example non-finite logits); others are not touched."""
 

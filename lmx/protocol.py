@@ -213,7 +213,8 @@ class Failed:
 
     seq: int
     code: str
-    """"never_fits", "invalid_token", "non_finite", "timeout", "model_invalid", "out_of_memory" or "internal"."""
+    """"never_fits", "invalid_token" (the prompt), "invalid_request", "non_finite", "timeout", "model_invalid",
+    "out_of_memory" or "internal"."""
     message: str
 
 

@@ -92,7 +92,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **options: Any) -> AsyncIterator[Server]:
+async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncIterator[Server]:
     engine = {key: options.pop(key) for key in list(options) if key in EngineSettings.model_fields}
     settings = load_settings(
         environ={},
@@ -117,7 +117,8 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[Server]:
                     await serve_http(app, [sock], settings, shutdown=started.shutdown, task_status=task_status)
 
             await nursery.start(serve)
-            await started.engine.wait_state("ready")
+            if ready:
+                await started.engine.wait_state("ready")
             try:
                 yield started
             finally:
@@ -135,6 +136,7 @@ Test = Callable[[Server], Awaitable[None]]
 def with_server(**options: Any) -> Callable[[Test], Callable[..., None]]:
     """Run the test as a Trio task beside its own server. Options: ``LMX_NULL_…``, [server] and [engine] keys."""
     null = {key: str(options.pop(key)) for key in list(options) if key.startswith("LMX_")}
+    patience_s = options.pop("patience_s", PATIENCE_S)
 
     def decorate(test: Test) -> Callable[..., None]:
         def run(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +144,7 @@ def with_server(**options: Any) -> Callable[[Test], Callable[..., None]]:
                 monkeypatch.setenv(name, value)
 
             async def main() -> None:
-                with trio.fail_after(PATIENCE_S):
+                with trio.fail_after(patience_s):
                     async with serving(model_folder, **options) as server:
                         await test(server)
 

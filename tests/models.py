@@ -134,7 +134,8 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = CHATML) -> None
 
 
 def build_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Write a model of architecture ``kind`` (a key of KINDS) into ``folder`` and return it. float32.
+    """Write a model of architecture ``kind`` (a module of mlx-lm's; KINDS adds what some need) into ``folder`` and
+    return it. float32.
 
     ``overrides`` are fields of mlx-lm's ModelArgs (``num_hidden_layers=8, hidden_size=512``). Where the heads are not
     named, the width is cut into heads of 64 above a width of 256, and the MLP gets twice the width.
@@ -152,7 +153,7 @@ def build_model(kind: str, folder: Path, *, seed: int = 0, **overrides: Any) -> 
         sizes = {"intermediate_size": 2 * width, "head_dim": head_dim, "num_attention_heads": width // head_dim}
         sizes["num_key_value_heads"] = max(1, width // head_dim // 2)
     vocab_size = train_tokenizer().get_vocab_size()
-    config = {"model_type": kind, "vocab_size": vocab_size, **_COMMON, **KINDS[kind], **sizes, **overrides}
+    config = {"model_type": kind, "vocab_size": vocab_size, **_COMMON, **KINDS.get(kind, {}), **sizes, **overrides}
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
 

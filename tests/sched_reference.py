@@ -12,7 +12,13 @@ from lmx._sched import NeverFits, Prefill, SchedulerStatistics
 TILE = 32
 FIRST_CHUNK = 128
 MAX_OVERTAKEN = 8
+FAR_BEHIND = 512
+MUCH_BEHIND = 2048
+MAX_YIELDED = 2
+EARNED_PREFILLED, EARNED_GENERATED, FIRST_EARNED, MAX_EARNED = 1, 4, 4 * 1024 * 16, 32 * 1024 * 16
 NO_LIMIT = 2**62
+ANSWER_TOKENS = 256.0
+ANSWER_SHARE = 1 / 16
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
 MAX_WAVE = 64
@@ -33,13 +39,16 @@ class Sequence:
     client: str
     priority: int
     deadline: float
-    arrival: int
+    turn: int
+    prompt: int
     target: int
     max_tokens: int
     state: str = "queued"
     has_row: bool = False
     started: int = 0
     overtaken: int = 0
+    yielded: int = 0
+    charged: int = 0
     kv_bytes: int = 0
     length: int = 0
     generated: int = 0
@@ -54,6 +63,8 @@ class Step:
     chunk_context: float = 0.0
     area: float = 0.0
     whole: tuple[int, ...] = ()
+    holds: bool = False
+    predicted_ms: float = 0.0
 
 
 @dataclass
@@ -156,6 +167,11 @@ class ReferenceScheduler:
         self.arrivals = self.starts = 0
         self.planned = self.committed = self.preemptions = 0
         self.uncommitted = {}
+        self.elapsed_ms = {}
+        self.held = []  # the last steps, if rows waited for them
+        self.kv_short = False
+        self.earned = FIRST_EARNED
+        self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
 
@@ -179,8 +195,25 @@ class ReferenceScheduler:
     def admission_bytes(self, s):
         return self.kv_bytes_for(s.target + (s.max_tokens - s.generated > 1))
 
+    def fits(self, s):
+        return self.wanted_bytes(s, alone=not self.running()) <= self.room_bytes()
+
+    def room_bytes(self):
+        growth = sum(self.expected_bytes(row, row.kv_bytes) - row.kv_bytes for row in self.running())
+        return self.kv_budget_bytes - self.used_bytes() - growth
+
+    def wanted_bytes(self, s, alone):
+        return self.admission_bytes(s) if alone else self.expected_bytes(s, self.admission_bytes(s))
+
+    def expected_bytes(self, s, held_bytes):
+        answer = math.ceil(math.ceil(self.answer_tokens + self.answer_spread) / self.quantum_tokens)
+        most = self.kv_bytes_for(s.prompt + s.max_tokens - 1)
+        return min(
+            most, max(self.kv_bytes_for(s.prompt) + answer * self.quantum_bytes, held_bytes + self.quantum_bytes)
+        )
+
     def order(self, s):
-        return -s.priority, self.served[s.client], s.arrival
+        return -s.priority, self.served[s.client], s.turn
 
     # --- the policy ---
 
@@ -194,10 +227,23 @@ class ReferenceScheduler:
             self.cancel(seq)
         plan.expired = tuple(late)
         if self.make_room(plan):
-            self.decode(plan, step)
-            self.prefill(plan, step)
+            admit = not plan.preempted
+            if admit:
+                self.give_way(plan)
+                admit = not plan.preempted or self.committed == self.planned
+            s = self.next_prompt(admit)
+            step.holds = s is not None and self.holds(s)
+            if not step.holds:
+                self.decode(plan, step)
+            if s is not None:
+                self.prefill(plan, step, s)
         if step.rows or step.chunk:
             self.planned += 1
+            if step.holds:
+                step.predicted_ms = self.cost_ms(step, 0, 0)
+                self.held.append(self.planned)
+            else:
+                self.held = []
             plan.step = self.planned
             self.uncommitted[plan.step] = step
         return plan
@@ -209,12 +255,56 @@ class ReferenceScheduler:
                 return True
             if any(s.kv_bytes for s in self.in_state("ended")):
                 return False
-            victim = min(self.running(), key=lambda s: (s.priority, -s.started))
-            if victim.state == "decoding":
-                victim.target = victim.length + 1
-            victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
-            self.preemptions += 1
-            plan.preempted += (victim.id,)
+            first_started = min(self.running(), key=lambda s: (-s.priority, s.started))
+            others = [s for s in self.running() if s is not first_started]
+            self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
+
+    def preempt(self, plan, victim):
+        if victim.state == "decoding":
+            victim.target = victim.length + 1
+        victim.charged = max(victim.charged, victim.target if victim.state == "decoding" else victim.length)
+        victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
+        self.preemptions += 1
+        plan.preempted += (victim.id,)
+
+    def give_way(self, plan):
+        running = self.running()
+        rows_full = self.rows_used() == self.max_rows
+        if self.rows_used() > len(running) or not (rows_full or self.kv_short):
+            return
+        s = min(self.in_state("queued"), key=self.order, default=None)
+        if s is None or self.has_place(s):
+            return
+        lower = [row for row in running if row.priority < s.priority]
+        if lower:
+            room = self.room_bytes() + sum(self.expected_bytes(row, row.kv_bytes) for row in lower)
+            if self.wanted_bytes(s, alone=len(lower) == len(running)) <= room:
+                while not self.has_place(s):
+                    self.preempt(plan, min(self.running(), key=lambda s: (s.priority, s.length, -s.started)))
+            return
+        rows = [row for row in running if self.owes(row, s, running)]
+        if rows:
+            victim = min(rows, key=lambda s: (s.priority, s.length, -s.started))
+            self.earned -= 16 * victim.length
+            victim.yielded += 1
+            self.preempt(plan, victim)
+
+    def has_place(self, s):
+        return self.rows_used() < self.max_rows and self.fits(s)
+
+    def owes(self, row, s, running):
+        its = sum(r.client == row.client for r in running)
+        others = sum(r.client == s.client for r in running)
+        room = self.room_bytes() + self.expected_bytes(row, row.kv_bytes)
+        return (
+            row.priority == s.priority
+            and row.yielded < MAX_YIELDED
+            and 16 * row.length <= self.earned
+            and (its > others + 1 or (others == 0 and self.rows_used() == self.max_rows))
+            and self.served[row.client] - self.served[s.client]
+            > max(FAR_BEHIND if its > others + 1 else MUCH_BEHIND, row.length // 2)
+            and self.wanted_bytes(s, alone=len(running) == 1) <= room
+        )
 
     def decode(self, plan, step):
         rows = [s for s in self.running() if s.state == "decoding"]
@@ -226,30 +316,58 @@ class ReferenceScheduler:
             step.context += s.length
             self.generate(s)
 
-    def prefill(self, plan, step):
-        s = self.next_prompt(admit=not plan.preempted)
-        if s is None:
+    def prefill(self, plan, step, s):
+        limit_ms = self.limit_ms(step)
+        self.take(plan, step, s, s.target - s.length if step.holds else self.chunk_tokens(step, s))
+        if s.length < s.target or not self.prefill_fit.seen or plan.preempted:
             return
-        self.take(plan, step, s, self.chunk_tokens(step, s))
-        if not plan.preempted and not step.rows and s.length == s.target and self.prefill_fit.seen:
-            while len(plan.prefills) < MAX_WAVE and (following := self.next_of_wave(step, s.priority)):
-                self.take(plan, step, following, following.target)
+        while len(plan.prefills) < MAX_WAVE and (following := self.next_of_wave(step, s.priority, limit_ms)):
+            self.take(plan, step, following, following.target - following.length)
 
-    def next_of_wave(self, step, priority):
-        """The next in order, if it is a queued one of this priority and fits whole."""
-        s = min(self.in_state("queued", "prefilling"), key=self.order, default=None)
+    def next_of_wave(self, step, priority, limit_ms):
+        """The next in order, if it is of this priority and fits to its end."""
+        states = ("queued", "prefilling") if self.rows_used() < self.max_rows else ("prefilling",)
+        if any(s.priority > priority for s in self.in_state("queued")):
+            return None
+        s = min(self.in_state(*states), key=self.order, default=None)
+        if s is None:
+            return None
+        left = s.target - s.length
         fits = (
-            s is not None
-            and s.state == "queued"
-            and s.priority == priority
-            and self.rows_used() < self.max_rows
-            and self.used_bytes() + self.admission_bytes(s) <= self.kv_budget_bytes
-            and s.target <= self.max_chunk_tokens
-            and step.chunk + s.target <= self.max_wave_tokens
-            and self.cost_ms(step, 0, s.target) <= min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
-            and self.area(step, s, s.target) <= self.max_chunk_area
+            s.priority == priority
+            and (s.state == "prefilling" or self.fits(s))
+            and left <= self.max_chunk_tokens
+            and step.chunk + left <= self.max_wave_tokens
+            and self.cost_ms(step, s.length, left) <= limit_ms
+            and self.area(step, s, left) <= self.max_chunk_area
         )
         return s if fits else None
+
+    def holds(self, s):
+        rows = self.in_state("decoding")
+        if not self.prefill_fit.seen or not rows or s.target - s.length > self.max_chunk_tokens:
+            return False
+        if any(row.generated > 1 or row.priority > s.priority for row in rows):
+            return False
+        step = Step(holds=True)
+        return (
+            self.cost_ms(step, s.length, s.target - s.length) <= self.limit_ms(step)
+            and self.area(step, s, s.target - s.length) <= self.max_chunk_area
+        )
+
+    def limit_ms(self, step):
+        """How long the step's prompts may take together; beside or before rows, these with it."""
+        if step.rows:
+            return min(self.max_step_ms, self.itl_target_ms)
+        limit_ms = min(self.max_step_ms, WAVE_TARGETS * self.itl_target_ms)
+        if step.holds:
+            running = self.running()
+            decode_ms = self.decode_ms(Step(rows=len(running), context=sum(s.length for s in running)))
+            limit_ms -= max(decode_ms, self.itl_target_ms)
+            limit_ms -= sum(
+                self.uncommitted[k].predicted_ms if k in self.uncommitted else self.elapsed_ms[k] for k in self.held
+            )
+        return limit_ms
 
     def take(self, plan, step, s, tokens):
         if s.state == "queued":
@@ -264,7 +382,9 @@ class ReferenceScheduler:
             step.area += tokens * (s.length + tokens)
         s.length += tokens
         s.last_step = self.planned + 1
-        self.served[s.client] += tokens
+        fresh = sum(position >= s.charged for position in range(s.length - tokens, s.length))
+        self.served[s.client] += fresh
+        self.earned = min(self.earned + EARNED_PREFILLED * fresh, MAX_EARNED)
         if s.length == s.target:
             s.state = "decoding"
             self.generate(s)
@@ -272,14 +392,16 @@ class ReferenceScheduler:
     def next_prompt(self, admit):
         prefilling = sorted(self.in_state("prefilling"), key=self.order)
         best = prefilling[0] if prefilling else None
+        self.kv_short = False
         if not admit or self.rows_used() == self.max_rows:
             return best
-        free_bytes = self.kv_budget_bytes - self.used_bytes()
         waits = None
+        first_queued = min(self.in_state("queued"), key=self.order, default=None)
+        self.kv_short = first_queued is not None and not self.fits(first_queued)
         for s in sorted(self.in_state("queued"), key=self.order):
             if best and self.order(best) < self.order(s):
                 return best
-            if self.admission_bytes(s) <= free_bytes:
+            if self.fits(s):
                 if waits and waits.overtaken >= MAX_OVERTAKEN:
                     return best
                 if waits:
@@ -315,11 +437,15 @@ class ReferenceScheduler:
         s.generated += 1
         s.last_step = self.planned + 1
         self.served[s.client] += 1
+        self.earned = min(self.earned + EARNED_GENERATED, MAX_EARNED)
         if s.generated == s.max_tokens:
             self.end(s)
 
     def end(self, s):
         s.state = "ended"
+        if s.generated:
+            self.answer_spread += (abs(s.generated - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
+            self.answer_tokens += (s.generated - self.answer_tokens) * ANSWER_SHARE
         if not any(other.state != "ended" for other in self.sequences.values()):
             self.floor = self.served[s.client]
 
@@ -344,7 +470,12 @@ class ReferenceScheduler:
         first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if step.chunk:
             x = (1.0, step.chunk, step.chunk_context)
-            self.prefill_fit.observe(x, elapsed_ms - self.decode_ms(step))
+            decode_ms = self.decode_ms(step)
+            if elapsed_ms >= decode_ms:
+                self.prefill_fit.observe(x, elapsed_ms - decode_ms)
+            else:
+                share = decode_ms / (decode_ms + self.prefill_fit.predict(x))
+                self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms * share)
         else:
             self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms)
         if first:
@@ -378,9 +509,33 @@ class ReferenceScheduler:
         self.arrivals += 1
         max_tokens = min(max_tokens, self.capacity_tokens - prompt_tokens + 1)
         self.sequences[seq] = Sequence(
-            seq, client, priority, deadline, self.arrivals, target=prompt_tokens, max_tokens=max_tokens
+            seq,
+            client,
+            priority,
+            deadline,
+            self.turn(prompt_tokens, client, priority),
+            prompt_tokens,
+            target=prompt_tokens,
+            max_tokens=max_tokens,
         )
         return max_tokens
+
+    def turn(self, prompt_tokens, client, priority):
+        turn = self.arrivals * (MAX_OVERTAKEN + 1) + MAX_OVERTAKEN
+        if prompt_tokens > self.max_chunk_tokens:
+            return turn
+        waiting = self.in_state("queued", "prefilling")
+        waiting = [s for s in waiting if s.client == client and s.priority == priority]
+        stops = [
+            s.turn for s in waiting if s.target - s.length <= self.max_chunk_tokens or s.overtaken >= MAX_OVERTAKEN
+        ]
+        passed = [s for s in waiting if s.turn > max(stops, default=-1)]
+        if passed:
+            first = min(passed, key=lambda s: s.turn)
+            turn = first.turn - MAX_OVERTAKEN + first.overtaken
+        for s in passed:
+            s.overtaken += 1
+        return turn
 
     def cancel(self, seq):
         if seq not in self.sequences or self.sequences[seq].state == "ended":
@@ -397,6 +552,7 @@ class ReferenceScheduler:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
         self.committed = step
         committed = self.uncommitted.pop(step)
+        self.elapsed_ms[step] = elapsed_ms
         if learn:
             self.learn(committed, elapsed_ms)
         for seq in finished:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,7 @@ def serve(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     null: Mapping[str, Any] | None = None,
     stop: bool = True,
+    python: Sequence[str] = (sys.executable,),
 ) -> Iterator[Server]:
     """A server with ``folder`` as its working directory, on a free port unless ``arguments`` name one.
 
@@ -163,7 +164,7 @@ def serve(
     (folder / "lmx.toml").write_text(tomlkit.dumps(tables), encoding="utf-8")
     port = () if "--port" in arguments else ("--port", "0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "lmx", "serve", *port, *arguments],
+        [*python, "-m", "lmx", "serve", *port, *arguments],
         cwd=folder,
         env=environ,
         stderr=subprocess.PIPE,

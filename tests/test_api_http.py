@@ -8,6 +8,7 @@ from typing import Any
 
 import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 import pytest
 import trio
@@ -18,6 +19,7 @@ from lmx.config import ServerSettings, Settings
 
 HANG = b"GET /hang HTTP/1.1\r\nHost: localhost\r\n\r\n"
 OK = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LARGE = 600_000
 PATIENCE_S = 10  # bounds a failing test; a passing one waits for events only
 
 
@@ -53,6 +55,8 @@ class Service:
                 if path == "/hang":
                     await trio.sleep_forever()
                 await send({"type": "http.response.start", "status": 200, "headers": []})
+                if path == "/large":
+                    await send({"type": "http.response.body", "body": bytes(LARGE), "more_body": True})
                 while path == "/flood":
                     await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
                 await send({"type": "http.response.body", "body": b"ok"})
@@ -62,10 +66,13 @@ class Service:
                 raise
             nursery.cancel_scope.cancel()
 
-    async def connect(self) -> trio.SocketStream:
-        client = await trio.open_tcp_stream("127.0.0.1", self.port)
-        self.clients.append(client)
-        return client
+    async def connect(self, receive_buffer_bytes: int | None = None) -> trio.SocketStream:
+        sock = trio.socket.socket()
+        if receive_buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        self.clients.append(trio.SocketStream(sock))
+        await sock.connect(("127.0.0.1", self.port))
+        return self.clients[-1]
 
 
 @asynccontextmanager
@@ -197,6 +204,17 @@ async def test_a_client_that_stops_reading_is_disconnected(service: Service) -> 
         await read_until(client, b"the end")
 
 
+@in_trio(write_timeout_s=0.6)
+async def test_a_slow_and_steady_reader_is_served(service: Service) -> None:
+    """Less in ``write_timeout_s`` than what makes a socket writable again."""
+    client = await service.connect(receive_buffer_bytes=16384)
+    await client.send_all(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    for _ in range(15):
+        assert await client.receive_some(8192)
+        await trio.sleep(0.1)
+    await read_until(client, b"ok\r\n0\r\n\r\n")
+
+
 @in_trio(write_timeout_s=3600)
 async def test_a_client_that_goes_ends_a_blocked_write(service: Service) -> None:
     client = await service.connect()
@@ -228,7 +246,7 @@ async def test_shutdown_closes_idle_connections_and_lets_requests_end(service: S
     await service.started.receive()
     service.shutdown.set()
     assert await idle.receive_some() == b""
-    with pytest.raises(OSError, match="connect"):
+    with pytest.raises(OSError, match="Connection refused"):
         await service.connect()
     assert not service.stopped.is_set()
     close(busy)
@@ -252,9 +270,13 @@ async def test_garbage_is_refused_and_the_server_goes_on(service: Service) -> No
 class Http2Client:
     """A client by prior knowledge, whose every frame the test decides on."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, *, checks: bool = True) -> None:
         self.stream = stream
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        self.h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(
+                client_side=True, validate_outbound_headers=checks, normalize_outbound_headers=checks
+            )
+        )
         self.h2.initiate_connection()
 
     async def flush(self) -> None:
@@ -295,26 +317,126 @@ async def test_http2_reset_cancels_its_own_request_only(service: Service) -> Non
     await service.cancelled.receive()
 
 
+async def good_sibling(service: Service, client: Http2Client) -> None:
+    """The connection's other streams never noticed: one that ran still runs, and a new one is served."""
+    await client.request("/")
+    await client.until(h2.events.StreamEnded)
+    with pytest.raises(trio.WouldBlock):
+        service.cancelled.receive_nowait()
+
+
 @in_trio(write_timeout_s=0.2)
-async def test_http2_stopped_reader_is_disconnected(service: Service) -> None:
+async def test_http2_stream_that_is_not_read_is_reset_alone(service: Service) -> None:
     """It shows in the flow-control window: no write to the socket ever blocks."""
     client = Http2Client(await service.connect())
-    await client.request("/flood")
+    await client.request("/hang")
+    await service.started.receive()
+    flood = await client.request("/flood")
+    reset_event = await client.until(h2.events.StreamReset)
+    assert isinstance(reset_event, h2.events.StreamReset)
+    assert reset_event.stream_id == flood
     assert await service.cancelled.receive() == "/flood"
+    client.h2.increment_flow_control_window(2**20)  # of the connection
+    await good_sibling(service, client)
+
+
+@in_trio(write_timeout_s=0.3)
+async def test_http2_slow_and_steady_reader_is_served(service: Service) -> None:
+    """A large answer sent at once, taken a little at a time, for longer than ``write_timeout_s`` in all."""
+    client = Http2Client(await service.connect())
+    client.h2.increment_flow_control_window(LARGE)
+    stream_id = await client.request("/large")
+    for _ in range(8):
+        await client.until(h2.events.DataReceived)
+        await trio.sleep(0.1)
+        client.h2.increment_flow_control_window(20_000, stream_id)
+        await client.flush()
+    client.h2.increment_flow_control_window(LARGE, stream_id)
+    await client.flush()
+    await client.until(h2.events.StreamEnded)
 
 
 @in_trio()
-async def test_http2_body_after_the_answer_costs_the_connection_only(service: Service) -> None:
+async def test_http2_body_after_the_answer_costs_nothing(service: Service) -> None:
     client = Http2Client(await service.connect())
-    stream_id = await client.request("/", end_stream=False)
+    await client.request("/hang")
+    stream_id = await client.request("/refuse", end_stream=False)
     await client.until(h2.events.StreamEnded)
-    client.h2.send_data(stream_id, b"late")
+    sent = 0
+    while sent < 300_000:  # more than the window of the connection, were it not given back
+        while client.h2.local_flow_control_window(stream_id) < 16384:
+            await client.until(h2.events.WindowUpdated)
+        client.h2.send_data(stream_id, bytes(16384))
+        await client.flush()
+        sent += 16384
+    client.h2.end_stream(stream_id)
+    await good_sibling(service, client)
+
+
+MALFORMED: list[list[tuple[bytes, bytes]]] = [
+    [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"localhost")],
+    [(b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost")],
+    [(b":method", b"GET"), (b":path", b""), (b":scheme", b"http"), (b":authority", b"localhost")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost")],
+    [(b":method", b"G\xcbT"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost"), (b"X-Up", b"1")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost"), (b"", b"1")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost"), (b"a", b"\r\n")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"localhost"), (b":odd", b"1")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"a"), (b"connection", b"close")],
+    [(b":method", b"GET"), (b":path", b"/"), (b":scheme", b"http"), (b":authority", b"a"), (b"content-length", b"x")],
+]
+
+
+@pytest.mark.parametrize("headers", MALFORMED)
+def test_http2_malformed_request_ends_its_own_stream_only(headers: list[tuple[bytes, bytes]]) -> None:
+    @in_trio()
+    async def test(service: Service) -> None:
+        client = Http2Client(await service.connect(), checks=False)
+        await client.request("/hang")
+        bad = client.h2.get_next_available_stream_id()
+        client.h2.send_headers(bad, headers, end_stream=True)
+        await client.flush()
+        reset_event = await client.until(h2.events.StreamReset)
+        assert isinstance(reset_event, h2.events.StreamReset)
+        assert (reset_event.stream_id, reset_event.error_code) == (bad, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+        await good_sibling(service, client)
+
+    test()
+
+
+@in_trio()
+async def test_http2_body_of_another_length_than_announced_ends_its_own_stream_only(service: Service) -> None:
+    client = Http2Client(await service.connect(), checks=False)
+    await client.request("/hang")
+    await service.started.receive()
+    bad = client.h2.get_next_available_stream_id()
+    headers = [
+        (":method", "POST"),
+        (":path", "/hang"),
+        (":scheme", "http"),
+        (":authority", "a"),
+        ("content-length", "5"),
+    ]
+    client.h2.send_headers(bad, headers)
+    client.h2.send_data(bad, b"123456", end_stream=True)
     await client.flush()
-    while await client.stream.receive_some():
-        pass
-    other = await service.connect()
-    await other.send_all(OK)
-    await read_until(other, b"ok\r\n0\r\n\r\n")
+    reset_event = await client.until(h2.events.StreamReset)
+    assert isinstance(reset_event, h2.events.StreamReset)
+    assert reset_event.stream_id == bad
+    assert await service.cancelled.receive() == "/hang"
+    await good_sibling(service, client)
+
+
+@in_trio()
+async def test_http2_priority_frames_for_thousands_of_idle_streams_cost_nothing(service: Service) -> None:
+    client = Http2Client(await service.connect())
+    await client.request("/hang")
+    for stream_id in range(101, 8001, 2):
+        client.h2.prioritize(stream_id, weight=1 + stream_id % 256, depends_on=stream_id - 2)
+    await client.flush()
+    await good_sibling(service, client)
 
 
 # --- a large body refused early --------------------------------------------------------------------

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 
 from lmx.api.access import authorize
-from lmx.api.body import parse
 from lmx.api.errors import ForeignHost
 from lmx.api.generation import Choice
+from lmx.api.parse import parse
 from lmx.api.paths import normalised
 from lmx.api.schemas import ChatRequest, CompletionRequest
 from lmx.chat.text import TextStream
@@ -97,7 +97,11 @@ def test_the_admin_face_without_keys_is_for_loopback() -> None:
     ("path", "normal"),
     [
         ("/", "/"),
-        ("", ""),
+        ("", "/?"),
+        ("*", "/?*"),
+        ("example.com:443", "/?example.com:443"),
+        ("http://localhost:1234//v1/v1/models", "/v1/models"),
+        ("HTTP://[::1", "/"),
         ("//", "/"),
         ("/v1/models", "/v1/models"),
         ("//v1//models/", "/v1/models"),
@@ -138,7 +142,7 @@ HELLO = b'"messages":[{"role":"user","content":"hi"}]'
         (b'{%s,"temperature":"0.7"}' % HELLO, "temperature", '"0.7"'),
         (b'{%s,"temperature":2.5}' % HELLO, "temperature", "2.5"),
         (b'{%s,"temperature":-1}' % HELLO, "temperature", "-1"),
-        (b'{%s,"top_p":0}' % HELLO, "top_p", "got 0"),
+        (b'{%s,"top_p":-0.1}' % HELLO, "top_p", "got -0.1"),
         (b'{%s,"n":17}' % HELLO, "n", "17"),
         (b'{%s,"n":true}' % HELLO, "n", "true"),
         (b'{%s,"max_tokens":0}' % HELLO, "max_tokens", "-1"),

@@ -8,7 +8,7 @@ from lmx.engine.backend import Chunk, Sequence
 from lmx.engine.mlx import adapter, probe
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.backend import MLXBackend
-from lmx.engine.mlx.layers import DUMMY_SLOTS, scatter_write, slice_write
+from lmx.engine.mlx.layers import DUMMY_SLOTS, Slots, scatter_write, slice_write
 from lmx.protocol import Load, Sampling
 from tests.models import build_model
 
@@ -184,6 +184,7 @@ def test_the_cache_shows_a_model_nothing_past_a_rows_length(loaded):
     class Spy:
         logits = model.logits
         vocab_size = model.vocab_size
+        query_heads = model.query_heads
 
         def hidden(self, tokens, caches):
             found = original(tokens, caches)
@@ -202,8 +203,8 @@ def test_the_probe_refuses_a_model_whose_rows_see_each_other(loaded):
     def leaky(buffer, positions, new):
         return scatter_write(buffer, positions, new + 0.5 * mx.roll(new, 1, axis=0))
 
-    assert probe._compare(model, kinds, scatter_write) == ""
-    assert "run alone" in probe._compare(model, kinds, leaky)
+    assert probe.compare(model, kinds, scatter_write) == ""
+    assert "run alone" in probe.compare(model, kinds, leaky)
 
 
 def test_a_recurrent_state_is_not_rewound_silently(loaded):
@@ -213,20 +214,29 @@ def test_a_recurrent_state_is_not_rewound_silently(loaded):
     assert lane.rewind(row, 2) == 0
 
 
+@pytest.mark.parametrize("rows", [3, 4])
 @pytest.mark.parametrize("write", [scatter_write, slice_write])
-def test_writes_are_in_place_and_reach_only_their_slots(write):
+def test_writes_are_in_place_and_reach_only_their_slots(write, rows):
     rng = np.random.default_rng(0)
     content = rng.normal(size=(4, 2, 64, 8)).astype(np.float32)
-    new = rng.normal(size=(3, 2, 2, 8)).astype(np.float32)
-    positions = np.array([[0, 1], [7, 8], [64 - DUMMY_SLOTS, 64 - DUMMY_SLOTS + 1]])
+    new = rng.normal(size=(rows, 2, 2, 8)).astype(np.float32)
+    positions = np.array([[0, 1], [7, 8], [64 - DUMMY_SLOTS, 64 - DUMMY_SLOTS + 1], [20, 21]])[:rows]
     expected = content.copy()
-    for row in range(3):
+    for row in range(rows):
         expected[row, :, positions[row]] = new[row].swapaxes(0, 1)
     buffer = mx.array(content)
     mx.eval(buffer)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    buffer = write(buffer, mx.array(positions), mx.array(new))
+    buffer = write(buffer, Slots(positions), mx.array(new))
     mx.eval(buffer)
     assert np.array_equal(np.array(buffer), expected)
     assert mx.get_peak_memory() - before < content.nbytes
+
+
+def test_more_tokens_a_row_than_there_are_dummy_slots_are_refused(loaded):
+    lane = make_lane(loaded("llama"), rows=1)
+    lane.prefill(lane.acquire(0), [5, 6], last=True)
+    assert lane.decode([0], mx.zeros((1, DUMMY_SLOTS), mx.int32)).shape[1] == DUMMY_SLOTS
+    with pytest.raises(AssertionError, match=str(DUMMY_SLOTS + 1)):
+        lane.decode([0], mx.zeros((1, DUMMY_SLOTS + 1), mx.int32))

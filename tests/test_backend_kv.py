@@ -10,6 +10,7 @@ from lmx.engine.backend import Backend, Chunk, Sequence
 from lmx.protocol import Load, Sampling
 from tests.backends import needs_llama
 from tests.models import build_gguf, build_model
+from tests.recurrent_gguf import build_recurrent_gguf
 
 PROMPT = np.random.default_rng(0).integers(5, 1000, 300).tolist()
 
@@ -22,16 +23,25 @@ def load_mlx(path: Path) -> Backend:
     return MLXBackend(adapter.load(path), Load(str(path), max_rows=4, max_chunk_tokens=512))
 
 
-def load_llama(path: Path) -> Backend:
+def load_llama(path: Path, **options: int) -> Backend:
     from lmx.engine.llama.backend import LlamaBackend
 
-    return LlamaBackend.load(Load(str(path), backend="llama", max_rows=4, max_chunk_tokens=512))
+    return LlamaBackend.load(Load(str(path), backend="llama", max_rows=4, max_chunk_tokens=512, **options))
+
+
+def load_llama_unified(path: Path) -> Backend:
+    """With so little memory that all rows share their cells."""
+    backend = load_llama(path, context_length=1024, kv_budget_bytes=load_llama(path).facts.kv_budget_bytes // 16)
+    assert backend.facts.path == "unified"
+    return backend
 
 
 MODELS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Backend]]] = {
     "mlx llama": (lambda folder: build_model("llama", folder / "model"), load_mlx),
     "mlx recurrent": (lambda folder: build_model("qwen3_next", folder / "model"), load_mlx),
     "llama.cpp llama": (lambda folder: build_gguf(folder / "model.gguf"), load_llama),
+    "llama.cpp shared cells": (lambda folder: build_gguf(folder / "model.gguf"), load_llama_unified),
+    "llama.cpp recurrent": (lambda folder: build_recurrent_gguf(folder / "model.gguf", "jamba"), load_llama),
     "llama.cpp windows": (lambda folder: build_gguf(folder / "model.gguf", kind="gemma3_text"), load_llama),
 }
 

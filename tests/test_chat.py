@@ -348,6 +348,24 @@ def test_stop_strings_cut_at_the_first_occurrence(text: str, stops: list[str], c
         assert stream.feed(b"more") == ""
 
 
+def test_a_stop_string_waits_for_one_that_may_begin_earlier() -> None:
+    pieces = [bytes([byte]) for byte in range(256)]
+    for end, sent in ((b"d", "1a"), (b"X", "1"), (b"", "1a")):
+        stream = TextStream(pieces, ["abcX", "bc"])
+        assert [stream.feed(bytes([byte])) for byte in b"1abc"] == ["1", "", "", ""]
+        assert "1" + stream.feed(end) + stream.finish() == sent
+        assert stream.stopped
+
+
+def test_long_stop_strings_are_found_at_any_overlap() -> None:
+    text = "a" * 5000 + "b" + "ab" * 3000 + "c"
+    stops = ["a" * 4000 + "ab", "ab" * 2000 + "c", "x" * 4096]
+    for size in (1, 7, 4096):
+        stream = TextStream([bytes([byte]) for byte in range(256)], stops)
+        sent = "".join(stream.feed(text[at : at + size].encode()) for at in range(0, len(text), size))
+        assert (sent + stream.finish(), stream.stopped) == ("a" * 999, True)
+
+
 def test_no_more_is_held_back_than_may_become_a_stop_string(chat: ChatModel) -> None:
     stream = TextStream([bytes([byte]) for byte in range(256)], ["STOP", "\n\nuser:"])
     assert [stream.feed(bytes([byte])) for byte in b"a\nbSTxSTOP!"] == [

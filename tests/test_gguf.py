@@ -158,6 +158,7 @@ def test_a_split_file_is_one_model_on_llama_cpp(good: Path, tmp_path: Path) -> N
     found = resolve(str(first), tmp_path / "cache", "llama")
     assert (found.id, found.path) == ("tiny", first)
     assert found.size_bytes == sum(part.stat().st_size for part in parts)
+    resolve(str(good), tmp_path / "cache", "llama")
     assert words_folder(first, tmp_path / "cache")[1].parameters == words_folder(good, tmp_path / "cache")[1].parameters
     with pytest.raises(ModelInvalid, match=r"part 2 of 3\. Name the first: \S+/tiny-00001-of-00003\.gguf"):
         resolve(str(parts[1]), tmp_path / "cache")

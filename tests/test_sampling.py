@@ -1,6 +1,7 @@
 """The sampling graph: each rule by its definition, rows on their own in any batch, the same draws in MLX and NumPy."""
 
 import math
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmx.engine.sampling import SamplingBatch, draw_key
+from lmx.engine.sampling import SamplingBatch, _candidates, draw_key, traces
 from lmx.protocol import Sampling
 
 VOCAB = 50
@@ -130,3 +131,86 @@ def test_keys_depend_on_seed_and_position_alone():
     assert len(set(keys.values())) == 2500
     assert draw_key(3, 4) == keys[3, 4] != draw_key(3 + 2**63, 4)
     assert abs(np.mean(list(keys.values())) / 2**32 - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("size", [40, 1000, 4096, 5003])
+@pytest.mark.parametrize("k", [1, 3, 20, 64, 1000])
+def test_candidates_hold_the_largest(size, k):
+    """Ties and entries that a model masks included."""
+    rng = np.random.default_rng(size + k)
+    k = min(k, size)
+    logits = rng.choice([*rng.normal(0, 3, size // 4).astype(np.float32), -np.inf], (3, size)).astype(np.float32)
+    for xp in (mx, np):
+        values, ids = map(np.array, _candidates(xp, xp.array(logits), k))
+        assert values.shape[1] <= min(size, 2 * math.sqrt(size * k) + 64)
+        assert np.array_equal(np.sort(values)[:, ::-1][:, :k], np.sort(logits)[:, ::-1][:, :k])
+        assert np.array_equal(np.take_along_axis(logits, ids, axis=1), values)
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "row", [{"top_k": 20, "top_p": 0.8}, {"top_k": 300}, {"top_p": 0.7}, {"top_k": 5000, "min_p": 0.1}]
+)
+def test_large_vocabularies_draw_the_same_on_either_library(row):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 2, (4, 5003)).astype(np.float32)
+    logits[:, rng.integers(0, 5003, 40)] += 6
+    rows = [Sampling(seed, temperature=0.7, **row) for seed in range(4)]
+    for position in range(12):
+        together = np.array(draw(mx, logits, rows, position).tokens).tolist()
+        alone = [int(draw(np, logits[i : i + 1], [rows[i]], position).tokens[0]) for i in range(4)]
+        assert together == alone
+
+
+def graph_of(rows, vocab, logits=None, compiled=True):
+    """A lazy draw, as on a GPU."""
+    rng = np.random.default_rng(0)
+    batch = SamplingBatch(mx, rows, vocab, compiled=compiled)
+    seen = mx.array(rng.integers(0, 3, (len(rows), vocab)).astype(np.int32))
+    if logits is None:
+        logits = rng.normal(0, 3, (len(rows), vocab)).astype(np.float32)
+    counts = [seen, seen] if batch.penalised else None
+    return batch.draw(mx.array(logits), [draw_key(row.seed, 1) for row in rows], counts)
+
+
+def test_mixed_traffic_does_not_trace_without_bound():
+    """What differs in values alone shares a graph; what differs in kind makes a few more, and not in proportion to the
+    traffic."""
+    rng = np.random.default_rng(1)
+    before = traces()
+    for _ in range(40):
+        top_k, top_p = int(rng.integers(1, 33)), float(rng.uniform(0.1, 0.99))
+        graph_of([Sampling(int(seed), rng.uniform(0.1, 2), top_k, top_p) for seed in rng.integers(0, 99, 4)], 97)
+    assert traces() - before == 1
+    made = []
+    for _ in range(400):
+        rows = []
+        for seed in rng.integers(0, 2**40, rng.integers(1, 4)):
+            biases = {int(token): 1.0 for token in rng.integers(0, 97, rng.integers(0, 9))}
+            rows.append(
+                Sampling(
+                    int(seed),
+                    temperature=rng.choice([0.0, rng.uniform(0.1, 2)]),
+                    top_k=int(rng.choice([0, rng.integers(1, 97)])),
+                    top_p=rng.choice([1.0, rng.uniform(0.1, 1)]),
+                    repetition_penalty=rng.choice([1.0, rng.uniform(1, 2)]),
+                    logit_bias=biases if rng.random() < 0.3 else None,
+                    logprobs=int(rng.choice([-1, 5])),
+                )
+            )
+        graph_of(rows, 97)
+        made.append(traces() - before)
+    # Three row counts × penalties × logprobs × bias (none, 1, 2, 4, 8) × order (greedy, none, 32, 64, all).
+    assert made[-1] <= 3 * 2 * 2 * 5 * 5
+    assert made[-1] - made[200] < made[200]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles CPU kernels with g++")
+def test_compiled_draws_are_the_same():
+    rows = [
+        Sampling(1, 0.7, 20, 0.8, repetition_penalty=1.2, logit_bias={3: 2.0, 9: -100.0}),
+        Sampling(2, temperature=0.0),
+        Sampling(3, 1.3, presence_penalty=0.4),
+    ]
+    for vocab in (90, 3001):
+        assert graph_of(rows, vocab).tokens.tolist() == graph_of(rows, vocab, compiled=False).tokens.tolist()

@@ -9,6 +9,8 @@ import pytest
 
 from lmx._sched import NeverFits, Prefill, Scheduler
 from tests.sched_reference import ReferenceScheduler
+from tests.sched_simulation import Request, Simulation, gpu_ms
+from tests.sched_simulation import cpu_ms as simulated_cpu_ms
 
 BOTH = pytest.mark.parametrize("implementation", [Scheduler, ReferenceScheduler], ids=["compiled", "reference"])
 
@@ -129,10 +131,43 @@ def test_deadlines(implementation):
 
 @BOTH
 def test_one_client_is_served_in_order_of_arrival(implementation):
-    scheduler = make(implementation, max_chunk_tokens=64)
-    for seq, prompt_tokens in ((5, 200), (3, 10), (4, 10)):
+    scheduler = make(implementation)
+    for seq, prompt_tokens in ((5, 200), (3, 10), (4, 100)):
         scheduler.submit(seq, prompt_tokens, 1)
-    assert prefill_order(drain(scheduler)) == [5, 5, 5, 5, 3, 4]
+    assert prefill_order(drain(scheduler)) == [5, 3, 4]
+
+
+@BOTH
+def test_a_clients_prompts_of_one_chunk_pass_its_long_ones_eight_times(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    scheduler.submit(0, 200, 1)
+    scheduler.submit(1, 300, 1)
+    for seq in range(2, 14):
+        scheduler.submit(seq, 10, 1)
+    scheduler.submit(20, 400, 1)
+    scheduler.submit(21, 10, 1)  # may not pass the short ones that still wait
+    order = list(dict.fromkeys(prefill_order(drain(scheduler))))
+    assert order == [*range(2, 10), 0, 1, *range(10, 14), 21, 20]
+
+
+@BOTH
+def test_a_begun_long_prompt_is_passed_too_but_not_when_one_chunk_is_left(implementation):
+    scheduler = make(implementation, max_chunk_tokens=64)
+    scheduler.submit(1, 200, 1)
+    run(scheduler)
+    scheduler.submit(2, 10, 1)
+    assert prefill_order(run(scheduler) for _ in range(3)) == [2, 1, 1]
+    scheduler.submit(3, 10, 1)
+    assert prefill_order(run(scheduler) for _ in range(1)) == [1, 3]
+
+
+@BOTH
+def test_a_bot_behind_a_very_long_prompt_of_its_own_client_waits_for_a_chunk_of_it(implementation):
+    simulation = Simulation(make(implementation, max_chunk_tokens=2048), gpu_ms)
+    simulation.arrive(0.0, Request(62_000, 200))
+    short = simulation.arrive(1000.0, Request(300, 50))
+    simulation.run()
+    assert simulation.runs[short].ttft_ms < 2500.0
 
 
 @BOTH
@@ -214,6 +249,94 @@ def test_priority_goes_first(implementation):
     assert prefill_order(drain(scheduler)) == [2, 3, 4, 0, 1]
 
 
+def used_to_short_answers(implementation, **changes):
+    """It expects that answers are short, and leaves room for no more."""
+    scheduler = make(implementation, **changes)
+    for seq in range(1000, 1200):
+        scheduler.submit(seq, 1, 1, client="short")
+        run(scheduler)
+    drain(scheduler)
+    return scheduler
+
+
+# --- giving way ---------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("full", [{"max_rows": 2}, {"kv_budget_bytes": 120 * 32}], ids=["rows", "kv"])
+def test_a_higher_priority_gets_its_place_within_a_preemption(implementation, full):
+    scheduler = make(implementation, **full)
+    for seq in (1, 2):
+        scheduler.submit(seq, 1000 * seq, 300)
+    for _ in range(10):
+        run(scheduler)
+    assert scheduler.statistics().decoding == 2
+    scheduler.submit(3, 1500, 20, priority=10)
+    if "kv_budget_bytes" in full:
+        run(scheduler)  # in which it is seen to lack KV
+    plan = scheduler.plan(0.0)
+    assert (plan.preempted, plan.decode) == ((1,), (2,)), "who is computed again soonest"
+    scheduler.commit(plan.step, 50.0)
+    assert prefill_order([run(scheduler)]) == [3]
+    steps = drain(scheduler, bound=10_000)
+    assert sum((1 in decode) + (2 in decode) for decode, _ in steps) > 500, "both went on to their ends"
+    assert scheduler.statistics().preemptions == 1
+
+
+@BOTH
+def test_nobody_gives_way_where_it_would_not_help_or_where_rows_come_back_by_themselves(implementation):
+    scheduler = make(implementation, max_rows=2, kv_budget_bytes=100 * 32)
+    scheduler.submit(1, 1500, 500, priority=10)
+    scheduler.submit(2, 500, 500)
+    for _ in range(8):
+        run(scheduler)
+    scheduler.submit(3, 2000, 20, priority=10)  # does not fit beside 1
+    assert scheduler.plan(0.0).preempted == ()
+    scheduler.cancel(3)
+    scheduler.cancel(1)
+    scheduler.submit(4, 10, 20, priority=10)
+    assert scheduler.plan(0.0).preempted == ()
+
+
+@BOTH
+def test_a_client_far_behind_gets_a_row_of_one_that_holds_them_all(implementation):
+    scheduler = make(implementation, max_rows=8)
+    for seq in range(8):
+        scheduler.submit(seq, 100, 4000, client="all rows")
+    while scheduler.statistics().decoding < 8:
+        run(scheduler)
+    for seq in range(100, 110):
+        scheduler.submit(seq, 50, 2000, client="behind")
+    rows, preempted = [], []
+    for step in range(700):
+        plan = scheduler.plan(0.0)
+        preempted += plan.preempted
+        rows.append(sum(seq >= 100 for seq in plan.decode))
+        scheduler.commit(plan.step, 50.0)
+        if step < 512 // 8:
+            assert not preempted
+    assert rows.index(1) <= 512 // 8 + 5
+    assert rows[-1] == 4, "its share, and not more"
+    assert len(preempted) == len(set(preempted)) == 4
+    assert preempted[0] == 7, "of equal ones the last started"
+    drain(scheduler, bound=20_000)
+    assert scheduler.statistics().preemptions <= 2 * 18
+
+
+@BOTH
+def test_clients_with_a_row_each_take_turns_seldom(implementation):
+    scheduler = make(implementation, max_rows=2)
+    for seq in range(3):
+        scheduler.submit(seq, 100, 6000, client=f"client-{seq}")
+    first = {}
+    for step in range(8000):
+        for seq in run(scheduler)[0]:
+            first.setdefault(seq, step)
+    assert 2048 - 100 <= first[2] < 2048  # the others were charged for their prompts before
+    drain(scheduler, bound=20_000)
+    assert 1 <= scheduler.statistics().preemptions <= 2 * 3
+
+
 # --- memory -------------------------------------------------------------------------------------------
 
 
@@ -269,8 +392,8 @@ def test_admission_takes_whole_quanta_for_the_prompt_and_the_first_decode(
 
 
 @BOTH
-def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(implementation):
-    scheduler = make(implementation, kv_budget_bytes=5 * 32)
+def test_growth_preempts_a_later_started_one_which_comes_back_and_loses_nothing(implementation):
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=6 * 32)
     scheduler.submit(1, 60, 60)  # 2 quanta, then up to 4
     scheduler.submit(2, 50, 40)  # 2 quanta, then 3
     given = {1: 0, 2: 0}
@@ -296,8 +419,30 @@ def test_growth_preempts_the_latest_started_which_comes_back_and_loses_nothing(i
 
 
 @BOTH
+def test_of_the_later_started_the_one_that_is_soonest_computed_again_gives_way_and_is_not_charged_again(implementation):
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=11 * 32)
+    for seq, prompt_tokens in enumerate((90, 60, 90)):
+        scheduler.submit(seq, prompt_tokens, 100, client=f"client-{seq}")
+    given = [0, 0, 0]
+    while not (plan := scheduler.plan(0.0)).preempted:
+        for seq in (*plan.decode, *(chunk.seq for chunk in plan.prefills if chunk.last)):
+            given[seq] += 1
+        scheduler.commit(plan.step, 50.0)
+    assert plan.preempted == (1,)
+    scheduler.commit(plan.step, 50.0)
+    for seq in (0, 2):
+        scheduler.cancel(seq)
+    for seq in scheduler.releasable():
+        scheduler.release(seq)
+    assert run(scheduler)[1] == ((1, 0, 60 + given[1]),)
+    scheduler.submit(10, 1, 2, client="client-2")  # charged 90 and its answer
+    scheduler.submit(11, 1, 2, client="client-1")  # charged 60 and its answer, not 60 and its answer again
+    assert prefill_order([run(scheduler), run(scheduler)]) == [11, 10]
+
+
+@BOTH
 def test_growth_preempts_the_lowest_priority_first(implementation):
-    scheduler = make(implementation, kv_budget_bytes=4 * 32)
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=4 * 32)
     scheduler.submit(1, 10, 100)
     run(scheduler)
     scheduler.submit(2, 30, 90, priority=1)
@@ -311,20 +456,20 @@ def test_growth_preempts_the_lowest_priority_first(implementation):
 
 @BOTH
 def test_rows_wait_for_kv_that_ended_sequences_still_hold(implementation):
-    scheduler = make(implementation, kv_budget_bytes=4 * 32)
-    scheduler.submit(1, 60, 10)  # its 5th decode needs a third quantum
+    scheduler = used_to_short_answers(implementation, kv_budget_bytes=6 * 32)
+    scheduler.submit(1, 61, 60)  # its 36th decode needs a fourth quantum
     scheduler.submit(2, 40, 100)
-    while scheduler.plan(0.0).decode != (1, 2):
-        scheduler.commit(scheduler.statistics().steps, 50.0)
-    scheduler.commit(scheduler.statistics().steps, 50.0)
-    for _ in range(2):
-        step = scheduler.plan(0.0).step
-        if step < 5:
-            scheduler.commit(step, 50.0)
+    decoded = 0
+    while decoded < 35:
+        plan = scheduler.plan(0.0)
+        decoded += 1 in plan.decode
+        if decoded < 35:
+            scheduler.commit(plan.step, 50.0)
+    step = plan.step
     scheduler.cancel(2)
     assert scheduler.plan(0.0).step == 0
-    scheduler.commit(5, 50.0)
-    assert scheduler.release(2) == 64
+    scheduler.commit(step, 50.0)
+    assert scheduler.release(2) == 96
     plan = scheduler.plan(0.0)
     assert (plan.decode, plan.preempted) == ((1,), ())
     assert scheduler.statistics().preemptions == 0
@@ -390,32 +535,35 @@ def test_at_most_64_prompts_start_in_one_step(implementation):
 
 
 @BOTH
-def test_beside_decoding_rows_and_before_any_measurement_one_prompt_starts_a_step(implementation):
+def test_before_any_measurement_one_prompt_starts_a_step(implementation):
     scheduler = make(implementation, max_rows=8)
     for seq in range(4):
         scheduler.submit(seq, 20, 50)
-    assert [run(scheduler) for _ in range(3)] == [((), ((0, 0, 20),)), ((0,), ((1, 0, 20),)), ((0, 1), ((2, 0, 20),))]
+    assert [scheduler.plan(0.0).prefills for _ in range(2)] == [
+        (Prefill(0, 0, 20, last=True),),
+        (Prefill(1, 0, 20, last=True),),
+    ]
 
 
 @BOTH
 def test_the_end_of_a_long_prompt_is_joined_too(implementation):
     scheduler = measured(implementation, max_chunk_tokens=64)
     scheduler.submit(1, 100, 5)
+    assert run(scheduler)[1] == ((1, 0, 64),)
     scheduler.submit(2, 30, 5)
-    assert [run(scheduler)[1] for _ in range(2)] == [((1, 0, 64),), ((1, 64, 36), (2, 0, 30))]
+    assert run(scheduler)[1] == ((1, 64, 36), (2, 0, 30))
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("changes", "third"),
     [
-        ({"max_chunk_tokens": 96}, {"prompt_tokens": 97}),
         ({"max_wave_tokens": 150}, {}),
         ({"max_rows": 2}, {}),
         ({"kv_budget_bytes": 7 * 32}, {}),
         ({}, {"priority": -1}),
     ],
-    ids=["chunk", "wave", "rows", "kv", "priority"],
+    ids=["wave", "rows", "kv", "priority"],
 )
 def test_it_ends_at_the_first_that_does_not_fit(implementation, changes, third):
     scheduler = measured(implementation, **changes)
@@ -480,6 +628,111 @@ def test_a_begun_prompt_that_is_next_in_order_is_not_overtaken(implementation, p
     scheduler.submit(3, prompt_tokens, 5, client="b")
     assert starting(scheduler) == [1]  # now "a" has 128, and "b" after one prompt 125 or 129
     assert starting(scheduler) == expected
+
+
+# --- beside decoding rows, and moments after a wave -----------------------------------------------------
+
+
+@BOTH
+def test_prompts_share_a_step_beside_decoding_rows_as_far_as_its_time_allows(implementation):
+    scheduler = with_decoding_rows(implementation, 2, itl_target_ms=400.0)
+    for seq in range(100, 110):
+        scheduler.submit(seq, 30, 5, client="new")
+    decode, chunks = run(scheduler, cost_ms=lambda plan: cpu_ms(2, 200, chunk_tokens(plan), 0))
+    assert decode == (0, 1)
+    assert [(seq, start, tokens) for seq, start, tokens in chunks] == [(100 + i, 0, 30) for i in range(len(chunks))]
+    taken = [(0, 30)] * len(chunks)
+    assert 2 <= len(chunks) < 10
+    assert scheduler.predict_ms(2, 250, taken) <= 400.0 < scheduler.predict_ms(2, 250, [*taken, (0, 30)])
+
+
+@BOTH
+def test_the_rest_of_a_begun_prompt_shares_a_step_with_the_next_in_order(implementation):
+    scheduler = with_decoding_rows(implementation, 1, itl_target_ms=300.0)
+    scheduler.submit(100, 100, 5, client="long")
+    assert run(scheduler)[1] == ((100, 0, 64),)
+    scheduler.submit(101, 20, 5, client="a new one")
+    # The new client comes in at the smallest counter, that of the decoding row's; both end in this step.
+    assert sorted(run(scheduler)[1]) == [(100, 64, 36), (101, 0, 20)]
+
+
+@BOTH
+def test_what_comes_while_a_wave_runs_starts_before_its_rows_go_on(implementation):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    assert run(scheduler) == ((), ((1, 0, 85),))
+    for seq in (2, 3, 4):
+        scheduler.submit(seq, 85, 5)
+    assert run(scheduler) == ((), ((2, 0, 85), (3, 0, 85), (4, 0, 85)))
+    scheduler.submit(5, 85, 5)
+    assert run(scheduler) == ((), ((5, 0, 85),))
+    assert run(scheduler) == ((1, 2, 3, 4, 5), ())
+    scheduler.submit(6, 85, 5)
+    assert run(scheduler) == ((1, 2, 3, 4, 5), ((6, 0, 85),)), "rows that have gone on do not wait"
+
+
+@BOTH
+def test_with_lookahead_too(implementation):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    first = scheduler.plan(0.0).step
+    scheduler.submit(2, 85, 5)
+    plan = scheduler.plan(0.0)
+    assert (plan.decode, [chunk.seq for chunk in plan.prefills]) == ((), [2])
+    scheduler.commit(first, 50.0)
+    assert scheduler.plan(0.0).decode == (1, 2)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "request_",
+    [{"prompt_tokens": 700}, {"prompt_tokens": 85, "priority": -1}],
+    ids=["longer than a chunk", "lower priority"],
+)
+def test_rows_do_not_wait_for(implementation, request_):
+    scheduler = measured(implementation)
+    scheduler.submit(1, 85, 5)
+    run(scheduler)
+    scheduler.submit(2, max_tokens=5, **request_)
+    assert run(scheduler)[0] == (1,)
+
+
+@BOTH
+def test_rows_wait_no_longer_than_a_wave_may_take(implementation):
+    cost = {"cost_ms": lambda plan: cpu_ms(len(plan.decode), 0, chunk_tokens(plan), 0)}
+    scheduler = measured(implementation, max_rows=50, **cost)
+    waited_ms, seq = 0.0, 1
+    scheduler.submit(seq, 85, 5)
+    run(scheduler, **cost)
+    while True:
+        seq += 1
+        scheduler.submit(seq, 85, 5)
+        plan = scheduler.plan(0.0)
+        elapsed_ms = cpu_ms(len(plan.decode), 0, chunk_tokens(plan), 0)
+        waited_ms += elapsed_ms
+        scheduler.commit(plan.step, elapsed_ms)
+        if plan.decode:
+            break
+    assert 1500.0 < waited_ms <= 8 * 250.0
+
+
+def torn(implementation, apart_ms):
+    """Eight streams of 85 tokens whose requests come so far apart: tokens a second, and their runs."""
+    simulation = Simulation(measured(implementation, max_chunk_tokens=192), simulated_cpu_ms)
+    for stream in range(8):
+        simulation.arrive(1000.0 + stream * apart_ms, Request(85, 64))
+    simulation.run()
+    runs = simulation.runs.values()
+    return 1e3 * 8 * 64 / (max(run.token_times[-1] for run in runs) - 1000.0), runs
+
+
+@BOTH
+@pytest.mark.parametrize("apart_ms", [12.0, 50.0])
+def test_requests_that_come_one_after_the_other_are_served_as_fast_as_those_that_come_at_once(implementation, apart_ms):
+    at_once, _ = torn(implementation, 0.0)
+    speed, runs = torn(implementation, apart_ms)
+    assert speed > 0.95 * at_once
+    assert max(run.worst_gap_ms for run in runs) <= 8 * 250.0
 
 
 # --- the cost model and the chunk ---------------------------------------------------------------------
@@ -641,6 +894,23 @@ def test_prompts_that_start_together_keep_to_the_area_as_padded_to_the_longest(i
 
 
 @BOTH
+@pytest.mark.parametrize("cold_steps", [2, 3, 4, 5])
+def test_cold_first_steps_do_not_make_chunks_look_free(implementation, cold_steps):
+    """Decoding is predicted too long after them: that a step with a chunk took less must teach the decode cost, else
+    the chunk's is learnt as nothing, and the next long prompt stops everybody for a second."""
+    scheduler = make(implementation, max_rows=8)
+    for seq in range(8):
+        scheduler.submit(seq, 60, 100)
+    for step in range(1, 60):
+        plan = scheduler.plan(0.0)
+        chunk_tokens = sum(chunk.tokens for chunk in plan.prefills)
+        cost_ms = (9 + 1.5 * len(plan.decode)) * bool(plan.decode) + (25 + 0.4 * chunk_tokens) * bool(chunk_tokens)
+        scheduler.commit(step, cost_ms + 3000 * (step <= cold_steps))
+    assert scheduler.predict_ms(8, 8 * 100) == pytest.approx(21.0, rel=0.1)
+    assert 0.5 * 844 < scheduler.predict_ms(0, 0, [(0, 2048)]) < 4 * 844
+
+
+@BOTH
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, -0.5])
 def test_values_that_make_no_sense_are_refused_by_name_and_change_nothing(implementation, value):
     scheduler = make(implementation)
@@ -699,16 +969,28 @@ def test_calls_out_of_order_are_refused(implementation):
     scheduler.submit(1, 10, 100)
 
 
-def test_the_same_calls_give_the_same_plans():
+@pytest.mark.parametrize(
+    ("sizes", "longest_answer", "clients", "priorities"),
+    [({"kv_budget_bytes": 900}, 250, 1, 1), ({"max_rows": 3}, 900, 2, 1), ({"kv_budget_bytes": 2000}, 200, 3, 3)],
+    ids=["little KV", "few rows", "priorities"],
+)
+def test_the_same_calls_give_the_same_plans(sizes, longest_answer, clients, priorities):
     def history(implementation):
         calls = random.Random(3)
-        scheduler = make(implementation, kv_budget_bytes=600)
+        scheduler = used_to_short_answers(implementation, max_chunk_tokens=128, **sizes)
         plans = []
-        for seq in range(300):
-            scheduler.submit(seq, calls.randint(1, 300), calls.randint(1, 60), client=f"client-{calls.randrange(5)}")
+        for seq in range(120):
+            scheduler.submit(
+                seq,
+                calls.randint(1, 300),
+                calls.randint(1, longest_answer),
+                client=f"client-{calls.randrange(clients)}",
+                priority=calls.randrange(priorities),
+            )
             for _ in range(calls.randrange(12)):
                 plans.append(run(scheduler, cost_ms=calls.uniform(1.0, 500.0)))
-            scheduler.cancel(calls.randrange(seq + 1))
+            if calls.random() < 0.7:
+                scheduler.cancel(calls.randrange(seq + 1))
         return plans, drain(scheduler, bound=20_000), scheduler.statistics()
 
     first = history(Scheduler)

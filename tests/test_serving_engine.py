@@ -20,9 +20,11 @@ from lmx.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineDied,
+    InvalidRequest,
     ModelLoadingFailed,
     ModelOverloaded,
     QueueFull,
+    RequestCrashesEngine,
     SequenceFailed,
 )
 from lmx.protocol import Load, Sampling
@@ -361,18 +363,27 @@ async def test_one_sequence_fails_alone() -> None:
 
 
 @in_trio
-async def test_death_fails_its_requests_at_once_and_the_next_one_works() -> None:
+async def test_what_only_the_engine_can_check_is_the_clients_fault() -> None:
+    async with running({"fail_code": "invalid_request"}) as setup:
+        with pytest.raises(InvalidRequest, match="null engine: told to fail this sequence"):
+            await answer(setup.engine, ask(FAIL))
+        await setup.idle()
+        assert setup.engine.restarts == 0
+
+
+@in_trio
+async def test_death_fails_answers_that_had_begun_at_once_and_the_others_are_served() -> None:
     async with running({"step_ms": 1}, load={"max_rows": 1}) as setup, background(setup.engine, ask()) as errors:
         await until(lambda: setup.own is not None and setup.own.decoding == 1)
-        async with background(setup.engine, ask()) as queued_errors:
+        async with setup.engine.generate(ask(max_tokens=3)) as queued:
             await until(lambda: setup.own.queued == 1)
             pid = setup.engine.statistics().pid
             os.kill(pid, signal.SIGKILL)
-            await until(lambda: bool(errors and queued_errors))
-        for error in (*errors, *queued_errors):
-            assert isinstance(error, EngineDied)
-            assert "killed from outside" in error.message
-            assert "SIGKILL" in error.message
+            await until(lambda: bool(errors))
+            assert await read(queued) == ([0, 1, 2], "length")
+        assert isinstance(errors[0], EngineDied)
+        assert "killed from outside" in errors[0].message
+        assert "SIGKILL" in errors[0].message
         assert await answer(setup.engine, ask(max_tokens=3)) == ([0, 1, 2], "length")
         record = setup.engine.statistics()
         assert record.restarts == 1
@@ -447,7 +458,7 @@ async def test_the_request_that_ran_at_a_crash_is_tried_once_more_and_alone(tmp_
 @in_trio
 async def test_a_request_that_crashes_twice_is_refused_and_the_others_live() -> None:
     async with running() as setup:
-        with pytest.raises(SequenceFailed, match=r"twice.*SIGABRT"):
+        with pytest.raises(RequestCrashesEngine, match=r"more than once.*SIGABRT"):
             await answer(setup.engine, ask(CRASH))
         assert await answer(setup.engine, ask(max_tokens=1)) == ([0], "length")
         assert setup.engine.restarts == 2
@@ -456,7 +467,7 @@ async def test_a_request_that_crashes_twice_is_refused_and_the_others_live() -> 
 @in_trio
 async def test_a_request_that_hangs_twice_is_refused() -> None:
     async with running(hang_timeout_s=0.2) as setup:
-        with pytest.raises(SequenceFailed, match=r"twice.*hung"):
+        with pytest.raises(RequestCrashesEngine, match=r"more than once.*hung"):
             await answer(setup.engine, ask(HANG))
 
 

@@ -6,8 +6,10 @@ at 127.0.0.1; so a request must then name this machine. Pure decisions over head
 
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from werkzeug.datastructures import Headers
@@ -38,7 +40,8 @@ def authorize(settings: ServerSettings, path: str, headers: Headers, address: st
 
 def _key_name(settings: ServerSettings, headers: Headers, *, admin: bool) -> str:
     bearer = headers.get("authorization", "")
-    given = bearer[7:].strip() if bearer[:7].lower() == "bearer " else headers.get("x-api-key", "")
+    # HTTP's own blanks only: in a key in UTF-8, read as Latin-1, str.strip() takes part of an "à" for one.
+    given = bearer[7:].strip(" \t") if bearer[:7].lower() == "bearer " else headers.get("x-api-key", "")
     if not given:
         raise Unauthorized("No API key given; send `Authorization: Bearer KEY` or `x-api-key: KEY`.")
     admin_name = _matching(settings.admin_keys, given)
@@ -53,11 +56,16 @@ def _key_name(settings: ServerSettings, headers: Headers, *, admin: bool) -> str
 
 
 def _matching(keys: Mapping[str, str], given: str) -> str:
-    """Compares with every key, each in constant time, so that the time taken tells nothing."""
-    found = ""
+    """Compares with every key, each in constant time, so that the time taken tells nothing.
+
+    A header is bytes: clients send letters outside ASCII as UTF-8 or as Latin-1.
+    """
+    found, raw = "", given.encode("latin-1", errors="backslashreplace")
     for name, key in keys.items():
-        if hmac.compare_digest(key.encode(), given.encode(errors="surrogateescape")):
-            found = name
+        for encoding in ("utf-8", "latin-1"):
+            with suppress(UnicodeEncodeError):  # no such letters in Latin-1
+                if hmac.compare_digest(key.encode(encoding), raw):
+                    found = name
     return found
 
 
@@ -90,15 +98,19 @@ def _hostname(url: str) -> str:
 
 
 def _is_ours(settings: ServerSettings, name: str) -> bool:
-    """A literal address cannot be rebound, so any is taken; a name must be this machine's or a configured one."""
-    machine = socket.gethostname().lower()
-    ours = {machine, f"{machine.split('.')[0]}.local", settings.host.lower()}
-    allowed = {allowed.lower() for allowed in settings.allowed_hosts}
-    return _is_local(name) or _is_address(name) or name in ours or name in allowed
+    """A literal address cannot be rebound, so any is taken, and neither can a name that public DNS cannot hand out; any
+    other name must be this machine's or a configured one."""
+    ours = {socket.gethostname().lower(), settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)}
+    return _is_local(name) or _is_address(name) or _is_private(name) or name in ours
 
 
 def _is_local(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
+
+
+def _is_private(name: str) -> bool:
+    """Names of the network around this machine: containers' (host.docker.internal; a service's single word), mDNS's."""
+    return bool(re.fullmatch(r"[\w-]+|[\w.-]+\.(local|internal|home\.arpa)", name, re.ASCII))
 
 
 def _is_address(text: str) -> bool:

@@ -28,7 +28,7 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
     @routes.get("/admin/health")
     async def health() -> tuple[dict[str, Any], int]:
         """Liveness: 200 while the server answers. With `?ready`: 503 unless every model takes requests."""
-        states = {served.id: served.engine.state for served in models.listing()}
+        states = models.states()
         ready = not models.draining and all(state == "ready" for state in states.values())
         status = "draining" if models.draining else "ready" if ready else "not ready"
         asks_ready = "ready" in request.args
@@ -56,7 +56,8 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
                 "available_bytes": memory.available,
                 "server_rss_bytes": process.memory_info().rss,
             },
-            "models": [_model_status(served) for served in models.listing()],
+            "models": [_model_status(served) for served in models.listing()]
+            or [{"id": name, "state": state} for name, state in models.states().items()],
         }
 
     return routes

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from quart import Response
@@ -12,6 +13,9 @@ from lmx import __version__
 from lmx.api.generation import Choice, Delta, Job
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served
+
+FormatLogprobs = Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]]
+"""The index of a choice, and its new tokens, to the face's ``logprobs`` object: lists that go on from call to call."""
 
 
 def heading(prefix: str, kind: str, model: str, job: Job) -> dict[str, Any]:
@@ -41,29 +45,50 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def json_response(body: dict[str, Any]) -> Response:
-    return Response(to_json(body), content_type="application/json")
-
-
 class Collected:
-    """The ``Sink`` for an answer in one piece."""
+    """The ``Sink`` for an answer in one piece.
 
-    def __init__(self, job: Job) -> None:
+    Log-probabilities become JSON as they come: those of a long answer are megabytes, which would hold the event loop at
+    its end.
+    """
+
+    def __init__(self, job: Job, format_logprobs: FormatLogprobs) -> None:
         self._texts: list[list[str]] = [[] for _ in job.requests]
-        self._logprobs: list[list[tuple[int, Logprobs]]] = [[] for _ in job.requests]
+        self._format_logprobs = format_logprobs
+        self._logprobs: list[dict[str, list[bytes]]] = [{} for _ in job.requests]
 
     async def begin(self) -> None:
         pass
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
         self._texts[choice.index].append(delta.text)
-        self._logprobs[choice.index].extend(delta.logprobs)
-
-    async def quiet(self) -> None:
-        pass
+        if delta.logprobs:
+            for name, values in self._format_logprobs(choice.index, delta.logprobs).items():
+                if isinstance(values, list):
+                    self._logprobs[choice.index].setdefault(name, []).append(to_json(values)[1:-1])
 
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
 
-    def logprobs(self, choice: Choice) -> list[tuple[int, Logprobs]]:
-        return self._logprobs[choice.index]
+    def response(self, answer: dict[str, Any], choices: list[dict[str, Any]], *, with_logprobs: bool) -> Response:
+        """``answer`` with ``choices``, each with its ``logprobs``."""
+        mark = uuid.uuid4().hex
+        if with_logprobs:
+            choices = [choice | {"logprobs": mark} for choice in choices]
+        first, *others = to_json(answer | {"choices": choices}).split(b'"%s"' % mark.encode())
+        pieces = [first]
+        for index, other in enumerate(others):
+            pieces += [*self._logprobs_json(index), other]
+        return Response(b"".join(pieces), content_type="application/json")
+
+    def _logprobs_json(self, index: int) -> Iterator[bytes]:
+        """In the order of a format without tokens."""
+        separator = b"{"
+        for name, nothing in self._format_logprobs(index, ()).items():
+            yield separator + to_json(name) + b":"
+            if isinstance(nothing, list):
+                yield b"[" + b",".join(self._logprobs[index].get(name, ())) + b"]"
+            else:
+                yield to_json(nothing)
+            separator = b","
+        yield b"}"

@@ -19,22 +19,33 @@ from lmx.api import admin, chat, completions, docs
 from lmx.api import models as model_routes
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.call import Call, current_call, request_id
-from lmx.api.errors import error_response, expected, from_http
+from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
 from lmx.api.events import EventStream, HTTPConnection
 from lmx.api.paths import with_normal_paths
 from lmx.config import ServerSettings, Settings
+from lmx.errors import DeadlineExceeded, ModelOverloaded
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
+
+NEED_A_MODEL = ("chat", "completions", "models")
+"""Faces whose requests wait while the words of a model are made, at its first start."""
+
+
+class _App(QuartTrio):  # type: ignore[misc]
+    async def dispatch_request(self, request_context: Any = None) -> Any:
+        """The handler's whole work but a stream's, which ``EventStream`` contains."""
+        with contained():
+            return await super().dispatch_request(request_context)
 
 
 def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTrio:
     """The whole HTTP face over ``models``."""
-    app = QuartTrio("lmx.api", static_folder=None)
+    app = _App("lmx.api", static_folder=None)
     app.asgi_http_class = HTTPConnection
     app.asgi_app = with_normal_paths(app.asgi_app)
     app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
     app.logger.setLevel(logging.WARNING)
-    _add_rules(app, settings.server, metrics)
+    _add_rules(app, models, settings.server, metrics)
     _add_errors(app, settings.server)
     for routes in (
         _root(),
@@ -52,13 +63,22 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
     return app
 
 
-def _add_rules(app: Quart, settings: ServerSettings, metrics: Metrics) -> None:
+def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Metrics) -> None:
     @app.before_request
     async def admit() -> None:
         address = request.remote_addr or ""
         g.call = Call(request_id(), trio.current_time(), address)
         if not _is_preflight(settings):
             g.call.key_name = authorize(settings, request.path, request.headers, address)
+        if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
+            raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
+        if request.blueprint in NEED_A_MODEL and not models.listing():
+            with trio.move_on_at(g.call.deadline(None, settings)) as limit:
+                await models.settled.wait()
+            if limit.cancelled_caught:
+                raise DeadlineExceeded("The request's time is up, and the model is not there yet.")
+            if not models.listing():
+                raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
 
     @app.after_request
     async def add_headers(response: Response) -> Response:

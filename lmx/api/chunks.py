@@ -5,11 +5,11 @@ An event is built from bytes made once for the stream and the JSON of its text; 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmx.api.answer import to_json
-from lmx.api.events import COMMENT, DONE, EventWriter
+from lmx.api.events import DONE, EventWriter
 from lmx.api.generation import Choice, Delta, Job, usage
 from lmx.protocol import Logprobs
 
@@ -20,7 +20,11 @@ PLACEHOLDER = "\0"
 
 
 class ChunkStream:
-    """``heading`` is what every chunk repeats, ``first`` the choices that are sent with the headers."""
+    """``heading`` is what every chunk repeats; ``first`` is by index what a choice begins with.
+
+    A choice begins with its first token and never before: benchmark clients take the first chunk with ``choices`` as
+    the end of prefill.
+    """
 
     def __init__(
         self,
@@ -29,7 +33,7 @@ class ChunkStream:
         heading: dict[str, Any],
         choice_object: ChoiceObject,
         *,
-        first: Sequence[dict[str, Any]],
+        first: Mapping[int, dict[str, Any]],
         with_usage: bool,
         format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]],
     ) -> None:
@@ -37,7 +41,7 @@ class ChunkStream:
         self._writer = writer
         self._heading = heading
         self._choice_object = choice_object
-        self._first = first
+        self._first = dict(first)
         self._with_usage = with_usage
         self._format_logprobs = format_logprobs
         # Split at the last placeholder: the heading holds the client's word for the model, whatever that is.
@@ -51,23 +55,22 @@ class ChunkStream:
         return b"data: " + to_json(self._heading | fields) + b"\n\n"
 
     async def begin(self) -> None:
-        await self._writer.start(b"".join(map(self._chunk, self._first)))
+        await self._writer.start()
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
-        index, events = choice.index, b""
+        index = choice.index
+        first = self._first.pop(index, None)
+        events = self._chunk(first) if first else b""
         if delta.logprobs:
             logprobs = self._format_logprobs(index, delta.logprobs)
-            events = self._chunk(self._choice_object(index, delta.text, logprobs, None))
+            events += self._chunk(self._choice_object(index, delta.text, logprobs, None))
         elif delta.text:
             before, after = self._frames[index]
-            events = before + json.dumps(delta.text).encode() + after
+            events += before + json.dumps(delta.text).encode() + after
         if delta.finish:
             events += self._chunk(self._choice_object(index, None, None, delta.finish))
         if events:
             await self._writer.write(events)
-
-    async def quiet(self) -> None:
-        await self._writer.write(COMMENT)
 
     async def end(self, choices: Sequence[Choice]) -> None:
         """The usage chunk when it was asked for, and [DONE]."""

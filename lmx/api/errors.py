@@ -1,12 +1,15 @@
 """Errors become HTTP here and nowhere else: the OpenAI error object, as a response or as an SSE event.
 
 A client never sees a stack trace: what was not raised on purpose is logged with the request's id and answered with a
-plain 500. Called by the app's error handlers and by streams that have begun.
+plain 500. Nothing that a library raises on a client's data may end more than that request, whatever it is derived
+from. Called by the app's error handlers, by streams that have begun, and around each handler.
 """
 
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -47,6 +50,34 @@ class ForeignHost(LmxError):
 
 class InternalError(LmxError):
     code = "internal_error"
+
+
+class LibraryFailure(Exception):
+    """A library raised what is no ``Exception``: a panic in Rust, for instance."""
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Around work on a client's data: what must not end the program comes out as an ``Exception``.
+
+    pyo3's PanicException is a BaseException, which no handler of Quart, Hypercorn or Trio stops. What is meant to go
+    further (Cancelled, and a signal's KeyboardInterrupt or SystemExit) goes on as it is.
+    """
+    try:
+        yield
+    except (Exception, trio.Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseExceptionGroup as group:
+        # A task that fails has its siblings cancelled. Should it be the other way round, then their Cancelled may be
+        # left out too: who is cancelled is told again at the next checkpoint.
+        _, rest = group.split(trio.Cancelled)
+        if rest is None or rest.subgroup((KeyboardInterrupt, SystemExit, GeneratorExit)) is not None:
+            raise
+        if isinstance(rest, ExceptionGroup):
+            raise rest from None
+        raise LibraryFailure("a library gave up in a task") from rest
+    except BaseException as error:
+        raise LibraryFailure(f"a library gave up: {type(error).__name__}") from error
 
 
 def expected(error: BaseException, request_id: str) -> LmxError:

@@ -1,8 +1,10 @@
 """Server-sent events, written by the handler's own task straight into ASGI.
 
-Quart would iterate an async generator, whose leases then end when the generator is closed; here a coroutine writes, so
-that leaving it is leaving its leases, and nothing but one bytes object passes per event. A failure before the first
-byte is still an ordinary error response; after it, an error event ends the stream.
+The headers and a comment go out at once; later comments go by what was *sent*, whatever the reason for the silence:
+queued, loading, in prefill, text held back by a stop string. Quart would iterate an async generator, whose leases then
+end when the generator is closed; here a coroutine writes, so that leaving it is leaving its leases, and nothing but one
+bytes object passes per event. A failure before the first byte is still an ordinary error response; after it, an error
+event ends the stream.
 """
 
 from collections.abc import Awaitable, Callable
@@ -13,7 +15,7 @@ from quart import Response
 from quart.utils import encode_headers
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from lmx.api.errors import error_event, error_response, expected
+from lmx.api.errors import contained, error_event, error_response, expected
 
 COMMENT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -28,15 +30,32 @@ class EventWriter:
         self._send = send
         self._response = response
         self.started = False
+        self._writing = 0
+        self._sent_at = 0.0
 
-    async def start(self, first: bytes) -> None:
-        """Send the headers and the first events at once. Cancelled: the connection is of no more use."""
+    async def start(self) -> None:
+        """Send the headers and a first comment. Cancelled: the connection is of no more use."""
         self.started = True
         await send_start(self._send, self._response)
-        await self.write(first)
+        await self.write(COMMENT)
 
     async def write(self, events: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._writing += 1
+        try:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        finally:
+            self._writing -= 1
+            self._sent_at = trio.current_time()
+
+    async def comment(self, silence_s: float) -> None:
+        """Send a comment whenever nothing was sent for ``silence_s``, until cancelled."""
+        while True:
+            quiet = self.started and not self._writing
+            due = self._sent_at + silence_s
+            if quiet and due <= trio.current_time():
+                await self.write(COMMENT)
+            else:
+                await trio.sleep_until(due if quiet else trio.current_time() + silence_s)
 
 
 async def send_start(send: Send, response: Response) -> None:
@@ -47,7 +66,7 @@ async def send_start(send: Send, response: Response) -> None:
 class EventStream(Response):
     """A response whose body is written by ``produce`` once the headers are decided (after_request hooks included)."""
 
-    def __init__(self, produce: Callable[[EventWriter], Awaitable[None]], request_id: str) -> None:
+    def __init__(self, produce: Callable[[EventWriter], Awaitable[None]], request_id: str, comment_s: float) -> None:
         super().__init__(b"", content_type="text/event-stream; charset=utf-8")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
@@ -56,13 +75,18 @@ class EventStream(Response):
         """Called at the end with 200, or the status of the error that ended it; not when the client went before."""
         self._produce = produce
         self._request_id = request_id
+        self._comment_s = comment_s
 
     async def send_to(self, send: Send) -> None:
         """Run ``produce`` to the stream's end. Cancelled: ``produce`` has unwound, with all it held."""
         writer = EventWriter(send, self)
         status, rest = self.status_code, b""
         try:
-            await self._produce(writer)
+            with contained():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(writer.comment, self._comment_s)
+                    await self._produce(writer)
+                    nursery.cancel_scope.cancel()
         except Exception as error:
             failure = expected(error, self._request_id)
             status = failure.status

@@ -25,6 +25,15 @@ from lmx.serving.models import Served
 SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two choices' seeds: 2^64 divided by the golden ratio, so that no two of n are near (Knuth, TAOCP 6.4)."""
 UINT64 = 2**64 - 1
+LEAST_TEMPERATURE = 1e-4
+"""Below it only the likeliest token is ever drawn, and float32 loses the rest: it means 0. Clients send 1e-5."""
+LEAST_SHARE = 1e-6
+"""The same for top_p (0 is OpenAI's word for the likeliest token) and min_p."""
+MOST_TOP_K = 2**31 - 1
+CLIENT_CHARACTERS = 256
+"""Of ``user`` that tell clients apart."""
+RANDOM_SEED = -1
+"""vLLM's and llama-server's word for none."""
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
@@ -95,18 +104,16 @@ class Choice:
 
 
 class Sink(Protocol):
-    """Where a job's pieces go. All methods may be cancelled; ``delta`` and ``quiet`` run concurrently for n > 1."""
+    """Where a job's pieces go. All methods may be cancelled; ``delta`` runs concurrently for n > 1."""
 
     async def begin(self) -> None:
         """Every choice has its lease: nothing more can be refused."""
 
-    async def delta(self, choice: Choice, delta: Delta) -> None: ...
-
-    async def quiet(self) -> None:
-        """A choice has brought nothing for ``quiet_s``."""
+    async def delta(self, choice: Choice, delta: Delta) -> None:
+        """Tokens came for ``choice``; their text may be held back."""
 
 
-async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
+async def run(job: Job, sink: Sink) -> list[Choice]:
     """Generate all choices of ``job`` into ``sink``; returns them finished.
 
     Raises what the leases raise, or DeadlineExceeded. Cancelled: every lease has been given back first.
@@ -120,7 +127,7 @@ async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
                 for choice in choices:
-                    await nursery.start(_run_choice, job, choice, sink, quiet_s, leased)
+                    await nursery.start(_run_choice, job, choice, sink, leased)
                 await sink.begin()
                 leased.set()
         except BaseExceptionGroup as group:
@@ -134,18 +141,13 @@ async def run(job: Job, sink: Sink, *, quiet_s: float) -> list[Choice]:
 
 
 async def _run_choice(
-    job: Job, choice: Choice, sink: Sink, quiet_s: float, leased: trio.Event, *, task_status: trio.TaskStatus[None]
+    job: Job, choice: Choice, sink: Sink, leased: trio.Event, *, task_status: trio.TaskStatus[None]
 ) -> None:
     async with job.served.engine.generate(job.requests[choice.index]) as tokens:
         task_status.started()
         await leased.wait()
         while choice.finish is None:
-            with trio.move_on_after(quiet_s) as patience:
-                chunk = await tokens.receive()
-            if patience.cancelled_caught:
-                await sink.quiet()
-                continue
-            delta = choice.feed(chunk)
+            delta = choice.feed(await tokens.receive())
             choice.cached_tokens = tokens.cached_tokens
             if choice.stopped:
                 break
@@ -169,7 +171,7 @@ def make_job(
 
     Raises ContextLengthExceeded, or InvalidRequest for a logit_bias outside the vocabulary or a bad x-request-timeout.
     """
-    seed = secrets.randbits(SEED_BITS) if fields.seed is None else fields.seed
+    seed = secrets.randbits(SEED_BITS) if fields.seed in (None, RANDOM_SEED) else int(fields.seed or 0)
     n = fields.n or 1
     bias = _logit_bias(fields, served.chat.vocab_size)
     deadline = call.deadline(fields.timeout, settings)
@@ -186,7 +188,7 @@ def make_job(
                     sampling=_sampling(
                         fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.folder.sampling
                     ),
-                    client=call.client(fields.user),
+                    client=call.client((fields.user or "")[:CLIENT_CHARACTERS]),
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
@@ -197,9 +199,7 @@ def make_job(
 
 
 def _room(served: Served, prompt_tokens: int, param: str) -> int:
-    ready = served.engine.ready
-    # While the model loads only its folder can tell; where that does not (0), the engine refuses what never fits.
-    context = (ready.context_length if ready else served.folder.context_length) or 2**31 - 1
+    context = served.context_length or 2**31 - 1  # where nobody can tell yet, the engine refuses what never fits
     if prompt_tokens >= context:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
@@ -218,13 +218,17 @@ def _sampling(
     def choose(name: str, asked: float | None, otherwise: float) -> float:
         return defaults.get(name, otherwise) if asked is None else asked
 
+    temperature = choose("temperature", fields.temperature, 1.0)
+    top_p = choose("top_p", fields.top_p, 1.0)
+    min_p = choose("min_p", fields.min_p, 0.0)
+    greedy = temperature < LEAST_TEMPERATURE or top_p < LEAST_SHARE
     return Sampling(
         seed=seed,
-        temperature=choose("temperature", fields.temperature, 1.0),
-        top_k=max(int(choose("top_k", fields.top_k, 0)), 0),
-        top_p=choose("top_p", fields.top_p, 1.0),
-        min_p=choose("min_p", fields.min_p, 0.0),
-        repetition_penalty=choose("repetition_penalty", penalty, 1.0),
+        temperature=0.0 if greedy else min(temperature, 2.0),
+        top_k=min(max(int(choose("top_k", fields.top_k, 0)), 0), MOST_TOP_K),
+        top_p=1.0 if greedy else min(top_p, 1.0),
+        min_p=min(min_p, 1.0) if min_p >= LEAST_SHARE else 0.0,
+        repetition_penalty=min(max(choose("repetition_penalty", penalty, 1.0), 0.01), 10.0),
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
         logit_bias=bias,
@@ -235,7 +239,8 @@ def _sampling(
 def _logit_bias(fields: GenerationFields, vocab_size: int) -> dict[int, float] | None:
     bias = {}
     for key, value in (fields.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
+        # Python refuses to read thousands of digits.
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
             raise InvalidRequest(
                 f"logit_bias: {key[:40]!r} is not a token id of this model (0 to {vocab_size - 1}).", param="logit_bias"
             )

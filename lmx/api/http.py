@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-import hypercorn.protocol.h2
+import hypercorn.protocol
 import trio
 from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
@@ -19,6 +19,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 
+from lmx.api.errors import contained
+from lmx.api.http1 import Http1
+from lmx.api.http2 import Http2
 from lmx.api.stream import WatchedStream
 from lmx.config import ServerSettings, Settings
 
@@ -34,24 +37,9 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 logger = logging.getLogger("lmx.http")
 
 
-class _BoundedStreamBuffer(hypercorn.protocol.h2.StreamBuffer):  # type: ignore[misc]
-    """Hypercorn 0.18's buffer of an HTTP/2 stream, with its back-pressure repaired.
-
-    It lets the writer go on when few bytes were *taken*, where few bytes *left* is meant: a client with a full
-    flow-control window takes none, and its answer piles up in memory without end.
-    """
-
-    async def pop(self, max_length: int) -> bytes:
-        data = bytes(self.buffer[:max_length])
-        del self.buffer[:max_length]
-        if len(self.buffer) < hypercorn.protocol.h2.BUFFER_LOW_WATER:
-            await self._paused.set()
-        if not self.buffer:
-            await self._is_empty.set()
-        return data
-
-
-hypercorn.protocol.h2.StreamBuffer = _BoundedStreamBuffer
+# TCPServer has no seam for its protocols either.
+hypercorn.protocol.H11Protocol = Http1
+hypercorn.protocol.H2Protocol = Http2
 
 
 async def serve_http(
@@ -101,8 +89,14 @@ async def serve_http(
         lifespan_nursery.cancel_scope.cancel()
 
 
+class _HttpConfig(Config):  # type: ignore[misc]
+    write_timeout_s: float
+    """For Http2: how long a stream's reader may take nothing."""
+
+
 def _hypercorn_config(server: ServerSettings) -> Config:
-    config = Config()
+    config = _HttpConfig()
+    config.write_timeout_s = server.write_timeout_s
     config.keep_alive_timeout = server.keep_alive_s
     # On HTTP/2 Hypercorn breaks the streams that run when this count is passed.
     config.keep_alive_max_requests = 2**31
@@ -140,7 +134,6 @@ class _Connection:
                     try:
                         await TCPServer(app, self._config, self._context, ConnectionState(state.copy()), stream)
                     except* Exception:
-                        # For instance KeyError, when HTTP/2 body data arrive for a stream that was answered already.
                         logger.warning("a connection was dropped after an error in the HTTP protocol", exc_info=True)
                 if not self._context.terminated.is_set():
                     await stream.linger()
@@ -149,19 +142,12 @@ class _Connection:
             stream.abandon()
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The app, with a deadline on its sends over HTTP/2, where a stopped reader blocks no write to the socket."""
-
-        async def send_in_time(message: Any) -> None:
-            with trio.move_on_after(self._settings.write_timeout_s) as limit:
-                await send(message)
-            if limit.cancelled_caught:
-                self._stream.abandon(reset=True)
-                await trio.lowlevel.checkpoint_if_cancelled()
-
+        """The app; whatever it raises is its request's affair."""
         self._running += 1
         self.wake()
         try:
-            await self._app(scope, receive, send_in_time if scope.get("http_version") == "2" else send)
+            with contained():
+                await self._app(scope, receive, send)
         finally:
             self._running -= 1
             self.wake()

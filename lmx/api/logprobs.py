@@ -40,7 +40,9 @@ class CompletionLogprobs:
             tokens.append(text)
             drawn.append(max(values.drawn, LEAST))
             likeliest = zip(values.top_ids, values.top, strict=True)
-            top.append({self._text(other): max(logprob, LEAST) for other, logprob in likeliest})
+            # The drawn token is always there, as at OpenAI: up to n + 1 entries.
+            entries = {self._text(other): max(logprob, LEAST) for other, logprob in likeliest}
+            top.append(entries | {text: max(values.drawn, LEAST)})
             offsets.append(self._offset)
             self._offset += len(text)
         return {"tokens": tokens, "token_logprobs": drawn, "top_logprobs": top, "text_offset": offsets}

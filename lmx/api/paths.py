@@ -1,6 +1,7 @@
-"""Paths as clients write them: base URLs without /v1, with it twice, with doubled or trailing slashes.
+"""Paths as clients write them: base URLs without /v1, with it twice, with doubled or trailing slashes, request targets
+in HTTP's further forms.
 
-An ASGI layer in front of the app, so that routing and access rules see one spelling only.
+An ASGI layer in front of the app, so that routing and access rules see one spelling only, which begins with a slash.
 """
 
 import re
@@ -16,9 +17,13 @@ def normalised(path: str) -> str:
     """
     >>> normalised("//v1/v1/models/"), normalised("/chat/completions")
     ('/v1/models', '/v1/chat/completions')
+    >>> normalised("http://localhost:1234/v1/models"), normalised("*"), normalised("example.com:443"), normalised("")
+    ('/v1/models', '/?*', '/?example.com:443', '/?')
     """
-    if not path.startswith("/"):
-        return path  # the absolute form that proxies get; the app takes it apart
+    if re.match("https?://", path, re.IGNORECASE):  # the absolute form, as to a proxy
+        path = re.sub("^[^/]*//[^/]*", "", path) or "/"
+    elif not path.startswith("/"):  # OPTIONS *, CONNECT host:port, or nonsense: no route has such a path
+        path = f"/?{path}"
     path = re.sub("/{2,}", "/", path)
     path = re.sub("^(/v1)+(?=/v1(/|$))", "", path)
     if _WITHOUT_V1.match(path):

@@ -6,9 +6,12 @@ reading. ``WatchedStream`` stands between the two: its own task always reads ahe
 must never hand bytes out of order, and it knows nothing of HTTP. ``lmx.api.http`` makes one for each connection.
 """
 
+import fcntl
 import os
 import socket
 import struct
+import sys
+import termios
 from contextlib import suppress
 
 import trio
@@ -16,8 +19,9 @@ import trio
 READ_AHEAD_BYTES = 1024 * 1024
 READ_AHEAD_PATIENCE_S = 5.0
 RECEIVE_BYTES = 64 * 1024
-SEND_SLICE_BYTES = 64 * 1024
 SEND_BUFFER_BYTES = 128 * 1024
+SO_NWRITE = 0x1024
+"""macOS's name (sys/socket.h) for what Linux calls TIOCOUTQ."""
 LINGER_IDLE_S = 1.0
 LINGER_S = 30.0
 
@@ -117,22 +121,37 @@ class WatchedStream:
         return data
 
     async def send_all(self, data: bytes) -> None:
-        """Send everything; BrokenResourceError when no SEND_SLICE_BYTES go out within ``write_timeout_s``.
+        """Send everything; BrokenResourceError when the client is gone or takes nothing for ``write_timeout_s``.
 
-        Hypercorn shields its sends from cancellation, so that only this limit and the client's going end one. What the
-        kernel takes at once does not yield to other tasks: who streams waits for the next tokens anyway.
+        A slow reader that takes something is served, however long it takes. Hypercorn shields its sends from
+        cancellation, so that only this limit and the client's going end one. What the kernel takes at once does not
+        yield to other tasks: who streams waits for the next tokens anyway.
         """
-        for start in range(self._send_now(data), len(data), SEND_SLICE_BYTES):
+        view = memoryview(data)
+        while view := view[self._send_now(view) :]:
+            unread_bytes = self._unread_bytes()
             with trio.move_on_after(self._write_timeout_s) as limit:
-                await self._stream.send_all(data[start : start + SEND_SLICE_BYTES])
-            if limit.cancelled_caught:
+                await trio.lowlevel.wait_writable(self.socket)
+            # A socket becomes writable when much of its buffer is free again: a slow reader may need longer than that.
+            if limit.cancelled_caught and self._unread_bytes() >= unread_bytes:
                 self.abandon(reset=True)
                 raise trio.BrokenResourceError(f"the client has read nothing for {self._write_timeout_s} s")
 
-    def _send_now(self, data: bytes) -> int:
-        """Bytes that the kernel took without waiting. Whatever is wrong with the socket, ``send_all`` will say."""
+    def _send_now(self, data: memoryview) -> int:
+        """Bytes that the kernel took without waiting. Raises BrokenResourceError."""
         try:
             return os.write(self.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+
+    def _unread_bytes(self) -> int:
+        """What the kernel holds and the client's has not acknowledged; 0 where a socket cannot tell."""
+        try:
+            if sys.platform == "darwin":
+                return self.socket.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
+            return int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except OSError:
             return 0
 

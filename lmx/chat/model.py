@@ -6,6 +6,7 @@ engines and never needs the weights.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lmx.chat.messages import normalise
 from lmx.chat.pieces import read_pieces
 from lmx.chat.special import SpecialTokens
 from lmx.chat.text import TextStream
-from lmx.errors import InvalidRequest, ModelInvalid
+from lmx.errors import ContextLengthExceeded, InvalidRequest, ModelInvalid
 
 
 class ChatModel:
@@ -43,6 +44,7 @@ class ChatModel:
         self._template = read_template(folder, settings)
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
+        self._longest_token_bytes = max(map(len, self._pieces.all))
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
         if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
@@ -60,11 +62,15 @@ class ChatModel:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        add_special: bool = False,
+        context: int = 0,
     ) -> list[int]:
         """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn.
 
         A special token spelled out in a message stays text. Raises InvalidRequest when a message cannot be rendered,
-        when the template refuses, and when the model has no template.
+        when the template refuses, and when the model has no template; ContextLengthExceeded, before tokenising, for a
+        text that cannot fit into ``context`` tokens.
         """
         if self._template is None:
             raise InvalidRequest(
@@ -72,15 +78,53 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
-        conversation = (normalise(messages), tools or None, template_kwargs or {})
-        conversation, breaker = self._special.break_up(conversation)
-        text = self._template.render(*conversation)
+        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt)
+        try:
+            text, breaker = render(normalise(messages))
+        except InvalidRequest:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            # A model once wrote arguments that are no object, and its template asks for their items: the conversation
+            # would be refused for ever.
+            text, breaker = render(normalise(messages, only_objects=True))
+        self.check_length(len(text), context, "messages")
+        tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
-            return _encode(self._tokenizer, text, "messages")
-        tokens: list[int] = []
+            return tokens + _encode(self._tokenizer, text, "messages")
         for part, literal in self._special.segments(text, breaker):
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
+
+    def _render(
+        self,
+        tools: list[dict[str, Any]] | None,
+        kwargs: dict[str, Any],
+        add_generation_prompt: bool,
+        messages: list[dict[str, Any]],
+    ) -> tuple[str, str]:
+        """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
+        assert self._template is not None
+        conversation, breaker = self._special.break_up((messages, tools, kwargs))
+        return self._template.render(*conversation, add_generation_prompt=add_generation_prompt), breaker
+
+    def _tokenizer_bos(self, param: str) -> list[int]:
+        return self._bos or _encode(self._tokenizer, "", param, add_special=True)
+
+    def check_length(self, characters: int, context: int, param: str) -> None:
+        """Raises ContextLengthExceeded where so much text cannot be so few tokens. ``context`` 0: not known.
+
+        Costs nothing, unlike tokenising. No token has more characters than the longest has bytes.
+        """
+        self.check_tokens(-(-characters // self._longest_token_bytes), context, param)
+
+    def check_tokens(self, least: int, context: int, param: str) -> None:
+        """Raises ContextLengthExceeded for a prompt of at least ``least`` tokens that leaves no room for an answer."""
+        if 0 < context <= least:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {context} tokens. However, your {param} resulted in at least "
+                f"{least} tokens. Please reduce the length of the {param}.",
+                param=param,
+            )
 
     def encode_text(self, text: str) -> list[int]:
         """A completions prompt: with BOS where the model wants it, special tokens parsed. Raises InvalidRequest."""
@@ -96,6 +140,10 @@ class ChatModel:
         stream = self.text_stream()
         return stream.feed(tokens) + stream.finish()
 
+    def token_name(self, token: int) -> str:
+        """A token as the vocabulary spells it ("Ġthere"); "" outside it."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes (perhaps part of a character), a special token's name; empty outside the vocabulary."""
         return self._pieces.all[token] if 0 <= token < self.vocab_size else b""
@@ -107,9 +155,19 @@ class ChatModel:
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
+        # Not encode(), which holds the GIL: 0.6 s for a text of 1 MB.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special)
     except TypeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
         raise InvalidRequest(
             f"{param} holds text that is not Unicode: a lone surrogate (\\ud800 to \\udfff).", param=param
         ) from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # Its regular expressions give up on millions of blanks with a PanicException, which is no Exception.
+        raise InvalidRequest(
+            f"The model's tokenizer cannot read the text of {param} ({type(error).__name__}: {str(error)[:200]}).",
+            param=param,
+        ) from None
+    ids: list[int] = encoding.ids
     return ids

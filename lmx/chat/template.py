@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lmx.errors import InvalidRequest
 
+SHOWN_CHARACTERS = 300
 _OWN_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 
 
@@ -45,7 +46,12 @@ class ChatTemplate:
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: Mapping[str, Any]
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt's text, ending where the assistant begins. Raises InvalidRequest."""
         reserved = sorted(_OWN_NAMES & kwargs.keys())
@@ -54,16 +60,18 @@ class ChatTemplate:
                 f"chat_template_kwargs may not set {', '.join(reserved)}.", param="chat_template_kwargs"
             )
         template = self._templates.get("tool_use" if tools else "default") or next(iter(self._templates.values()))
-        variables = {**kwargs, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+        variables = {**kwargs, "messages": messages, "tools": tools, "documents": None}
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
             return template.render(variables)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
+                f"The model's chat template refuses these messages: {str(error)[:SHOWN_CHARACTERS]}", param="messages"
             ) from None
         except Exception as error:  # template code run on a client's values: it can raise anything
             raise InvalidRequest(
-                f"The model's chat template fails on these messages ({type(error).__name__}: {error}).",
+                f"The model's chat template fails on these messages ({type(error).__name__}: "
+                f"{str(error)[:SHOWN_CHARACTERS]}).",
                 param="messages",
             ) from None
 

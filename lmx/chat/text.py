@@ -12,8 +12,8 @@ class TextStream:
     """Turns one sequence's tokens into text.
 
     ``pieces[id]`` are a token's bytes, empty for tokens that give no text. ``strip_space`` drops one space at the very
-    beginning (SentencePiece puts one before the first word of a text). A token costs its own bytes and, with stop
-    strings, a look at what is held back (less than the longest stop string), never the text before.
+    beginning (SentencePiece puts one before the first word of a text). A token costs its own bytes, with stop strings
+    a step for each of its characters and theirs, and never the text before.
     """
 
     def __init__(self, pieces: Sequence[bytes], stop: Sequence[str] = (), *, strip_space: bool = False) -> None:
@@ -23,10 +23,10 @@ class TextStream:
         self._strip_space = strip_space
         # UTF-8 with U+FFFD for each maximal invalid part (Unicode's "substitution of maximal subparts").
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = tuple(filter(None, stop))
-        self._first_characters = frozenset(string[0] for string in self._stop)
-        self._longest = max(map(len, self._stop), default=0)
+        self._stop = [_Matcher(string) for string in filter(None, stop)]
         self._held = ""
+        self._found: int | None = None
+        """Where in what is held back a stop string begins, while one that begins earlier is still possible."""
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens make safe to send; "" once ``stopped``. Unknown ids give no text."""
@@ -51,23 +51,63 @@ class TextStream:
         text = self._utf8.decode(data, final)
         return self._cut(text, final=final) if self._stop else text
 
-    def _cut(self, text: str, *, final: bool) -> str:
+    def _cut(self, new: str, *, final: bool) -> str:
         """The stop string that begins first in the whole text wins, so the result is the same for every chunking."""
-        text = self._held + text
-        found = min((at for string in self._stop if (at := text.find(string)) >= 0), default=-1)
-        keep = len(text) if final else self._unsettled(text)
+        text = self._held + new
+        found, keep = self._found, len(text)
+        for matcher in self._stop:
+            end, pending = matcher.feed(new)
+            begin = len(self._held) + end - len(matcher.string)
+            if end and (found is None or begin < found):
+                found = begin
+            keep = min(keep, len(text) - pending)
+        if final:
+            keep = len(text)
         # Before ``found``, a stop string that begins at ``keep`` may still come, and would be the first.
-        if 0 <= found <= keep:
+        if found is not None and found <= keep:
             self.stopped = True
             keep = found
+        self._found = None if found is None else found - keep
         self._held = "" if self.stopped else text[keep:]
         return text[:keep]
 
-    def _unsettled(self, text: str) -> int:
-        """Where the longest end of ``text`` starts that is the beginning, and not the whole, of a stop string."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if text[start] in self._first_characters:
-                tail = text[start:]
-                if any(string.startswith(tail) and string != tail for string in self._stop):
-                    return start
-        return len(text)
+
+class _Matcher:
+    """Looks for one string in a text that comes in pieces, at a cost that grows with the text alone (Knuth, Morris and
+    Pratt, 1977): a stop string of thousands of characters costs no more than a short one.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self._borders = [0]
+        """For each beginning of the string: the length of its longest proper beginning that is also its end."""
+        self._matched = 0
+
+    def feed(self, text: str) -> tuple[int, int]:
+        """Where in ``text`` the string's first occurrence ends, 0 if it does not, and how much of the string's
+        beginning, not the whole, ``text`` ends with.
+
+        It goes on after an occurrence, which does not stop the text while another string that begins earlier may come.
+        """
+        string, matched, end = self.string, self._matched, 0
+        if not matched and string[0] not in text:
+            return 0, 0
+        for position, character in enumerate(text, 1):
+            while matched and string[matched] != character:
+                matched = self._border(matched)
+            if string[matched] == character:
+                matched += 1
+            if matched == len(string):
+                end = end or position
+                matched = self._border(matched)
+        self._matched = matched
+        return end, matched
+
+    def _border(self, length: int) -> int:
+        borders, string = self._borders, self.string
+        while len(borders) < length:  # only as far as the text has come
+            border = borders[-1]
+            while border and string[border] != string[len(borders)]:
+                border = borders[border - 1]
+            borders.append(border + (string[border] == string[len(borders)]))
+        return borders[length - 1]

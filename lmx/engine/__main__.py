@@ -59,9 +59,7 @@ def _serve(link: Link) -> int:
             load_s=time.monotonic() - started,
         )
     )
-    loop = StepLoop(link, backend, options)
-    overlapped = facts.launch_share < 1.0 if options.lookahead == "auto" else options.lookahead == "on"
-    (loop.run_overlapped if overlapped else loop.run_plain)()
+    StepLoop(link, backend, options).run()
     return 0
 
 

@@ -2,7 +2,8 @@
 
 A back end knows rows, KV and logits; it decides nothing. The scheduler decides what runs, the step loop (the only
 caller, on the one thread that owns the device) says so. ``launch`` may be called again before the last launch was read
-(one-step lookahead): the device runs launches in their order, and ``free`` counts from the next launch on.
+(one-step lookahead): the device runs launches in their order, each once it is started, and ``free`` counts from the
+next launch on.
 """
 
 from collections.abc import Sequence as Seq
@@ -54,11 +55,15 @@ class Draw:
 
 
 class Launch(Protocol):
-    """A step on the device."""
+    """A step: made by ``Backend.launch``, then started, then read."""
+
+    def start(self) -> None:
+        """Give it to the device, behind the steps started before. Blocks until the device has done a share of it
+        (``Facts.launch_share``), and so everything before."""
 
     def wait(self) -> list[Draw]:
-        """Block until the step is done; the decoding rows' draws in their order, then those of the chunks that are
-        ``last``, in their order."""
+        """Block until the step is done (it is started first if it was not); the decoding rows' draws in their order,
+        then those of the chunks that are ``last``, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,8 @@ class Facts:
     max_chunk_tokens: int
     """Longest prefill chunk of one sequence in a step."""
     launch_share: float
-    """The share of a step that its launch blocks: 0 where the device runs apart from Python, 1 where a launch lasts as
-    long as its step, so that lookahead gains nothing."""
+    """The share of a step that starting it blocks: 0 where the device runs apart from Python, 1 where that lasts as
+    long as the step, so that lookahead gains nothing."""
     weights_bytes: int
     device: str
     dtype: str
@@ -87,6 +92,9 @@ class Facts:
     path_reason: str
     probes: dict[str, str]
     """What was measured of the device and the model at load, in words: name → result."""
+    max_chunk_area: int = 0
+    """Most tokens times context that prefill may compute in a step, for the memory that attention takes; 0: any
+    number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +115,8 @@ class Backend(Protocol):
         """Give the sequence a row; its prefill begins with the next launch."""
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
-        """Start one step: every sequence of ``decode`` gets one token, and the ``chunks`` (of other sequences, each of
-        another one) are prefilled, in one forward pass or several."""
+        """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the
+        ``chunks`` (of other sequences, each of another one) are prefilled, in one forward pass or several."""
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's KV. Whatever it holds, non-finite values too, reaches no other sequence. Unknown

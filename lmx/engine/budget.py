@@ -44,3 +44,18 @@ def fit_context(cost: KVCost, own_context: int, asked_context: int, budget_bytes
             param="model.context_length",
         )
     return min(wanted, fits)
+
+
+# Attention's temporaries may take this share of the memory that weights and KV leave, and at least so much of what the
+# weights leave: a chunk must go on even where a setting gave all of it to the KV.
+_ATTENTION_SHARE = 0.5
+_LEAST_SHARE = 0.05
+
+
+def chunk_area(attention_bytes: float, free_bytes: int, kv_budget_bytes: int) -> int:
+    """How many tokens times context prefill may compute in one step, so that its attention fits into the memory; 0: any
+    number. ``attention_bytes``: what it takes for each; ``free_bytes``: what the weights leave."""
+    if not attention_bytes:
+        return 0
+    room = max(_ATTENTION_SHARE * (free_bytes - kv_budget_bytes), _LEAST_SHARE * free_bytes)
+    return max(int(room / attention_bytes), 1)

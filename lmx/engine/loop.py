@@ -2,11 +2,12 @@
 
 It joins the scheduler (which decides) to a back end (which computes) and speaks the protocol; it knows no HTTP and no
 text. ``run_plain`` is the loop as one would explain it. ``run_overlapped`` is the same with one step of lookahead: the
-next step is launched before the last one's tokens are read, so that the device never waits for Python. To keep a
-cancellation within one step, the next launch happens as late as the running step's predicted end allows: what is
-cancelled before is not in it.
+next step is made, and where starting it does not block also started, while the last one still runs, so that the device
+never waits for Python. To keep a cancellation within one step, that happens as late as the running step's predicted end
+allows: what is cancelled before is not in it. Change nothing here without ``python -m tests.sim`` before and after.
 
-One thread; every exception ends the process, and the server's supervisor takes it from there.
+One thread; every exception ends the process, and the server's supervisor takes it from there. So no request may cause
+one: what could is refused by ``_submit``.
 """
 
 import time
@@ -18,6 +19,7 @@ from lmx.engine.backend import Backend, Chunk, Launch, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
+from lmx.engine.requests import Refused, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
     Cancel,
@@ -32,7 +34,6 @@ from lmx.protocol import (
     Step,
     Submit,
     Tokens,
-    unpack_tokens,
 )
 
 _INFINITY = float("inf")
@@ -43,21 +44,39 @@ _STALLED_S = 0.02
 # that gets work waits so long for more, and at most this share of what its work will take.
 _GATHER_S = 0.01
 _GATHER_SHARE = 0.1
-# How far into a step the next one is launched. Not at its very end: a step cannot be measured shorter than this wait,
-# and a prediction that is too long must be able to come down.
-_LAUNCH_SHARE = 0.75
+# Where starting a step blocks for more of it than this, it is started after the last one's tokens are told: they would
+# be late by that share of it (of a step with a chunk: of 250 ms). Where it blocks for nearly all of it, nothing runs
+# beside Python, and a step made before would only delay them.
+_BLOCKS_SHARE = 0.2
+_BLOCKS_ALL_SHARE = 0.95
+# How far into a step, by its prediction, the next one is launched, at most: a step slept through is a step in which the
+# device idles, tokens are late, and nothing is measured. So the hold stays this far from the earliest end lately seen,
+# and comes back in small steps after a prediction was wrong.
+_HOLD_MARGIN = 0.25
+_HOLD_STEP = 0.05
+_NO_HOLD = -2 * _HOLD_STEP  # and none before the third good prediction in a row
+# A prediction this many times off is about to change (``_cost.pxd`` says the same of a surprise): no hold by it.
+_HOLD_SURPRISE = 2.0
+# A step was still running when it was asked for, if reading it took longer than this.
+_BLOCKED_S = 0.001
 
 
 @dataclass(slots=True)
 class _Running:
-    """A launched step."""
+    """A step that is launched, or about to be."""
 
     step: int
     launch: Launch
     chunks: list[Chunk]
     started: tuple[Started, ...]
-    launched_at: float
     predicted_s: float
+    decodes: bool
+    """Rows get their next token in it."""
+    started_at: float = 0.0
+    returned_at: float = 0.0
+    """``Launch.start`` was called, and came back."""
+    held: bool = False
+    """The loop slept while it ran."""
 
 
 class StepLoop:
@@ -77,38 +96,64 @@ class StepLoop:
             kv_bytes_per_sequence=facts.kv_bytes_per_sequence,
             kv_quantum_tokens=QUANTUM_TOKENS,
             max_chunk_tokens=facts.max_chunk_tokens,
+            max_chunk_area=facts.max_chunk_area,
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
+        """When the device finished the last step whose end was seen."""
+        self._holds = [_NO_HOLD, _NO_HOLD]
+        """How much of the predicted time of a step, without and with chunks, the next launch is held back."""
         self._host_s = 0.0
-        """How long planning and launching a step takes, smoothed."""
+        """How long it takes to plan and make a step; smoothed."""
         self._stats_at = 0.0
         self._stopping = False
         self._stalled = False
+        self._blocks = facts.launch_share > _BLOCKS_SHARE
+        self._forced = options.lookahead == "on"
+        self._plain = not self._forced and (options.lookahead == "off" or facts.launch_share > _BLOCKS_ALL_SHARE)
+
+    def run(self) -> None:
+        """Until ``Shutdown``. Raises ServerGone, and whatever the device raises."""
+        (self.run_plain if self._plain else self.run_overlapped)()
 
     def run_plain(self) -> None:
-        """Until ``Shutdown``. Raises ServerGone, and whatever the device raises."""
+        """One step after the other."""
         while not self._stopping:
             self._receive(None)
-            running = self._launch()
+            running = self._prepare()
             if running:
+                self._start(running)
                 self._complete(running)
             self._release()
             self._report()
 
     def run_overlapped(self) -> None:
-        """The same steps, the next one launched before the last one is read."""
+        """The same steps, the next one made, and where that does not block started, before the last one is read.
+
+        Only beside a step in which rows get their next token. One that only prefills is read first: its successor would
+        come a few milliseconds of Python sooner, after hundreds, and what is cancelled or comes meanwhile would be too
+        late for it.
+        """
+        start_first = self._forced or not self._blocks
         running: _Running | None = None
         while not self._stopping:
-            self._receive(running)
-            following = self._launch()
-            if running:
+            if running and not running.decodes:
                 self._complete(running)
-            running = following
+                self._release()
+                running = None
+            self._receive(running)
+            following = self._prepare()
+            if following and start_first:
+                self._start(following)
+            if running:
+                self._complete(running, beside=following)
             self._release()
+            if following and not start_first:
+                self._start(following)
+            running = following
             self._report(idle=running is None and not self._sequences)
 
     # --- messages -------------------------------------------------------------------------------------
@@ -121,22 +166,26 @@ class StepLoop:
             if idle:
                 self._gather()
             return
-        started = max(running.launched_at, self._last_done)
-        launch_at = started + _LAUNCH_SHARE * running.predicted_s - 2 * self._host_s
+        started = max(running.started_at, self._last_done)
+        hold = max(self._holds[bool(running.chunks)], 0.0)
+        launch_at = started + hold * running.predicted_s - 2 * self._host_s
         while True:
             remaining = launch_at - self._clock()
+            running.held |= remaining > 0
             self._handle_all(max(remaining, 0.0))
             if remaining <= 0 or self._stopping:
                 return
 
     def _gather(self) -> None:
-        """Wait for what comes together with the first request, until nothing came for a moment or the rows are full."""
-        work_ms = self._scheduler.predict_ms(0, 0, [(0, len(sequence.tokens)) for sequence in self._sequences.values()])
-        timeout_s = min(_GATHER_S, _GATHER_SHARE * work_ms / 1e3)
-        seen = 0
-        while seen < len(self._sequences) < self._backend.facts.max_rows:
-            seen = len(self._sequences)
-            self._handle_all(timeout_s)
+        """Wait a moment for what comes together with the first request, or until the rows are full."""
+        since = self._clock()
+        while 0 < len(self._sequences) < self._backend.facts.max_rows:
+            prompts = [(0, len(sequence.tokens)) for sequence in self._sequences.values()]
+            work_s = self._scheduler.predict_ms(0, 0, prompts) / 1e3
+            remaining = since + min(_GATHER_S, _GATHER_SHARE * work_s) - self._clock()
+            if remaining <= 0:
+                return
+            self._handle_all(remaining)
 
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):
@@ -160,36 +209,36 @@ class StepLoop:
                 raise ValueError(f"the server sent {type(message).__name__}, which an engine only sends")
 
     def _submit(self, message: Submit) -> None:
+        """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""
+        if message.seq in self._sequences:
+            raise ValueError(f"the server sent sequence {message.seq} again, which is not freed yet")
         facts = self._backend.facts
-        prompt = unpack_tokens(message.prompt)
         try:
-            if not prompt or max(prompt) >= facts.vocab_size:
-                raise ValueError(f"the prompt must hold token ids from 0 to {facts.vocab_size - 1}, at least one")
-            room = facts.context_length - len(prompt)
-            if room < 1:
-                raise NeverFits(
-                    f"the prompt's {len(prompt)} tokens leave no room in a context of {facts.context_length} tokens"
-                )
+            prompt = read_prompt(message, facts)
+            check_sampling(message.sampling, facts)
             max_tokens = self._scheduler.submit(
                 message.seq,
                 len(prompt),
-                min(message.max_tokens, room),
+                min(message.max_tokens, facts.context_length - len(prompt)),
                 client=message.client,
                 priority=message.priority,
                 deadline=_INFINITY if message.deadline_s is None else self._clock() + message.deadline_s,
             )
         except ValueError as error:
-            code = "never_fits" if isinstance(error, NeverFits) else "invalid_token"
-            self._link.send(Failed(message.seq, code, str(error)))
-            self._link.send(Freed(message.seq, 0))
+            self._refuse(message.seq, error)
             return
         self._sequences[message.seq] = Sequence(
             message.seq, prompt, len(prompt), max_tokens, message.sampling, message.ignore_eos
         )
 
+    def _refuse(self, seq: int, error: ValueError) -> None:
+        code = "never_fits" if isinstance(error, NeverFits) else "invalid_request"
+        self._link.send(Failed(seq, error.code if isinstance(error, Refused) else code, str(error)))
+        self._link.send(Freed(seq, 0))
+
     # --- steps ----------------------------------------------------------------------------------------
 
-    def _launch(self) -> _Running | None:
+    def _prepare(self) -> _Running | None:
         now = self._clock()
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
@@ -215,17 +264,22 @@ class StepLoop:
             sum(len(sequence.tokens) for sequence in decode),
             [(chunk.start, chunk.tokens) for chunk in chunks],
         )
-        # Before the launch: where the device does not run apart from Python, the launch lasts as long as its step.
-        launched_at = self._clock()
         launch = self._backend.launch(decode, chunks)
-        self._host_s = 0.8 * self._host_s + 0.2 * (self._clock() - now)
-        return _Running(plan.step, launch, chunks, started, launched_at, predicted_ms / 1e3)
+        self._host_s += 0.2 * (self._clock() - now - self._host_s)
+        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, bool(decode))
 
-    def _complete(self, running: _Running) -> None:
+    def _start(self, running: _Running) -> None:
+        # Before the call: where the device does not run apart from Python, it lasts as long as the step.
+        running.started_at = self._clock()
+        running.launch.start()
+        running.returned_at = self._clock()
+
+    def _complete(self, running: _Running, *, beside: _Running | None = None) -> None:
+        """Read a step and tell its outcome; ``beside``: its successor, made or started before."""
+        asked_at = self._clock()
         draws = running.launch.wait()
-        now = self._clock()
-        elapsed_ms = (now - max(running.launched_at, self._last_done)) * 1e3
-        self._last_done = now
+        elapsed_s, learn = self._measure(running, asked_at, alone=beside is None and not running.held)
+        elapsed_ms = elapsed_s * 1e3
         self._step = running.step
         rows: list[Tokens] = []
         finished: list[int] = []
@@ -253,12 +307,41 @@ class StepLoop:
         for chunk in running.chunks:
             chunk.sequence.computed_tokens += chunk.tokens
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
-        self._scheduler.commit(running.step, elapsed_ms, finished)
+        self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+
+    def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
+        """What a step that was just read took, from done to done, and whether that says what such a step costs.
+
+        ``alone``: nothing but its start came between the last step and asking for it.
+        """
+        now = self._clock()
+        begun = max(running.started_at, self._last_done)
+        late = not alone and now - asked_at <= _BLOCKED_S
+        """It had ended before it was asked for: while the next one was held back, or made, or started."""
+        # Where starting blocks, it came back near the step's end; what came after was the successor.
+        done = running.returned_at if late and self._forced and self._blocks else now
+        elapsed_s = max(done - begun, 0.0)
+        self._last_done = done
+        if late:
+            self._holds[bool(running.chunks)] = _NO_HOLD
+        elif not alone:
+            self._trust(running, elapsed_s)
+        # Of a step that was slept through nothing is known but that it took no longer.
+        return elapsed_s, not (late and running.held)
+
+    def _trust(self, running: _Running, elapsed_s: float) -> None:
+        """Hold the next launch for longer, if the prediction was good."""
+        kind = bool(running.chunks)
+        ratio = elapsed_s / max(running.predicted_s, 1e-6)
+        good = 1 / _HOLD_SURPRISE < ratio < _HOLD_SURPRISE
+        hold = min(self._holds[kind] + _HOLD_STEP, ratio - _HOLD_MARGIN, 1 - _HOLD_MARGIN)
+        self._holds[kind] = hold if good else _NO_HOLD
 
     def _release(self) -> None:
         """Free what has ended and is in no step that still runs."""
         for seq in self._scheduler.releasable():
+            self._stalled = False
             sequence = self._sequences.pop(seq)
             self._backend.free(sequence)
             kv_bytes = self._scheduler.release(seq)

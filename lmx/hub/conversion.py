@@ -2,19 +2,23 @@
 
 Two things are made of a file. Its *words*, always: the tokenizer, the chat template and the facts that the server needs
 of every model, whichever engine runs it. Its *weights*, as an MLX folder, when MLX runs it (llama.cpp loads the file
-itself). The inventory calls this from a thread of the server; the work is done by a process of its own
-(``lmx.hub.convert``). A conversion belongs to the file's content: the folder's name carries a key of its size, time and
-first bytes, and of the converter's version.
+itself). The inventory asks for them from a thread of the server; what is not there yet is a ``Conversion``, which a
+process of its own (``lmx.hub.convert``) does. A conversion belongs to the file's content: the folder's name carries a
+key of its size, time and first bytes, and of the converter's version.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lmx.errors import ModelInvalid
 from lmx.hub.folder import inspect_folder, read_json
@@ -52,20 +56,87 @@ class GgufFacts:
     """What the weights take on MLX: packed as in the file where MLX can, else as float16."""
 
 
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Something that must be made of a GGUF file before its model can be used."""
+
+    what: Literal["words", "weights"]
+    source: Path
+    folder: Path
+    words: Path | None = None
+    """For weights: the folder that has them."""
+
+    @property
+    def command(self) -> list[str]:
+        """The converter process. It ends, and takes back what is half-made, when its standard input closes or it gets
+        SIGTERM. No code is taken from the working directory (-P): who knows whose that is."""
+        more = [] if self.words is None else [str(self.words)]
+        command = [sys.executable, "-P", "-m", "lmx.hub.convert", self.what, str(self.source), str(self.folder)]
+        return command + more
+
+    def check(self, returncode: int, output: bytes) -> None:
+        """Of a converter that has ended. Raises ModelInvalid."""
+        text = output.decode(errors="replace").strip()
+        if returncode == REFUSED:
+            raise ModelInvalid(text)
+        if returncode != 0:
+            tail = " / ".join(text.splitlines()[-3:])
+            raise ModelInvalid(
+                f"{self.source} could not be converted to {self.folder} (exit status {returncode}): {tail}"
+            )
+
+    def refuse_if_made(self, made: set[Path]) -> None:
+        """``made``: the folders of conversions before this one; it is added. Raises ModelInvalid for the second time,
+        so that nobody converts without end what is never whole."""
+        if self.folder in made:
+            raise ModelInvalid(f"{self.source} was converted, but {self.folder} is not whole. Is the disk full?")
+        made.add(self.folder)
+
+    def discard(self) -> None:
+        """Remove what a converter left that was killed; not what another one works on."""
+        lock = lock_path(self.folder)
+        with suppress(OSError), lock.open("r+") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(unfinished_path(self.folder), ignore_errors=True)
+            lock.unlink()
+
+
+class ConversionNeeded(Exception):
+    def __init__(self, conversion: Conversion) -> None:
+        super().__init__(f"{conversion.folder} is not there yet")
+        self.conversion = conversion
+
+
+def convert(conversion: Conversion) -> None:
+    """Do it now. Blocking. Raises ModelInvalid."""
+    with subprocess.Popen(conversion.command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        output = process.stderr.read()
+    conversion.check(process.returncode, output)
+
+
+def unfinished_path(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.unfinished"
+
+
+def lock_path(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
 def words_folder(source: Path, cache_dir: Path) -> tuple[Path, GgufFacts]:
-    """The folder with a GGUF file's words, made now if there is none yet, and its facts. Raises ModelInvalid."""
+    """The folder with a GGUF file's words, and its facts. Raises ConversionNeeded, or ModelInvalid."""
     folder = _folder(source, cache_dir / "words")
     if not words_are_whole(folder):
-        _convert("words", source, folder)
+        raise ConversionNeeded(Conversion("words", source, folder))
     facts = read_json(folder / FACTS_FILE, why="lmx writes it when it reads a GGUF file")
     return folder, GgufFacts(**facts["gguf"])
 
 
 def weights_folder(source: Path, words: Path, cache_dir: Path) -> Path:
-    """The MLX folder of a GGUF file, converted now if there is none yet. Raises ModelInvalid."""
+    """The MLX folder of a GGUF file. Raises ConversionNeeded, or ModelInvalid."""
     folder = _folder(source, cache_dir / "converted")
     if not weights_are_whole(folder):
-        _convert("weights", source, folder, words)
+        raise ConversionNeeded(Conversion("weights", source, folder, words))
     return folder
 
 
@@ -92,16 +163,6 @@ def weights_are_whole(folder: Path) -> bool:
     except ModelInvalid:
         return False
     return True
-
-
-def _convert(what: str, source: Path, folder: Path, *more: Path) -> None:
-    command = [sys.executable, "-m", "lmx.hub.convert", what, str(source), str(folder), *map(str, more)]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    if process.returncode == REFUSED:
-        raise ModelInvalid(process.stderr.strip())
-    if process.returncode != 0:
-        tail = " / ".join(process.stderr.strip().splitlines()[-3:])
-        raise ModelInvalid(f"{source} could not be converted to {folder} (exit status {process.returncode}): {tail}")
 
 
 def _folder(source: Path, parent: Path) -> Path:

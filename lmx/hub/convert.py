@@ -1,22 +1,34 @@
 """The converter process: ``python -m lmx.hub.convert words SOURCE FOLDER`` or ``weights SOURCE FOLDER WORDS``.
 
-Started by ``lmx.hub.conversion``, because reading a vocabulary takes seconds of Python's time, and the weights need
-MLX, which the server never loads (``words`` does without it). The folder appears whole or not at all, also with two
-converters at work, and nothing else stays behind.
+Started for a ``lmx.hub.conversion.Conversion``, because reading a vocabulary takes seconds of Python's time, and the
+weights need MLX, which the server never loads (``words`` does without it). The folder appears whole or not at all, also
+with two converters at work, and nothing else stays behind; SIGTERM, and the end of the process that started it (a pipe
+as standard input that closes), take back what is half-made.
 """
 
 import fcntl
 import json
 import os
 import shutil
+import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lmx.errors import ModelInvalid
-from lmx.hub.conversion import REFUSED, GgufFacts, weights_are_whole, words_are_whole, write_facts
+from lmx.hub.conversion import (
+    REFUSED,
+    GgufFacts,
+    lock_path,
+    unfinished_path,
+    weights_are_whole,
+    words_are_whole,
+    write_facts,
+)
 from lmx.hub.folder import inspect_folder, read_json
 from lmx.hub.gguf_file import GgufFile
 from lmx.hub.gguf_mlx import inexact_types, mlx_bytes, mlx_folder
@@ -73,7 +85,7 @@ def _build(folder: Path, is_whole: Callable[[Path], bool], write: Callable[[Path
     with _lock(folder):
         if is_whole(folder):
             return
-        unfinished = folder.parent / f".{folder.name}.unfinished"
+        unfinished = unfinished_path(folder)
         for leftover in (unfinished, folder):
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
@@ -88,7 +100,7 @@ def _build(folder: Path, is_whole: Callable[[Path], bool], write: Callable[[Path
 def _lock(folder: Path) -> Iterator[None]:
     """One converter at a time for a folder. The system releases the lock when its holder dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / f".{folder.name}.lock"
+    path = lock_path(folder)
     while True:
         with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,8 +125,24 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _end_on_request() -> None:
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the tidying up
+        sys.exit(128 + signal.SIGTERM)
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
     what, *paths = sys.argv[1:]
+    _end_on_request()
     try:
         if what == "words":
             convert_words(*map(Path, paths))

@@ -1,7 +1,7 @@
 """Finds a model on this machine by the name a person gave, says what it is, and which engine runs it.
 
 Names: a folder, a ``.gguf`` file, the embedded model, or a repository in the local Hugging Face cache. Everything here
-blocks (files, and a converter process for GGUF), so the server calls it from a thread. It must never load weights,
+blocks, so the server calls it from a thread. It must never load weights,
 import MLX or llama_cpp, or use the network.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal
 from lmx.errors import ModelInvalid, ModelNotFound
 from lmx.hub import backends
 from lmx.hub.backends import Backend, Wanted
-from lmx.hub.conversion import weights_folder, words_folder
+from lmx.hub.conversion import ConversionNeeded, convert, weights_folder, words_folder
 from lmx.hub.folder import inspect_folder
 from lmx.hub.gguf_parts import model_name, part_paths, printable
 
@@ -63,8 +63,19 @@ class ModelFolder:
 
 
 def resolve(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
+    """As ``find``, with every conversion done on the way."""
+    made: set[Path] = set()
+    while True:
+        try:
+            return find(name, cache_dir, backend)
+        except ConversionNeeded as needed:
+            needed.conversion.refuse_if_made(made)
+            convert(needed.conversion)
+
+
+def find(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
     """Find the model called ``name`` and choose its engine, ``backend`` if that is one. What is made of a GGUF file
-    goes into ``cache_dir`` at its first use.
+    is in ``cache_dir``; raises ConversionNeeded for what is not there yet: do it, and ask again.
 
     An existing path wins over a repository of the same name. Links stay as they were named: in the Hugging Face cache
     it is they that have the files' names. Raises ModelNotFound, or ModelInvalid naming the file.

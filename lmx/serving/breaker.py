@@ -5,6 +5,8 @@ Pure: the time is an argument. Owned by one ``lmx.serving.engine.Engine``.
 
 import math
 
+MOST_EXCUSED = 16
+
 
 class Breaker:
     """Closed: restarts wait ``backoff_s``, doubled each time up to ``backoff_max_s``. After ``max_restarts`` restarts
@@ -17,11 +19,23 @@ class Breaker:
         self._max_restarts = max_restarts
         self._cooldown_s = cooldown_s
         self._failures = 0
+        self._excused = 0
         self._closes_at = -math.inf
 
     def succeed(self) -> None:
         """The engine served something: what went before is forgiven."""
-        self._failures = 0
+        self._failures = self._excused = 0
+
+    def excuse(self, now: float) -> float | None:
+        """As ``fail``, for the second death over one request that is proven to be the cause: neither counts.
+
+        So many different ones in a row, and nobody served between, are the model's fault nevertheless.
+        """
+        self._excused += 1
+        if self._excused > MOST_EXCUSED:
+            return self.fail(now)
+        self._failures = max(0, self._failures - 1)
+        return self._backoff_s
 
     def fail(self, now: float, *, permanent: bool = False) -> float | None:
         """The engine ended: seconds until it may be started again, or None when the breaker opens.

@@ -59,7 +59,7 @@ class Engine:
         self.restarts = 0
         self._load = load
         self._settings = settings
-        self._command = settings.command or [sys.executable, "-m", "lmx.engine"]
+        self._command = settings.command or [sys.executable, "-P", "-m", "lmx.engine"]
         self._environment = environment
         self._meter = Meter(name, metrics)
         self._breaker = Breaker(
@@ -86,7 +86,8 @@ class Engine:
         """A lease on the engine for one request; the block reads its tokens.
 
         Entering never waits: while the model loads or restarts the lease is held and ``TokenStream.receive`` waits.
-        Raises QueueFull, ModelLoadingFailed or ModelOverloaded. Cancelled on entry: no lease was taken.
+        Raises QueueFull, ModelLoadingFailed, ModelOverloaded or RequestCrashesEngine. Cancelled on entry: no lease was
+        taken.
 
         Leaving, for any reason, waits until the engine has confirmed that the sequence's KV is free (or is dead),
         shielded from cancellation; it takes a step, or at worst ``free_timeout_s``, after which the engine is killed
@@ -158,7 +159,12 @@ class Engine:
             while True:
                 failure = await self._run_process()
                 self._meter.died(failure.cause)
-                delay_s = self._breaker.fail(trio.current_time(), permanent=failure.cause == "model_invalid")
+                now = trio.current_time()
+                blamed, self._ledger.blamed = self._ledger.blamed, False
+                if blamed:
+                    delay_s = self._breaker.excuse(now)
+                else:
+                    delay_s = self._breaker.fail(now, permanent=failure.cause == "model_invalid")
                 if delay_s is not None:
                     logger.warning("%s: the engine ended: %s. Restart in %.1f s.", self.name, failure, delay_s)
                     await trio.sleep(delay_s)

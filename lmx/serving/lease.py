@@ -45,11 +45,12 @@ class Lease:
     """The account of one sequence."""
 
     __slots__ = (
+        "alone_tokens",
         "cached_tokens",
         "cancel_reason",
         "closed",
-        "crashed",
         "deadline",
+        "drawn_tokens",
         "error",
         "finish",
         "first_token_at",
@@ -82,8 +83,9 @@ class Lease:
         self.last_token_at = now
         self.submitted = False
         """An engine process knows it and has not confirmed it free."""
-        self.crashed = False
-        """Its forward was running when an engine died."""
+        self.alone_tokens = 0
+        """An engine died over it: it must get so many tokens alone before others join it."""
+        self.drawn_tokens = 0
         self.closed = False
         """The reader has left."""
         self.freed = trio.Event()
@@ -99,6 +101,7 @@ class Lease:
     def feed(self, row: protocol.Tokens) -> None:
         """Take one step's tokens."""
         self.tokens += row.tokens
+        self.drawn_tokens += len(row.tokens)
         if row.logprobs:
             self.logprobs += row.logprobs
         if row.finish is not None:

@@ -7,7 +7,7 @@ send.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 import trio
@@ -22,13 +22,19 @@ from lmx.errors import (
     LmxError,
     ModelOverloaded,
     QueueFull,
+    RequestCrashesEngine,
     SequenceFailed,
 )
 from lmx.serving.failures import Failure
 from lmx.serving.lease import GenerateRequest, Lease
 from lmx.serving.meter import Meter
+from lmx.serving.suspects import Suspects
 
 RETRY_AFTER_MAX_S = 60.0
+PROBE_PATIENCE_S = 5.0
+"""How long a suspect may wait for an idle engine, and everybody behind it; then it runs beside what runs."""
+PROBE_S = 30.0
+"""How long a suspect may decode alone; a prefill may take its time."""
 
 Send = Callable[[protocol.Message], None]
 
@@ -36,7 +42,7 @@ logger = logging.getLogger("lmx.engine")
 
 
 class Ledger:
-    """Every live lease is in ``leases``, and in exactly one of: suspects, parked, submitted, or over and not yet given
+    """Every live lease is in ``leases``, and in exactly one of: probes, parked, submitted, or over and not yet given
     back.
 
     ``on_success`` is called when a request got its first token: the engine is of use.
@@ -61,9 +67,15 @@ class Ledger:
         self._on_success = on_success
         self._numbers = count(1)
         self._parked: dict[int, Lease] = {}
-        self._suspects: dict[int, Lease] = {}
-        """Their forward was running at a crash: each goes once more, alone, before the parked ones."""
-        self._alone: Lease | None = None
+        self._probes: dict[int, Lease] = {}
+        """An engine died over them: each goes once more, alone, before the parked ones."""
+        self._probe: Lease | None = None
+        """The one that runs alone now."""
+        self._probe_until = 0.0
+        self._suspects = Suspects()
+        self._attached_at = 0.0
+        self.blamed = False
+        """The last death was proven to be a request's doing."""
         self._in_forward: frozenset[int] = frozenset()
         self._canary_due = False
         self._send: Send | None = None
@@ -72,8 +84,11 @@ class Ledger:
     # --- leases ----------------------------------------------------------------------------------
 
     def take(self, request: GenerateRequest) -> Lease:
-        """A new lease, submitted as soon as there is an engine to take it. Raises QueueFull."""
+        """A new lease, submitted as soon as there is an engine to take it. Raises QueueFull, or RequestCrashesEngine
+        for what has ended engines before."""
         now = trio.current_time()
+        if refusal := self._suspects.refusal(request, now):
+            raise RequestCrashesEngine(refusal)
         if self.waiting >= self._settings.max_queue:
             raise QueueFull(
                 f"{self.waiting} requests wait for the model {self._name!r} already ([engine] max_queue is "
@@ -81,7 +96,9 @@ class Ledger:
                 retry_after_s=self._retry_after_s(now),
             )
         lease = Lease(next(self._numbers), request, now)
-        self.leases[lease.seq] = self._parked[lease.seq] = lease
+        lease.alone_tokens = self._suspects.tokens_alone(request, now)
+        self.leases[lease.seq] = lease
+        (self._probes if lease.alone_tokens else self._parked)[lease.seq] = lease
         self.waiting += 1
         self._pump()
         return lease
@@ -96,7 +113,7 @@ class Ledger:
         cancels = lease.cancel_reason is not None or not lease.over
         lease.closed = True
         self._parked.pop(lease.seq, None)
-        self._suspects.pop(lease.seq, None)
+        self._probes.pop(lease.seq, None)
         if lease.submitted and cancels:
             self._cancel(lease)
         return cancels
@@ -117,40 +134,71 @@ class Ledger:
     def attach(self, send: Send, ready: protocol.Ready) -> None:
         """An engine is ready: what waits is submitted. A first canary brings the figures of the engine at rest."""
         self._send = send
+        self._attached_at = trio.current_time()
         self._context_length = ready.context_length
         self.longest_step_s = 0.0
         self._send_canary(send)
         self._pump()
 
     def detach(self, failure: Failure) -> None:
-        """The engine is gone, and with it every sequence. Those with an answer begun fail; a suspect waits for its
-        second try."""
+        """The engine is gone, and with it every sequence. Those with an answer begun fail; the others wait for the next
+        engine, and those who may have been the cause run alone there. ``blamed`` tells whether one was proven to be."""
         self._send = None
+        running = self._running()
+        guilty = None if failure.cause == "shutdown" else self._accuse(running, failure)
+        self.blamed = guilty is not None
+        now, waiting = trio.current_time(), []
         for lease in self.submitted.values():
             lease.submitted = False
-            suspect = lease.seq in self._in_forward and lease.first_token_at is None and not lease.over
-            if suspect and failure.cause != "shutdown" and not lease.crashed:
-                lease.crashed = True
-                self._suspects[lease.seq] = lease
+            refusal = self._suspects.refusal(lease.request, now)
+            if failure.cause == "shutdown":
+                lease.fail(ModelOverloaded(f"The model {self._name!r} was stopped: {failure}."))
+            elif refusal:
+                lease.fail(RequestCrashesEngine(refusal))
+            elif lease.first_token_at is None and not lease.over:
+                waiting.append(lease)
                 continue
-            lease.fail(self._death(lease, failure, suspect=suspect))
+            else:
+                text = f"The engine of {self._name!r} ended under this request: {failure}. It is restarted."
+                lease.fail(EngineDied(text))
             lease.freed.set()
         self.submitted.clear()
+        self._park([*waiting, *self._probes.values(), *self._parked.values()])
         self.stats, self.kv_sequence_bytes = None, 0
-        self._alone, self._in_forward, self._canary_due = None, frozenset(), False
+        self._probe, self._in_forward, self._canary_due = None, frozenset(), False
         self._note_work()
 
-    def _death(self, lease: Lease, failure: Failure, *, suspect: bool) -> LmxError:
-        if failure.cause == "shutdown":
-            return ModelOverloaded(f"The model {self._name!r} was stopped: {failure}.")
-        if suspect and lease.crashed:
-            return SequenceFailed(
-                f"This request ended the engine of {self._name!r} twice, the second time while it ran alone, and is "
-                f"refused: {failure}."
+    def _running(self) -> list[Lease]:
+        """Who may have been the cause of a death: the one that ran alone, else whose forward ran, else (the engine may
+        have died over a message) everybody it knew."""
+        if self._probe is not None and self._probing():
+            return [self._probe]
+        unfinished = [lease for lease in self.submitted.values() if lease.finish is None]
+        return [lease for lease in unfinished if lease.seq in self._in_forward] or unfinished
+
+    def _accuse(self, running: Sequence[Lease], failure: Failure) -> bytes | None:
+        now, killed = trio.current_time(), failure.cause == "killed"
+        requests = [(lease.request, lease.drawn_tokens) for lease in running]
+        guilty = self._suspects.accuse(requests, now, killed=killed, probe=self._probing())
+        if guilty is not None:
+            why = (
+                f"This request has ended the engine of {self._name!r} more than once, the last time as the only cause "
+                f"there can be, and is refused; others are served. What happened: {failure}."
             )
-        return EngineDied(
-            f"The engine of {self._name!r} ended while it worked on this request: {failure}. It is being restarted."
-        )
+            self._suspects.refuse(guilty, why, now, killed=killed)
+            logger.error("%s: a request is refused from now on: it ended the engine twice (%s)", self._name, failure)
+        return guilty
+
+    def _park(self, waiting: Iterable[Lease]) -> None:
+        """Sort those who wait for the next engine, in order of arrival, by what is known of them now."""
+        now = trio.current_time()
+        self._probes, self._parked = {}, {}
+        for lease in sorted(waiting, key=lambda lease: lease.seq):
+            if refusal := self._suspects.refusal(lease.request, now):
+                lease.fail(RequestCrashesEngine(refusal))
+                continue
+            lease.alone_tokens = self._suspects.tokens_alone(lease.request, now)
+            (self._probes if lease.alone_tokens else self._parked)[lease.seq] = lease
 
     def fail_all(self, error: LmxError) -> None:
         """Every request ends with ``error``; what ran is cancelled as its reader leaves."""
@@ -159,26 +207,37 @@ class Ledger:
 
     def fail_waiting(self, error: LmxError) -> None:
         """There will be no engine for those who wait."""
-        for lease in (*self._suspects.values(), *self._parked.values()):
+        for lease in (*self._probes.values(), *self._parked.values()):
             lease.fail(error)
-        self._suspects.clear()
+        self._probes.clear()
         self._parked.clear()
 
     def _pump(self) -> None:
-        """Submit what waits: suspects one at a time, each alone until it has its first token or is free; then
-        everybody."""
+        """Submit what waits: probes one at a time, each alone until it is past its point; then everybody."""
         while self._send is not None:
-            if self._alone is not None and self._alone.submitted and self._alone.first_token_at is None:
+            if self._probing():
                 return
-            self._alone = None
-            if self._suspects and self.submitted:
+            self._probe = None
+            if self._probes and self.submitted and self._probes_hold_others():
                 return  # alone means alone
-            waiting = self._suspects or self._parked
+            waiting = self._probes or self._parked
             if not waiting:
                 return
             lease = waiting.pop(next(iter(waiting)))
-            if self._submit(lease, self._send) and lease.crashed:
-                self._alone = lease
+            if self._submit(lease, self._send) and lease.alone_tokens:
+                self._probe, self._probe_until = lease, trio.current_time() + PROBE_S
+
+    def _probing(self) -> bool:
+        """Whether a suspect runs that nobody may join yet."""
+        probe = self._probe
+        if probe is None or not probe.submitted or probe.drawn_tokens >= probe.alone_tokens:
+            return False
+        return trio.current_time() < self._probe_until or probe.drawn_tokens == 0
+
+    def _probes_hold_others(self) -> bool:
+        """Not for long: the answers that run may take minutes."""
+        first = next(iter(self._probes.values()))
+        return trio.current_time() - max(first.taken_at, self._attached_at) < PROBE_PATIENCE_S
 
     def _submit(self, lease: Lease, send: Send) -> bool:
         request, now = lease.request, trio.current_time()
@@ -255,7 +314,9 @@ class Ledger:
             lease.feed(row)
             if len(lease.tokens) > self._settings.max_unread_tokens and lease.finish is None:
                 self._drop_slow_reader(lease)
-            if first and lease is self._alone:
+            if lease is self._probe and not self._probing():
+                if lease.drawn_tokens >= lease.alone_tokens:
+                    self._suspects.clear(lease.request)
                 self._pump()
 
     def _drop_slow_reader(self, lease: Lease) -> None:
@@ -274,6 +335,8 @@ class Ledger:
         if lease is None:
             raise ValueError(f"the engine freed sequence {message.seq}, which it does not hold")
         lease.submitted = False
+        if lease is self._probe and lease.finish is not None:
+            self._suspects.clear(lease.request)
         lease.fail(SequenceFailed("The engine gave this request up without a reason."))
         lease.freed.set()
         self._note_work()
@@ -291,6 +354,8 @@ class Ledger:
             )
         elif message.code == "invalid_token":
             lease.fail(InvalidRequest(message.message, param="prompt"))
+        elif message.code == "invalid_request":
+            lease.fail(InvalidRequest(message.message))
         else:
             logger.warning("%s: sequence %d failed (%s): %s", self._name, message.seq, message.code, message.message)
             lease.fail(SequenceFailed(f"The model could not answer this request ({message.code}): {message.message}."))

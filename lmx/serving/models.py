@@ -1,13 +1,18 @@
 """The models that the server offers, under every name that means one of them.
 
 One model in this version; ``resolve`` and ``listing`` are all that the API faces know of it, so that loading, unloading
-and routing can come without them. Built by ``lmx.cli`` in a thread (``load`` blocks: it may convert a GGUF file).
+and routing can come without them. A model is offered when the server has its words; until then, at the first start of a
+GGUF file, it is loading. Run by ``lmx.cli``.
 """
 
 import logging
+import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import trio
 
@@ -15,9 +20,16 @@ from lmx import protocol
 from lmx.chat.model import ChatModel
 from lmx.config import Settings
 from lmx.errors import LmxError, ModelNotFound, ModelOverloaded
-from lmx.hub.inventory import ModelFolder, resolve
+from lmx.hub.backends import Wanted
+from lmx.hub.conversion import ConversionNeeded
+from lmx.hub.inventory import ModelFolder, find, resolve
+from lmx.serving.converter import run_converter
 from lmx.serving.engine import Engine
+from lmx.serving.metal import buffer_limits, chip_name
 from lmx.serving.metrics import Metrics
+from lmx.serving.readers import Readers
+
+Find = Callable[[str, Path, Wanted], ModelFolder]
 
 BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 
@@ -35,77 +47,110 @@ class Served:
     created: int
     """Unix time of its start."""
 
+    @property
+    def context_length(self) -> int:
+        """Longest prompt plus answer. While the model loads only its folder can tell; 0 where that does not."""
+        ready = self.engine.ready
+        return ready.context_length if ready else self.folder.context_length
+
 
 class Models:
-    """All served models."""
+    """All served models. ``run`` it in a nursery."""
 
-    def __init__(self, settings: Settings, served: Served) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, served: Served | None = None) -> None:
         self.draining = False
         """The server is about to stop: nothing new is taken."""
+        self.presentable = trio.Event()
+        """The server may listen: the model was found, even if it must be converted first."""
+        self._all_settings = settings
         self._settings = settings.model
+        self._metrics = metrics
         self._served = served
+        self.readers = Readers(lambda: [served.folder.words for served in self.listing()])
+        """Processes for large request bodies."""
+        self._loading = trio.CancelScope()
+        self.settled = trio.Event()
+        """The model is there, or will never be."""
 
     @classmethod
     def load(cls, settings: Settings, metrics: Metrics) -> "Models":
-        """Find the configured model and read what the server needs of it; its engine starts with ``run``. Blocking.
+        """With the model's words read now, whatever must be made for it first. Blocking.
 
         Raises ModelNotFound, ModelInvalid, ConfigError.
         """
-        name = settings.model.default
-        backend = settings.model.backends.get(name, settings.model.backend)
-        folder = resolve(name, settings.model.cache_path, backend)
-        logger.info("model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
-        chat = ChatModel.load(folder.words)
-        load = protocol.Load(
-            path=str(folder.path),
-            backend=folder.backend,
-            eos_ids=tuple(sorted(chat.eos_ids)),
-            context_length=settings.model.context_length,
-            max_rows=settings.engine.max_rows,
-            kv_budget_bytes=settings.engine.kv_budget_bytes,
-            max_chunk_tokens=settings.engine.max_chunk_tokens,
-            itl_target_ms=settings.engine.itl_target_ms,
-            lookahead=settings.engine.lookahead,
-            batching=settings.engine.batching,
-            openblas=settings.engine.openblas,
-            log_level=settings.server.log_level,
-            kv_bits=settings.llama.kv_bits,
-            gpu_layers=settings.llama.gpu_layers,
-            threads=settings.llama.threads,
-            mmap=settings.llama.mmap,
-        )
-        engine = Engine(folder.id, load, settings.engine, metrics)
-        return cls(settings, Served(folder.id, folder, chat, engine, int(time.time())))
+        return cls(settings, metrics, _read(settings, metrics, resolve))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Find the model, have it converted if need be, and run its engine until cancelled. ``task_status`` is started
+        when the engine is.
+
+        Raises ModelNotFound, ModelInvalid, ConfigError. Cancelled: no process is left when Cancelled leaves.
+        """
+        try:
+            with self._loading:
+                self._served = self._served or await self._load()
+        finally:
+            self.settled.set()
+            self.presentable.set()
+        try:
+            async with trio.open_nursery() as nursery:
+                for served in self.listing():
+                    await nursery.start(served.engine.run)
+                task_status.started()
+        finally:
+            await self.readers.aclose()
+
+    async def _load(self) -> Served:
+        made: set[Path] = set()
+        while True:
+            try:
+                # Abandoned: what a thread reads harms nobody.
+                return await trio.to_thread.run_sync(
+                    _read, self._all_settings, self._metrics, find, abandon_on_cancel=True
+                )
+            except ConversionNeeded as needed:
+                conversion = needed.conversion
+            conversion.refuse_if_made(made)
+            self.presentable.set()
+            logger.info("making the %s of %s, once: %s", conversion.what, conversion.source, conversion.folder)
+            await run_converter(conversion)
+
+    def stop_loading(self) -> None:
+        """Give up a model that is not there yet, and with it those who wait for it."""
+        self._loading.cancel()
+
+    def states(self) -> dict[str, str]:
+        """Each model's state, as ``Engine.state``; one whose words are not there yet is "loading"."""
+        if self._served is None:
+            return {self._settings.default: "loading"}
+        return {served.id: served.engine.state for served in self.listing()}
 
     def resolve(self, requested: str) -> Served:
         """The model that ``requested`` means: its id, its path, an alias, or a placeholder for the default model.
+
+        ``lmstudio/`` or ``openai/`` may stand before any of them, as routers write them.
 
         Raises ModelNotFound, which lists the models, and ModelOverloaded while the server shuts down.
         """
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
-        name = self._settings.aliases.get(requested, requested)
-        if name in self._names() or any(fnmatchcase(name, pattern) for pattern in self._settings.placeholders):
-            return self._served
+        if self._served is None:
+            raise ModelOverloaded(f"The model {self._settings.default!r} is not there yet.", retry_after_s=5.0)
+        for name in (requested, requested.removeprefix("lmstudio/").removeprefix("openai/")):
+            if self._means(self._settings.aliases.get(name, name), self._served.folder):
+                return self._served
         raise ModelNotFound(
             f"The model {requested[:200]!r} does not exist. There are: {', '.join(s.id for s in self.listing())}.",
             param="model",
         )
 
-    def _names(self) -> set[str]:
-        folder = self._served.folder
-        return {folder.id, str(folder.path), str(folder.source), self._settings.default}
+    def _means(self, name: str, folder: ModelFolder) -> bool:
+        names = {folder.id, str(folder.path), str(folder.source), self._settings.default}
+        return name in names or any(fnmatchcase(name, pattern) for pattern in self._settings.placeholders)
 
     def listing(self) -> list[Served]:
         """Every model, for /v1/models."""
-        return [self._served]
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the engines until cancelled. Cancelled: no engine process is left when Cancelled leaves."""
-        async with trio.open_nursery() as nursery:
-            for served in self.listing():
-                await nursery.start(served.engine.run)
-            task_status.started()
+        return [] if self._served is None else [self._served]
 
     def fail_all(self, error: LmxError) -> None:
         """End every running request with ``error``."""
@@ -116,3 +161,39 @@ class Models:
         """End every engine process this instant."""
         for served in self.listing():
             served.engine.kill()
+
+
+def _read(settings: Settings, metrics: Metrics, find_model: Find) -> Served:
+    """The configured model, with what the server needs of it. Blocking."""
+    name = settings.model.default
+    backend = settings.model.backends.get(name, settings.model.backend)
+    folder = find_model(name, settings.model.cache_path, backend)
+    logger.info("model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
+    chat = ChatModel.load(folder.words)
+    load = protocol.Load(
+        path=str(folder.path),
+        backend=folder.backend,
+        eos_ids=tuple(sorted(chat.eos_ids)),
+        context_length=settings.model.context_length,
+        max_rows=settings.engine.max_rows,
+        kv_budget_bytes=settings.engine.kv_budget_bytes,
+        max_chunk_tokens=settings.engine.max_chunk_tokens,
+        itl_target_ms=settings.engine.itl_target_ms,
+        lookahead=settings.engine.lookahead,
+        batching=settings.engine.batching,
+        openblas=settings.engine.openblas,
+        log_level=settings.server.log_level,
+        kv_bits=settings.llama.kv_bits,
+        gpu_layers=settings.llama.gpu_layers,
+        threads=settings.llama.threads,
+        mmap=settings.llama.mmap,
+    )
+    limits = buffer_limits(
+        settings.engine.mlx_ops_per_buffer,
+        settings.engine.mlx_mb_per_buffer,
+        os.environ,
+        sys.platform,
+        chip_name(sys.platform),
+    )
+    engine = Engine(folder.id, load, settings.engine, metrics, {**os.environ, **limits})
+    return Served(folder.id, folder, chat, engine, int(time.time()))

@@ -20,6 +20,9 @@ from lmx import protocol
 
 RECEIVE_BYTES = 64 * 1024
 TAIL_LINES = 50
+MOST_LINES = 100
+"""Logged of what an engine prints at once."""
+LINE_BYTES = 4096
 DRAIN_S = 1.0
 """After a process has ended, how long its last frames and lines may take; they are in the kernel already."""
 SILENT_S = 5.0
@@ -147,11 +150,16 @@ class EngineProcess:
         while data := await output.receive_some():
             *lines, rest = (rest + data).split(b"\n")
             self._note(lines)
+            rest = rest[-LINE_BYTES:]
         self._note([rest] if rest else [])
 
     def _note(self, lines: Sequence[bytes]) -> None:
-        for line in lines:
-            text = line.decode(errors="replace")
+        """An engine that prints without end must not cost the server its time: it is read as fast as it prints, so that
+        it never waits, and most of it is left out."""
+        if len(lines) > MOST_LINES:
+            self._logger.info("engine %d: ... (%d lines)", self.pid, len(lines) - MOST_LINES)
+        for line in lines[-MOST_LINES:]:
+            text = line[:LINE_BYTES].decode(errors="replace")
             self.tail.append(text)
             self._logger.info("engine %d: %s", self.pid, text)
 

@@ -1,18 +1,20 @@
-"""The llama.cpp back end: a planned step becomes one batch over a unified KV, its logits are drawn from in NumPy
-(DESIGN §7).
+"""The llama.cpp back end: a planned step becomes one batch, its logits are drawn from in NumPy (DESIGN §7).
 
-A sequence is a slot, llama.cpp's sequence id; decoding rows and prefill chunks go through one forward together. The KV
-buffer is made whole at load, so freeing gives cells back to the other sequences and not memory to the system. Decides
-nothing; called by the step loop only, on its one thread.
+A sequence is a slot, llama.cpp's sequence id, with cells of its own where memory allows (streams), otherwise among
+cells that all share (unified). Decoding rows and prefill chunks go through one batch together. The KV buffer is made
+whole at load, so freeing gives cells back to other sequences and not memory to the system. Between two steps no cell
+holds a non-finite value. Decides nothing; called by the step loop only, on its one thread.
 """
 
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +22,24 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
-from lmx.engine.llama.native import MAX_SLOTS, Context, Model
+from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
 from lmx.engine.sampling import SamplingBatch, draw_key, penalised
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
 
-# The KV buffer is allocated and zeroed at load. Without a setting it holds the whole context once, or this many tokens
-# for every row, and takes no more than a share of the free memory.
+# The KV buffer is allocated and zeroed at load. Without a setting it holds the whole context for every row, if that
+# takes no more than the first share of the free memory; otherwise the whole context once, or this many tokens for every
+# row, and no more than the second.
+_STREAMS_MEMORY_SHARE = 0.25
 _DEFAULT_ROW_TOKENS = 1024
 _KV_MEMORY_SHARE = 0.5
 # A second thread is not worth its barriers in a smaller model, and hurts where the cores are busy.
 _SMALL_BYTES = 32 * 1024 * 1024
 _CHUNK_TOKENS = 512  # llama.cpp's own default for one forward
+_WAVE_TOKENS = 2048  # what prompts that start together may bring in a step
+# Free slots between two rows that are computed with a token of no use, to have both rows in one forward: on two cores a
+# further forward of SmolLM2 costs 10 ms, a row 6.5; in larger models and on GPUs forwards cost more, rows less.
+_FILLED_GAP = 2
 
 
 @dataclass(slots=True)
@@ -40,13 +48,16 @@ class _Row:
 
     sequence: Sequence
     slot: int
-    sampling: SamplingBatch
     counts: list[npt.NDArray[np.int32]] | None
     """Two of (1, V): how often a token stands in prompt and answer, and in the answer; for rows with penalties."""
+    sampling: SamplingBatch | None = None
+    """Made at the first draw."""
     tokens: list[int] = field(default_factory=list)
     """Those whose KV is computed."""
     next_token: int = -1
     """Drawn, and to be decoded next."""
+    bad: bool = False
+    """It failed; nothing is computed for it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +69,21 @@ class _Part:
     draws: bool
 
 
-@dataclass(frozen=True, slots=True)
 class LlamaLaunch:
-    """A step that is done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
+    """A step; started means done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
 
-    draws: list[Draw]
+    def __init__(self, compute: Callable[[], list[Draw]]) -> None:
+        self._compute = compute
+        self._draws: list[Draw] | None = None
+
+    def start(self) -> None:
+        self._draws = self._compute()
 
     def wait(self) -> list[Draw]:
-        return self.draws
+        if self._draws is None:
+            self.start()
+        assert self._draws is not None
+        return self._draws
 
 
 class LlamaBackend:
@@ -73,21 +91,37 @@ class LlamaBackend:
 
     def __init__(self, model: Model, options: Load, free_bytes: int) -> None:
         """``free_bytes``: the memory that the weights leave."""
-        rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1  # one is the canary's
+        rows = min(options.max_rows, MAX_SLOTS) if options.batching == "auto" else 1
         threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
-        cost = model.measure_kv(options.kv_bits)
-        budget, context_length = _budget(model, options, cost, rows, free_bytes)
         chunk_tokens = options.max_chunk_tokens or _CHUNK_TOKENS
-        cells = min(budget // cost.bytes_per_token, rows * _whole_quanta(context_length))
-        self._context = Context(
+        forward_tokens = chunk_tokens + rows
+        self._canary = Context(
             model,
-            cells=cells + QUANTUM_TOKENS,  # for the canary, and because llama.cpp rounds
-            slots=rows + 1,
-            chunk_tokens=chunk_tokens,
+            cells=QUANTUM_TOKENS,
+            slots=1,
+            streams=False,
+            batch_tokens=1,
+            forward_tokens=1,
             kv_bits=options.kv_bits,
             threads=threads,
         )
-        self._canary_slot = rows
+        cost = model.measure_kv(self._canary, forward_tokens)
+        budget, context_length, self._streams = _budget(model, options, cost, rows, free_bytes)
+        most = rows * _whole_quanta(context_length)
+        # In shared cells there must be room for the tokens of no use, too.
+        cells = most if self._streams else min(budget // cost.bytes_per_token, most) + QUANTUM_TOKENS
+        self._context = Context(
+            model,
+            cells=cells,
+            slots=rows,
+            streams=self._streams,
+            batch_tokens=max(chunk_tokens, _WAVE_TOKENS) + 2 * rows,
+            forward_tokens=forward_tokens,
+            kv_bits=options.kv_bits,
+            threads=threads,
+        )
+        # Such memories are computed by equal parts of slots that follow each other (``Context.decode``).
+        self._gaps_cost = self._streams or model.recurrent
         self._free_slots = list(range(rows - 1, -1, -1))
         self._rows: dict[int, _Row] = {}
         self.facts = Facts(
@@ -104,9 +138,14 @@ class LlamaBackend:
             weights_bytes=model.weights_bytes,
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
-            path="unified" if rows > 1 else "single",
-            path_reason=f"one llama_batch a step over {cells} shared KV cells, {threads} threads",
-            probes={},
+            path="single" if rows == 1 else "streams" if self._streams else "unified",
+            path_reason=f"one llama_batch a step, {threads} threads, "
+            + (
+                f"{cells // rows} KV cells for each of {rows} rows"
+                if self._streams
+                else f"{cells} shared KV cells: {rows} rows of {context_length} tokens each are more than the budget"
+            ),
+            probes={"amx": "not used: some compilers break llama.cpp's kernels for it"} if AMX else {},
         )
         self.canary()
 
@@ -129,85 +168,145 @@ class LlamaBackend:
         if penalised(sequence.sampling):
             answer = self._count(sequence.tokens[sequence.prompt_tokens :])
             counts = [self._count(sequence.tokens), answer]
-        sampling = SamplingBatch(np, [sequence.sampling], self.facts.vocab_size)
-        self._rows[sequence.seq] = _Row(sequence, self._free_slots.pop(), sampling, counts)
+        self._rows[sequence.seq] = _Row(sequence, self._take_slot(), counts)
+
+    def _take_slot(self) -> int:
+        """The free one with most neighbours, so that few gaps arise."""
+        free = set(self._free_slots)
+        taken = set(range(self.facts.max_rows)) - free
+        slot = max(free, key=lambda slot: (len(taken & {slot - 1, slot + 1}), -slot))
+        self._free_slots.remove(slot)
+        return slot
 
     def _count(self, tokens: Seq[int]) -> npt.NDArray[np.int32]:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
+        return LlamaLaunch(partial(self._step, decode, chunks))
+
+    def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> list[Draw]:
         rows = (self._rows[sequence.seq] for sequence in decode)
         parts = [_Part(row, [row.next_token], True) for row in rows]
         for chunk in chunks:
             row = self._rows[chunk.sequence.seq]
-            assert len(row.tokens) == chunk.start, (len(row.tokens), chunk)
+            assert row.bad or len(row.tokens) == chunk.start, (len(row.tokens), chunk)
             parts.append(_Part(row, chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens], chunk.last))
-        draws = [self._draw(part.row, logits) for part, logits in self._forward(parts)]
-        if any(draw.bad for draw in draws):
-            draws = self._isolate(parts)
-        for draw in draws:
-            row = self._rows[draw.sequence.seq]
+        draws = {part.row.slot: Draw(part.row.sequence, 0, True) for part in parts}
+        sound = [part for part in parts if not part.row.bad]
+        draws |= self._compute(sound)
+        bad = [part for part in sound if draws[part.row.slot].bad]
+        if len(bad) > 1 and not self._streams:
+            draws |= self._compute_alone(bad)
+        elif bad:
+            self._give_up(bad)
+        for part in parts:
+            row, draw = part.row, draws[part.row.slot]
             row.next_token = draw.token
-            for counts in row.counts or ():
-                counts[0, draw.token] += 1
-        return LlamaLaunch(draws)
+            if part.draws and not draw.bad:
+                for counts in row.counts or ():
+                    counts[0, draw.token] += 1
+        return [draws[part.row.slot] for part in parts if part.draws or draws[part.row.slot].bad]
+
+    def _compute(self, parts: Seq[_Part]) -> dict[int, Draw]:
+        """All parts together; by slot."""
+        return {part.row.slot: self._draw(part, logits) for part, logits in self._forward(parts)}
 
     def _forward(self, parts: Seq[_Part]) -> Iterator[tuple[_Part, npt.NDArray[np.float32]]]:
-        """Compute all parts together, in as few forwards as llama.cpp's batch allows; for each part that draws, the
-        logits (V,) of its last token, good until the next one is asked for."""
+        """Compute all parts together, in as few calls as llama.cpp's batch allows; for each part the logits (V,) of its
+        last token, good until the next one is asked for. Of a part that does not draw, too: what is not finite must be
+        seen in the step that writes it."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         wanted: list[bool] = []
+        fillers: list[int] = []
+        parts = sorted(parts, key=lambda part: part.row.slot)
         for part in parts:
             row, count = part.row, len(part.tokens)
+            gap = range(slots[-1] + 1, row.slot) if slots and self._gaps_cost else ()
+            if len(gap) <= _FILLED_GAP and set(gap) <= set(self._free_slots):
+                fillers += gap
+                tokens += [0] * len(gap)
+                positions += [0] * len(gap)
+                slots += gap
+                wanted += [False] * len(gap)
             tokens += part.tokens
             positions += range(len(row.tokens), len(row.tokens) + count)
             slots += [row.slot] * count
-            wanted += [False] * (count - 1) + [part.draws]
+            wanted += [False] * (count - 1) + [True]
             row.tokens += part.tokens
-        drawing = (part for part in parts if part.draws)
+        computed = iter(parts)
         for start in range(0, len(tokens), self._context.batch_tokens):
             span = slice(start, start + self._context.batch_tokens)
             for logits in self._context.decode(tokens[span], positions[span], slots[span], wanted[span]):
-                yield next(drawing), logits
+                yield next(computed), logits
+        for slot in fillers:
+            self._context.forget(slot)
 
-    def _isolate(self, parts: Seq[_Part]) -> list[Draw]:
-        """A step again, after it gave logits that are not finite.
+    def _compute_alone(self, parts: Seq[_Part]) -> dict[int, Draw]:
+        """Parts of a step over shared cells again that came out bad, one at a time.
 
-        A non-finite value in one sequence's KV may reach all that share the cells, since no mask stops a NaN, and their
-        KV then. So everything is computed anew in zeroed cells, one sequence at a time: who is bad now is bad itself.
+        No mask stops a NaN, so one sequence's reaches all that share the cells, and with it the KV that they write in
+        that step. Who is bad alone and in clean cells is bad itself.
         """
-        bad: set[int] = set()
-        while True:
-            self._context.wipe()
-            draws: dict[int, Draw] = {}
-            for seq, row in self._rows.items():
-                if seq in bad:
-                    continue
-                everything, row.tokens = row.tokens, []
-                [draw] = [self._draw(row, logits) for _, logits in self._forward([_Part(row, everything, True)])]
-                if draw.bad:
-                    bad.add(seq)
-                    break
-                draws[seq] = draw
-            else:
-                break
-        wanted = [part.row.sequence.seq for part in parts if part.draws]
-        return [draws[seq] for seq in wanted if seq in draws] + [Draw(self._rows[seq].sequence, 0, True) for seq in bad]
+        again = [self._take_back(part) for part in parts]
+        self._clean()
+        draws: dict[int, Draw] = {}
+        for part in again:
+            draws |= self._compute([part])
+            if draws[part.row.slot].bad:
+                self._give_up([part])
+        return draws
 
-    def _draw(self, row: _Row, logits: npt.NDArray[np.float32]) -> Draw:
+    def _take_back(self, part: _Part) -> _Part:
+        """Forget what the part added; the part that adds it again."""
+        row = part.row
+        start = len(row.tokens) - len(part.tokens)
+        if start and not self._context.forget(row.slot, start):
+            start = 0
+        if not start:
+            self._context.forget(row.slot)
+        tokens = row.tokens[start:]
+        del row.tokens[start:]
+        return _Part(row, tokens, part.draws)
+
+    def _give_up(self, parts: Seq[_Part]) -> None:
+        """Rows that are bad themselves."""
+        for part in parts:
+            part.row.bad = True
+            part.row.tokens = []
+            self._context.forget(part.row.slot)
+        self._clean()
+
+    def _clean(self) -> None:
+        """Zero all cells but those of sequences, since who gets a cell with a NaN in it would turn bad as well.
+        llama.cpp only clears everything, so the sequences' KV is copied out and in again, some gigabytes a second."""
+        kept = [(row.slot, self._context.export_slot(row.slot)) for row in self._rows.values() if row.tokens]
+        self._context.wipe()
+        for slot, data in kept:
+            if not self._context.import_slot(slot, data):
+                raise RuntimeError("llama.cpp does not take back the KV that it gave out")
+
+    def _draw(self, part: _Part, logits: npt.NDArray[np.float32]) -> Draw:
         """One row at a time: the arrays of one fit the processor's cache and malloc's pool (8 rows of 49,152 together
         took 5.9 ms, one after the other 1.4)."""
-        wanted = row.sequence.sampling.logprobs
-        drawn = row.sampling.draw(logits[None], [draw_key(row.sequence.sampling.seed, len(row.tokens))], row.counts)
-        logprobs = None
-        if drawn.logprobs is not None:
-            assert drawn.top_ids is not None
-            assert drawn.top_logprobs is not None
-            ids, values = drawn.top_ids[0, :wanted], drawn.top_logprobs[0, :wanted]
-            logprobs = Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist()))
-        return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
+        row, sampling = part.row, part.row.sequence.sampling
+        if not part.draws:
+            return Draw(row.sequence, 0, not np.isfinite(logits.max()))
+        try:
+            row.sampling = row.sampling or SamplingBatch(np, [sampling], self.facts.vocab_size)
+            drawn = row.sampling.draw(logits[None], [draw_key(sampling.seed, len(row.tokens))], row.counts)
+            logprobs = None
+            if drawn.logprobs is not None:
+                assert drawn.top_ids is not None
+                assert drawn.top_logprobs is not None
+                ids, values = drawn.top_ids[0, : sampling.logprobs], drawn.top_logprobs[0, : sampling.logprobs]
+                logprobs = Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist()))
+            return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
+        except Exception:
+            # Arithmetic on one request's own values: nobody else's business, whatever is wrong with them.
+            traceback.print_exc()
+            return Draw(row.sequence, 0, True)
 
     def free(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.seq, None)
@@ -216,9 +315,8 @@ class LlamaBackend:
             self._free_slots.append(row.slot)
 
     def canary(self) -> None:
-        logits = self._context.decode([0], [0], [self._canary_slot], [True])
-        finite = bool(np.isfinite(logits.max()))
-        self._context.forget(self._canary_slot)
+        finite = bool(np.isfinite(self._canary.decode([0], [0], [0], [True]).max()))
+        self._canary.forget(0)
         if not finite:
             raise RuntimeError("the canary's logits are not finite: the device or the weights in memory are broken")
 
@@ -257,17 +355,21 @@ def _whole_quanta(tokens: int) -> int:
     return -(-tokens // QUANTUM_TOKENS) * QUANTUM_TOKENS
 
 
-def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> tuple[int, int]:
-    """(KV bytes, context length). Raises ModelInvalid when they do not fit the memory that is free."""
+def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> tuple[int, int, bool]:
+    """(KV bytes, context length, whether that is the whole context for every row). Raises ModelInvalid when they do not
+    fit the memory that is free."""
     wanted = _whole_quanta(min(model.context_length, options.context_length or model.context_length))
     budget = options.kv_budget_bytes
     if not budget:
-        tokens = min(rows * wanted, max(wanted, rows * _DEFAULT_ROW_TOKENS))
-        budget = tokens * cost.bytes_per_token + rows * cost.bytes_per_sequence
-        budget = min(budget, max(int(free * _KV_MEMORY_SHARE), 1))
+        budget = rows * (wanted * cost.bytes_per_token + cost.bytes_per_sequence)
+        if budget > free * _STREAMS_MEMORY_SHARE:
+            tokens = min(rows * wanted, max(wanted, rows * _DEFAULT_ROW_TOKENS))
+            budget = tokens * cost.bytes_per_token + rows * cost.bytes_per_sequence
+            budget = min(budget, max(int(free * _KV_MEMORY_SHARE), 1))
     context_length = fit_context(cost, model.context_length, options.context_length, budget)
     # More than every row's longest sequence is of no use.
     most = rows * (_whole_quanta(context_length) * cost.bytes_per_token + cost.bytes_per_sequence)
+    streams = budget >= most
     budget = min(budget, most)
     if budget > free:
         raise ModelInvalid(
@@ -275,7 +377,7 @@ def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> 
             f"{free} bytes of free memory; lower [engine] kv_budget_bytes or max_rows, or [model] context_length.",
             param="engine.kv_budget_bytes",
         )
-    return budget, context_length
+    return budget, context_length, streams
 
 
 def default_threads() -> int:

@@ -32,8 +32,7 @@ MAX_SLOTS = int(C.llama_max_parallel_sequences())
 # GCC 12 takes most of the tile configuration that ggml's AMX kernels load for dead stores and drops them: the first
 # product with quantised weights faults (a Sapphire Rapids under Debian 12). A build does not say what compiled it, so
 # none of them gets weights laid out for AMX.
-_AMX = b"AMX_INT8 = 1" in C.llama_print_system_info()
-_PROBE_CELLS = 256
+AMX = b"AMX_INT8 = 1" in C.llama_print_system_info()
 _KEPT_ERRORS = 3
 # enum ggml_log_level, which the bindings lack.
 _WARN, _ERROR, _CONT = 3, 4, 5
@@ -78,7 +77,7 @@ class Model:
         parameters = C.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         parameters.load_mode = C.LLAMA_LOAD_MODE_MMAP if mmap else C.LLAMA_LOAD_MODE_NONE
-        parameters.use_extra_bufts = not _AMX
+        parameters.use_extra_bufts = not AMX
         self.pointer = C.llama_model_load_from_file(path.encode(), parameters)
         if not self.pointer:
             raise ModelInvalid(f"llama.cpp cannot load {path}: {_reason()}.")
@@ -104,21 +103,21 @@ class Model:
         length = C.llama_model_meta_val_str(self.pointer, key.encode(), text, len(text))
         return text.value.decode(errors="replace") if length >= 0 else ""
 
-    def measure_kv(self, kv_bits: int) -> KVCost:
+    def measure_kv(self, context: "Context", forward_tokens: int) -> KVCost:
         """By llama.cpp's own measure, its copy of a sequence's state (a few bytes a cell of bookkeeping included): what
-        two tokens, in a context of the smallest size, add to it."""
-        context = Context(self, cells=_PROBE_CELLS, slots=1, chunk_tokens=32, kv_bits=kv_bits, threads=1)
+        two tokens in an empty ``context`` add to it. Sliding layers hold a window and what one forward may bring."""
         whole, partial = [], []
         for position in range(2):
             context.decode([0], [position], [0], [False])
             whole.append(C.llama_state_seq_get_size(context.pointer, 0))
             partial.append(C.llama_state_seq_get_size_ext(context.pointer, 0, C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))
+        context.forget(0)
         per_token, in_window = whole[1] - whole[0], 0
         if self.window:
             in_window = partial[1] - partial[0]
             per_token -= in_window
         constant = partial[0] if self.recurrent else 0
-        return KVCost(max(per_token, 1), constant + in_window * self.window)
+        return KVCost(max(per_token, 1), constant + in_window * (self.window + forward_tokens))
 
 
 def _reason() -> str:
@@ -127,16 +126,29 @@ def _reason() -> str:
 
 
 class Context:
-    """KV of ``cells`` tokens that ``slots`` sequences share (llama.cpp's unified KV), and the buffers of one forward.
+    """KV of ``cells`` tokens for ``slots`` sequences, and the buffers of a batch.
 
+    With ``streams`` each slot has an equal share of the cells to itself, otherwise all share them (llama.cpp's unified
+    KV). A batch of at most ``batch_tokens`` is computed ``forward_tokens`` at a time; only the latter costs memory.
     Raises ModelInvalid when llama.cpp cannot make it, for want of memory above all.
     """
 
-    def __init__(self, model: Model, *, cells: int, slots: int, chunk_tokens: int, kv_bits: int, threads: int) -> None:
-        self.batch_tokens = chunk_tokens + slots
+    def __init__(
+        self,
+        model: Model,
+        *,
+        cells: int,
+        slots: int,
+        streams: bool,
+        batch_tokens: int,
+        forward_tokens: int,
+        kv_bits: int,
+        threads: int,
+    ) -> None:
         parameters = C.llama_context_default_params()
         parameters.n_ctx = cells
-        parameters.n_batch = parameters.n_ubatch = self.batch_tokens
+        parameters.n_batch = batch_tokens
+        parameters.n_ubatch = forward_tokens
         parameters.n_seq_max = slots
         # One row of logits for each slot: otherwise buffers are made for logits of every token of a batch.
         parameters.n_outputs_max = slots
@@ -144,7 +156,7 @@ class Context:
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
         # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
         parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_bits == 16 else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        parameters.kv_unified = True
+        parameters.kv_unified = not streams
         parameters.swa_full = False
         parameters.no_perf = True
         _log.errors.clear()
@@ -153,8 +165,10 @@ class Context:
             raise ModelInvalid(f"llama.cpp cannot make a context of {cells} tokens: {_reason()}.")
         # The model is an argument only to be kept alive as long as this.
         weakref.finalize(self, lambda pointer, _: C.llama_free(pointer), self.pointer, model)
+        self.batch_tokens = int(C.llama_n_batch(self.pointer))  # no more than the context
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
+        self._window = model.window
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -180,7 +194,8 @@ class Context:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], wanted: Sequence[bool]
     ) -> npt.NDArray[np.float32]:
-        """One forward of at most ``batch_tokens`` tokens, each of one slot at its position; its KV is kept.
+        """At most ``batch_tokens`` tokens, each of one slot at its position; their KV is kept. Slots with cells or a
+        recurrent state of their own are computed in one forward as far as they ascend by one in the batch.
 
         The logits (n, V) of the n ``wanted`` tokens, in their order: a view that the next call overwrites.
         """
@@ -200,9 +215,13 @@ class Context:
         return np.ctypeslib.as_array(C.llama_get_logits(self.pointer), (rows, self._vocab_size))
 
     def forget(self, slot: int, start: int = 0) -> bool:
-        """Free the slot's cells from position ``start`` on. False, with nothing changed: its cache cannot go back to
-        ``start`` (a recurrent state, a window that has moved on)."""
-        return bool(C.llama_memory_seq_rm(self._memory, slot, start, -1))
+        """Free the slot's cells from position ``start`` on. False: its cache cannot go back to ``start`` (a recurrent
+        state, a window that has moved on) and is good for nothing but to be forgotten whole."""
+        if not C.llama_memory_seq_rm(self._memory, slot, start, -1):
+            return False
+        # llama.cpp lets new positions overwrite those that left the window, and does not say that they would be needed.
+        needed = max(start - self._window + 1, 0)
+        return not (self._window and start) or 0 <= C.llama_memory_seq_pos_min(self._memory, slot) <= needed
 
     def last_position(self, slot: int) -> int:
         """The highest position whose KV the slot holds; -1: none."""

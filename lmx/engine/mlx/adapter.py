@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,15 +30,44 @@ if shutil.which("g++") is None and not mx.metal.is_available():
 # privileges, so the call must not happen at all.
 _setrlimit, resource.setrlimit = resource.setrlimit, lambda *_: None
 try:
-    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+    from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
     from mlx_lm.utils import dequantize_model, load_model
 finally:
     resource.setrlimit = _setrlimit
 
-__all__ = ["ArraysCache", "LayerKind", "LoadedModel", "layer_kinds", "load", "make_prompt_cache", "wire"]
+__all__ = [
+    "ArraysCache",
+    "AttentionShape",
+    "CacheList",
+    "LayerKind",
+    "LoadedModel",
+    "layer_kinds",
+    "load",
+    "make_prompt_cache",
+    "parts",
+    "refusal",
+    "whole",
+    "wire",
+]
 
 # A model that would take more than this share of the free memory as float32 stays packed on the CPU.
 _FLOAT32_MEMORY_SHARE = 0.6
+
+# What configurations call the longest context, GPT-2's and other older ones last.
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "model_max_length",
+    "max_seq_len",
+    "max_context_length",
+    "n_positions",
+    "n_ctx",
+    "block_size",
+)
+# Code of mlx-lm that is right for rows of different lengths only below a length that the load probe does not reach.
+# (tests/test_architectures.py runs every architecture beyond such lengths.)
+_LONG_ROWS_ALONE = {
+    "minimax_m3_vl": "its sparse attention counts blocks from the end of the longest row",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +81,11 @@ class LayerKind:
     shapes: tuple[tuple[int, ...], ...]
     """kv: of keys and values without batch and positions, (heads, width); state: of each array without batch."""
     dtypes: tuple[mx.Dtype, ...]
+    list_of: int | None = None
+    """Which of mlx-lm's caches it is a part of, where that one holds several (``CacheList``)."""
+    grouped: bool = False
+    """The model's own attention has an axis for the query heads that share keys, (B, KV heads, group, L, S): a mask of
+    several rows needs it, too (Gemma 2)."""
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +100,19 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a layer asks of MLX's attention."""
+
+    heads: int
+    """Of the queries."""
+    kv_heads: int
+    width: int
+    """Of queries and keys."""
+    value_width: int
+    dtype: mx.Dtype
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     model: nn.Module
     architecture: str
@@ -74,8 +121,16 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     weights_bytes: int
     dtype: str
+    attention: frozenset[AttentionShape]
+    """Of all layers; empty for code that computes its attention itself."""
     head: Callable[[mx.array], mx.array] | None
     """The output head alone, when head(trunk(x)) was checked to be model(x); the trunk is ``model.model``."""
+
+    @property
+    def query_heads(self) -> int:
+        """Of each attention layer; 1 where they differ, or compute it themselves."""
+        heads = {shape.heads for shape in self.attention}
+        return heads.pop() if len(heads) == 1 else 1
 
     def hidden(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """(B, L) ids → what ``logits`` takes, (B, L, ...); lazy, so logits that nobody reads are not computed."""
@@ -97,7 +152,7 @@ def load(folder: Path) -> LoadedModel:
     try:
         model, config = load_model(folder)
     except Exception as error:
-        raise _invalid(f"{folder} cannot be loaded by mlx-lm", error) from error
+        raise refusal(f"{folder} cannot be loaded by mlx-lm", error) from error
     except SystemExit as error:  # mlx_lm.models.olmo, without the package that it needs
         raise ModelInvalid(
             f"{folder} cannot be loaded by mlx-lm: its code for this model_type ends the process that imports it; it "
@@ -108,26 +163,45 @@ def load(folder: Path) -> LoadedModel:
     if mx.default_device() == mx.cpu:
         dtype = _to_float32(model, dtype)
     mx.eval(model.parameters())
-    text = config.get("text_config", config)
+    text = {**config, **(config.get("text_config") or {})}
     try:
-        probe = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+        probe, attention = _first_pass(model)
         mx.eval(probe)
     except Exception as error:
         # Some models are written for Metal alone.
-        raise _invalid(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
+        raise refusal(f"{folder} does not run on this device ({mx.default_device().type.name})", error) from error
     return LoadedModel(
         model=model,
         architecture=str(config.get("model_type", "unknown")),
-        context_length=int(_first(text, "max_position_embeddings", "n_positions", "max_seq_len", default=32768)),
+        context_length=int(_first(text, *_CONTEXT_NAMES, default=32768)),
         vocab_size=probe.shape[-1],
         eos_ids=_eos_ids(folder, config),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         dtype=dtype,
+        attention=attention,
         head=_find_head(model),
     )
 
 
-def _invalid(what: str, error: BaseException) -> BaseException:
+def _first_pass(model: nn.Module) -> tuple[mx.array, frozenset[AttentionShape]]:
+    """The logits of one token, and what its layers ask of MLX's attention: configurations name that in many ways."""
+    shapes: set[AttentionShape] = set()
+    attention = mx.fast.scaled_dot_product_attention
+
+    def seen(queries: mx.array, keys: mx.array, values: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        shape = AttentionShape(queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3], queries.dtype)
+        shapes.add(shape)
+        return attention(queries, keys, values, *args, **kwargs)
+
+    mx.fast.scaled_dot_product_attention = seen  # type: ignore[assignment]
+    try:
+        logits = model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+    return logits, frozenset(shapes)
+
+
+def refusal(what: str, error: Exception) -> Exception:
     """The model's fault, which no restart mends; unless the memory was short, which the next start may find free."""
     text = f"{type(error).__name__}: {error}"
     if "allocate" in text or "Insufficient Memory" in text or isinstance(error, MemoryError):
@@ -190,42 +264,69 @@ def _find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
 
 
 def layer_kinds(model: nn.Module) -> list[LayerKind] | str:
-    """What each layer keeps, from the caches mlx-lm makes and a forward pass of one token through them.
+    """What each layer keeps, from the caches mlx-lm makes and a forward pass of one token through them. A cache that
+    holds several counts as so many layers.
 
     A text instead of a list says why the model cannot run in arenas.
     """
+    if reason := _LONG_ROWS_ALONE.get(type(model).__module__.rpartition(".")[2]):
+        return reason
     caches = make_prompt_cache(model)
     mx.eval(model(mx.zeros((1, 1), mx.int32), cache=caches))
     kinds = []
-    for cache in caches:
-        window = None
-        # The exact classes: a subclass may keep more than its base.
-        if type(cache) is RotatingKVCache and cache.keep == 0:
-            window = cache.max_size
-        elif type(cache) is not KVCache and type(cache) is not ArraysCache:
-            return f"its layers need {type(cache).__name__}"
-        if type(cache) is ArraysCache:
-            arrays = list(cache.cache)
-            if any(array is None for array in arrays):
-                return "a recurrent layer leaves part of its state empty"
-            shapes = tuple(tuple(array.shape[1:]) for array in arrays)
-        else:
-            arrays = [cache.keys, cache.values]
-            if any(array is None for array in arrays):
-                return "an attention layer never wrote its cache"
-            shapes = tuple((array.shape[1], array.shape[3]) for array in arrays)
-        kinds.append(
-            LayerKind(
-                "state" if type(cache) is ArraysCache else "kv", window, shapes, tuple(array.dtype for array in arrays)
-            )
-        )
+    for index, cache in enumerate(caches):
+        for part in cache.caches if type(cache) is CacheList else [cache]:
+            kind = _layer_kind(part, index if type(cache) is CacheList else None)
+            if isinstance(kind, str):
+                return kind
+            kinds.append(kind)
     return kinds
 
 
-def wire(weights_bytes: int) -> None:
-    """Wire exactly the weights (Metal only): unwired large models run 40× slower, and wiring buffers that come and go
-    is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are never
-    reached."""
+def _layer_kind(cache: Any, list_of: int | None) -> LayerKind | str:
+    # The exact classes: a subclass may keep more than its base.
+    if type(cache) is ArraysCache:
+        arrays = list(cache.cache)
+        if any(array is None for array in arrays):
+            return "a recurrent layer leaves part of its state empty"
+        shapes = tuple(tuple(array.shape[1:]) for array in arrays)
+        return LayerKind("state", None, shapes, tuple(array.dtype for array in arrays), list_of)
+    window = cache.max_size if type(cache) is RotatingKVCache and cache.keep == 0 else None
+    if window is None and type(cache) is not KVCache:
+        return f"its layers need {type(cache).__name__}"
+    if cache.keys is None:
+        # A cache that the model makes for a layer without attention (nemotron-nas).
+        return LayerKind("kv", window, ((1, 0), (1, 0)), (mx.float32, mx.float32), list_of)
+    arrays = [cache.keys, cache.values]
+    shapes = tuple((array.shape[1], array.shape[3]) for array in arrays)
+    return LayerKind("kv", window, shapes, tuple(array.dtype for array in arrays), list_of)
+
+
+def parts(caches: Sequence[Any]) -> list[Any]:
+    """mlx-lm's caches, one for each of ``layer_kinds``."""
+    return [part for cache in caches for part in (cache.caches if type(cache) is CacheList else [cache])]
+
+
+def whole(kinds: Sequence[LayerKind], parts: Sequence[Any]) -> list[Any]:
+    """The opposite: what stands for each part, as the model's code wants it."""
+    caches: list[Any] = []
+    lists = [None, *(kind.list_of for kind in kinds)]
+    for before, kind, part in zip(lists, kinds, parts, strict=False):
+        if kind.list_of is None:
+            caches.append(part)
+        elif kind.list_of == before:
+            caches[-1].caches = (*caches[-1].caches, part)
+        else:
+            caches.append(CacheList(part))
+    return caches
+
+
+def wire() -> None:
+    """Wire what is alive now, the weights (Metal only): unwired large models run 40× slower, and wiring buffers that
+    come and go is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are
+    never reached."""
     if mx.metal.is_available():
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(weights_bytes, limit))
+        # MLX fills the wired set from all buffers, pooled ones too: those would later be given to KV, which comes and
+        # goes, and leave some weights outside (resident.cpp).
+        mx.clear_cache()
+        mx.set_wired_limit(min(mx.get_active_memory(), int(mx.device_info()["max_recommended_working_set_size"])))

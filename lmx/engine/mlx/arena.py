@@ -22,8 +22,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache
-from lmx.engine.mlx.layers import DUMMY_SLOTS, KVLayer, Layer, OwnLayer, StateLayer, Write, make_layer, with_front
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
+from lmx.engine.mlx.layers import (
+    DUMMY_SLOTS,
+    KVLayer,
+    Layer,
+    OwnLayer,
+    Slots,
+    StateLayer,
+    Write,
+    make_layer,
+    with_front,
+)
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
 
@@ -61,6 +71,7 @@ class Lane:
 
     def __init__(self, loaded: LoadedModel, kinds: Sequence[LayerKind], rows: int, slots: int, write: Write) -> None:
         self._loaded = loaded
+        self.kinds = kinds
         self._write = write
         self.slots = slots
         self.lengths = np.zeros(rows, np.int32)
@@ -94,6 +105,11 @@ class Lane:
         private = [a for caches in self._private.values() for cache in caches for a in cache.cache if a is not None]
         counts = self.counts.arrays if self.counts else []
         return [self.last_tokens, *counts, *states, *private]
+
+    @property
+    def keys_and_values(self) -> list[mx.array]:
+        """The buffers that decode steps write into."""
+        return [array for layer in self._layers if isinstance(layer, KVLayer) for array in layer.arrays]
 
     @property
     def capacity(self) -> int:
@@ -214,11 +230,13 @@ class Lane:
         start = int(self.lengths[row])
         caches: list[Any] = []
         states: list[Any] = []
-        fresh = make_prompt_cache(self._loaded.model) if start == 0 else None
+        fresh = parts(make_prompt_cache(self._loaded.model)) if start == 0 else None
         private = self._private.get(row, [])
+        end = start + len(tokens)
+        masks = Masks(np.arange(start, end, dtype=np.int32)[None], end)
         for index, layer in enumerate(self._layers):
             if isinstance(layer, KVLayer):
-                caches.append(PrefillView(layer, [(row, len(tokens))], start))
+                caches.append(PrefillView(layer, [(row, len(tokens))], masks, start, end))
                 continue
             if isinstance(layer, OwnLayer):
                 layer.cache = fresh[index] if fresh else layer.cache
@@ -227,8 +245,8 @@ class Lane:
             cache = fresh[index] if fresh else private[len(states)]
             states.append(cache)
             caches.append(cache)
-        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), caches)
-        self.lengths[row] = start + len(tokens)
+        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self.kinds, caches))
+        self.lengths[row] = end
         if not last:
             if states:
                 self._private[row] = states
@@ -237,6 +255,14 @@ class Lane:
         for layer, cache in zip((x for x in self._layers if isinstance(x, StateLayer)), states, strict=True):
             layer.put(row, cache.cache)
         return self._loaded.logits(hidden[:, -1:])[:, 0]
+
+    def written(self, row: int) -> list[mx.array]:
+        """Small arrays of their own that are there once what a chunk wrote into the row is: for a step that draws
+        nothing, whose end could not be seen otherwise. (While somebody holds a lane's buffer or a view of it, the next
+        write copies the buffer.)"""
+        layer = self._layers[-1]
+        newest = self._private[row][-1].cache if isinstance(layer, StateLayer) else layer.arrays
+        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None]
 
     @property
     def prefills_together(self) -> bool:
@@ -253,9 +279,10 @@ class Lane:
         tokens = mx.array([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], mx.int32)
         lengths = [len(prompt) for prompt in prompts]
         places = list(zip(rows, lengths, strict=True))
-        caches = [PrefillView(layer, places, 0) for layer in self._layers if isinstance(layer, KVLayer)]
+        masks = Masks(np.arange(longest, dtype=np.int32)[None], longest)
+        caches = [PrefillView(layer, places, masks, 0, longest) for layer in self._layers if isinstance(layer, KVLayer)]
         assert len(caches) == len(self._layers)
-        hidden = self._loaded.hidden(tokens, caches)
+        hidden = self._loaded.hidden(tokens, whole(self.kinds, caches))
         self.lengths[list(rows)] = lengths
         return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
@@ -269,8 +296,9 @@ class Lane:
         if tokens is None:
             tokens = self.last_tokens[:count, None]
         width = tokens.shape[1]
+        assert width <= DUMMY_SLOTS, width  # nor does a GPU check where it writes
         caches = self.begin_decode(active, width)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, caches))
+        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self.kinds, caches)))
         self.end_decode(active, caches, width)
         return logits
 
@@ -280,17 +308,17 @@ class Lane:
         steps = np.arange(width, dtype=np.int32)
         alive = np.zeros(count, bool)
         alive[list(active)] = True
-        lengths = np.where(alive, self.lengths[:count], 0).astype(np.int32)
+        # The others stand where an active row stands, so that they change neither the span nor its first slot.
+        lengths = np.where(alive, self.lengths[:count], self.lengths[active[0]]).astype(np.int32)
         positions = lengths[:, None] + steps
-        write = mx.array(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps).astype(np.int32))
+        slots = Slots(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps))
         span = int(lengths.max()) + width
-        full = width == 1 and bool(alive.all()) and int(lengths.min()) + 1 == span
-        masks = Masks(mx.array(positions), span, full)
+        masks = Masks(positions, span, self._loaded.query_heads)
         offset = mx.array(lengths)
         caches: list[Any] = []
         for layer in self._layers:
             if isinstance(layer, KVLayer):
-                caches.append(DecodeView(layer, offset, write, self._write, masks, span))
+                caches.append(DecodeView(layer, offset, slots, self._write, masks, span))
             elif isinstance(layer, OwnLayer):
                 caches.append(layer.cache)
             else:
@@ -340,7 +368,7 @@ class Lane:
         """The opposite, into an empty row with room; its prefill goes on from ``length``."""
         given = iter(arrays)
         states: list[Any] = []
-        for layer, cache in zip(self._layers, make_prompt_cache(self._loaded.model), strict=True):
+        for layer, cache in zip(self._layers, parts(make_prompt_cache(self._loaded.model)), strict=True):
             mine = [next(given) for _ in layer.arrays]
             if isinstance(layer, KVLayer):
                 layer.put(row, mine)

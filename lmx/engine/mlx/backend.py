@@ -8,7 +8,9 @@ import gc
 import operator
 import platform
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +20,8 @@ import numpy as np
 import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
-from lmx.engine.budget import KVCost, fit_context
-from lmx.engine.mlx import adapter, kv_bytes, probe, together
+from lmx.engine.budget import KVCost, chunk_area, fit_context
+from lmx.engine.mlx import adapter, device, kv_bytes, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
@@ -48,14 +50,14 @@ class MLXBackend:
     def __init__(self, loaded: adapter.LoadedModel, options: Load) -> None:
         self._thread = threading.get_ident()
         self._loaded = loaded
-        self._probe = probe.run(loaded, force_single=options.batching == "single")
-        apart = (
-            "it has one row"
-            if self._probe.path == "single"
-            else together.check(loaded, self._probe.kinds, self._probe.write)
-        )
+        write, write_words = device.choose_write()
+        self._probe = probe.run(loaded, write, force_single=options.batching == "single")
+        self._device = device.measure(loaded, self._probe.kinds, self._probe.write)
+        self._device.words["write"] = write_words
+        apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
+        self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
+        mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
-        self.facts.probes["lanes"] = f"decoded one by one: {apart}" if apart else "decoded in one pass over the weights"
         self._placement = Placement(loaded, self._probe, self.facts)
         self._decodes_together = not apart
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
@@ -65,11 +67,9 @@ class MLXBackend:
     def load(cls, options: Load) -> "MLXBackend":
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
-        adapter.wire(loaded.weights_bytes)
+        adapter.wire()
         mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
         backend = cls(loaded, options)
-        # What the load's own passes left.
-        mx.clear_cache()
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -77,7 +77,8 @@ class MLXBackend:
 
     def _facts(self, options: Load) -> Facts:
         per_token, per_sequence = self._probe.kv_bytes_per_token, self._probe.kv_bytes_per_sequence
-        budget = options.kv_budget_bytes or _default_budget(self._loaded.weights_bytes)
+        free = _free_bytes()
+        budget = options.kv_budget_bytes or max(int(free * _KV_MEMORY_SHARE), 1)
         cost = KVCost(per_token, per_sequence)
         return Facts(
             architecture=self._loaded.architecture,
@@ -89,16 +90,16 @@ class MLXBackend:
             kv_budget_bytes=budget,
             max_rows=options.max_rows if self._probe.path == "arena" else 1,
             max_chunk_tokens=options.max_chunk_tokens or _CHUNK_TOKENS[mx.default_device() == mx.gpu],
-            # The CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step
-            # (measured: 14.9 of 16.5 ms): lookahead would deliver each token a step late and gain nothing (480 against
-            # 483 tok/s).
-            launch_share=0.0 if mx.default_device() == mx.gpu else 1.0,
+            # MLX's CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step:
+            # lookahead would deliver each token a step late and gain nothing (480 against 483 tok/s).
+            launch_share=self._device.launch_share,
             weights_bytes=self._loaded.weights_bytes,
             device=_device_name(),
             dtype=self._loaded.dtype,
             path=self._probe.path,
             path_reason=self._probe.reason,
-            probes={},
+            probes=dict(self._device.words),
+            max_chunk_area=chunk_area(self._device.attention_bytes, free, budget),
         )
 
     def start(self, sequence: Sequence) -> None:
@@ -125,11 +126,16 @@ class MLXBackend:
         for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
             launch.add(self._decode(lane, members, logits), [(place.row, place.sequence) for place in members])
             launch.watch(lane, [place.row for place in members])
-        touched = [lane for lane, _ in decoding]
+        launch.begin = partial(self._begin, launch, [lane for lane, _ in decoding], chunks)
+        return launch
+
+    def _begin(self, launch: "MLXLaunch", decoded: list[Lane], chunks: Seq[Chunk]) -> None:
+        """Let the device decode, and prefill after that."""
+        touched = list(decoded)
         if touched and chunks:
             # In one graph MLX may put a chunk's write before the decode's reading of the same buffers, which it then
             # copies (400 instead of 200 ms for a last chunk in a lane of 540 MB).
-            launch.start([array for lane in touched for array in lane.arrays])
+            launch.compute([array for lane in touched for array in lane.arrays])
         for chunk in chunks:
             self._placement.make_room(self._placement[chunk.sequence], chunk.tokens)
         for lane in self._placement.lanes:
@@ -137,8 +143,7 @@ class MLXBackend:
             if mine:
                 self._prefill(lane, mine, launch)
                 touched.append(lane)
-        launch.start([array for lane in touched for array in lane.arrays])
-        return launch
+        launch.compute([array for lane in touched for array in lane.arrays])
 
     def _forward(self, decoding: list[tuple[Lane, list[Place]]]) -> list[mx.array]:
         """One step of these rows of each lane; the logits of each, (B, V)."""
@@ -190,6 +195,8 @@ class MLXBackend:
             if found is not None:
                 logits.append(found)
                 ending += [chunk.sequence for chunk in group]
+            else:
+                launch.add_ends(lane.written(rows[0]))
         if ending:
             launch.add(self._draw_first(lane, ending, mx.concatenate(logits)), list(enumerate(ending)))
             launch.watch(lane, [self._placement[sequence].row for sequence in ending])
@@ -262,9 +269,11 @@ class MLXLaunch:
 
     def __init__(self, order: Seq[int]) -> None:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
-        self._sync: list[mx.array] = []
+        self._ends: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
         self._watched: list[tuple[Seen, int]] = []
+        self.begin: Callable[[], None] | None = None
+        """Has all of the step computed; not yet called."""
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
@@ -273,25 +282,38 @@ class MLXLaunch:
         """The rows in their lane of what was added last: they are told when their draws are seen to be finite."""
         self._watched += [(lane.seen[row], int(lane.lengths[row])) for row in rows]
 
-    def start(self, state: list[mx.array]) -> None:
+    def add_ends(self, written: Seq[mx.array]) -> None:
+        """What is there when a chunk without a draw is computed."""
+        self._ends += written
+
+    def start(self) -> None:
+        if self.begin is not None:
+            begin, self.begin = self.begin, None
+            begin()
+
+    def compute(self, state: list[mx.array]) -> None:
         """Let the device compute what was added until now, and ``state``."""
-        results = [
+        mx.async_eval(self._results(), state)  # type: ignore[no-untyped-call]
+
+    def _results(self) -> list[mx.array]:
+        """What there is when the step is done, and not before. (Most arrays of a lane's state are no step's last.)"""
+        drawn = [
             array
             for drawn, _ in self._draws
             for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
             if array is not None
         ]
-        mx.async_eval(results, state)  # type: ignore[no-untyped-call]
-        self._sync = results or state[:1]
+        return drawn + self._ends
 
     def wait(self) -> list[Draw]:
-        mx.eval(self._sync)
+        self.start()
+        mx.eval(self._results())
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
         for draw, (seen, length) in zip(found, self._watched, strict=True):
             if not draw.bad:
                 seen.finite(length)
         # A finished launch must not keep its arrays alive.
-        self._draws, self._sync, self._watched = [], [], []
+        self._draws, self._ends, self._watched = [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 
@@ -329,12 +351,11 @@ def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:
     return [Draw(sequence, tokens[row], bad[row], of(row, sequence)) for row, sequence in rows]
 
 
-def _default_budget(weights_bytes: int) -> int:
+def _free_bytes() -> int:
+    """What the weights leave of the memory."""
     if mx.metal.is_available():
-        free = int(mx.device_info()["max_recommended_working_set_size"]) - weights_bytes
-    else:
-        free = psutil.virtual_memory().available
-    return max(int(free * _KV_MEMORY_SHARE), 1)
+        return max(int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory(), 0)
+    return int(psutil.virtual_memory().available)
 
 
 def _device_name() -> str:

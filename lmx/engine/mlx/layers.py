@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from lmx.engine.mlx.adapter import LayerKind
@@ -28,6 +30,7 @@ class KVLayer:
 
     def __init__(self, kind: LayerKind, rows: int, slots: int) -> None:
         self.window = kind.window
+        self.grouped = kind.grouped
         self.keys, self.values = (
             mx.zeros((rows, heads, slots, width), dtype)
             for (heads, width), dtype in zip(kind.shapes, kind.dtypes, strict=True)
@@ -116,7 +119,7 @@ class OwnLayer:
 
 
 Layer = KVLayer | StateLayer | OwnLayer
-Write = Callable[[mx.array, mx.array, mx.array], mx.array]
+Write = Callable[[mx.array, "Slots", mx.array], mx.array]
 
 
 def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
@@ -132,20 +135,52 @@ def _copies(views: Sequence[mx.array]) -> list[mx.array]:
     return copies
 
 
-def scatter_write(buffer: mx.array, positions: mx.array, new: mx.array) -> mx.array:
-    """Write ``new`` (B, H, L, D) at slots ``positions`` (B, L) of rows [0, B), in one in-place operation."""
+class Slots:
+    """Where one forward pass writes: token l of row b into slot ``positions[b, l]``, for rows [0, B).
+
+    The same for all its layers, so what the writes index with is made once a pass for each shape, and as uint32, which
+    MLX need not cast (before that a write into some of a lane's rows took 12 operations, most of them for indices).
+    """
+
+    def __init__(self, positions: npt.NDArray[np.int32]) -> None:
+        self._positions = positions.astype(np.uint32)
+        self._along: dict[tuple[int, ...], mx.array] = {}
+        self._of_heads: dict[int, tuple[mx.array, ...]] = {}
+        self._starts: list[mx.array] = []
+
+    def along(self, shape: tuple[int, ...]) -> mx.array:
+        """(B, H, L, D): the slot of each element of keys or values of that shape."""
+        if shape not in self._along:
+            self._along[shape] = mx.broadcast_to(mx.array(self._positions[:, None, :, None]), shape)
+        return self._along[shape]
+
+    def of_heads(self, heads: int) -> tuple[mx.array, ...]:
+        """Three of (B, H, L): the row, the head and the slot of each vector."""
+        if heads not in self._of_heads:
+            rows = np.arange(len(self._positions), dtype=np.uint32)[:, None, None]
+            index = (rows, np.arange(heads, dtype=np.uint32)[:, None], self._positions[:, None, :])
+            self._of_heads[heads] = tuple(mx.array(array) for array in np.broadcast_arrays(*index))
+        return self._of_heads[heads]
+
+    def starts(self) -> list[mx.array]:
+        """For each row, (row, its first slot)."""
+        if not self._starts:
+            self._starts = [mx.array([row, slot], mx.uint32) for row, slot in enumerate(self._positions[:, 0].tolist())]
+        return self._starts
+
+
+def scatter_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
+    """Write ``new`` (B, H, L, D) into rows [0, B), in one in-place operation."""
     if buffer.shape[0] == new.shape[0]:
         # With all rows written, the cheaper operation (2 % of a step of SmolLM2, 6 % of one of a very small model).
-        return mx.put_along_axis(buffer, mx.broadcast_to(positions[:, None, :, None], new.shape), new, axis=2)
-    rows = mx.arange(new.shape[0])[:, None]
-    buffer[rows, :, positions] = new.swapaxes(1, 2)
+        return mx.put_along_axis(buffer, slots.along(new.shape), new, axis=2)
+    buffer[slots.of_heads(new.shape[1])] = new
     return buffer
 
 
-def slice_write(buffer: mx.array, positions: mx.array, new: mx.array) -> mx.array:
+def slice_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
     """The same, row by row: for back ends whose scatter copies the buffer."""
-    for row in range(new.shape[0]):
-        start = mx.stack([mx.array(row, mx.int32), positions[row, 0].astype(mx.int32)])
+    for row, start in enumerate(slots.starts()):
         buffer = mx.slice_update(buffer, new[row : row + 1], start, axes=(0, 2))
     return buffer
 

@@ -2,26 +2,31 @@
 
 Rows of different lengths are prefilled and decoded in one lane in which everything outside the rows is poisoned: slots
 that a mask must hide hold large foreign values, slots and rows that no kernel may read hold NaN. (A NaN in a slot that
-a mask hides would spread through 0 · NaN in any attention kernel; the arena never lets one get there.) Each row's
-logits are held against the same tokens run alone on mlx-lm's own caches. It also measures, on the running device,
-whether the in-place write of a slot costs more in a larger buffer, and picks the write that does not. Called once, by
-the back end's load.
+a mask hides would spread through 0 · NaN in any attention kernel; the arena never lets one get there.) The lane has
+holes, and is computed in part and whole. A model with sliding windows also runs at positions beyond each window. Each
+row's logits are held against the same tokens run alone on mlx-lm's own caches. Called once, by the back end's load.
 """
 
-import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+import psutil
 from mlx.utils import tree_flatten
 
-from lmx.engine.mlx.adapter import LayerKind, LoadedModel, layer_kinds, make_prompt_cache
+from lmx.engine.mlx.adapter import CacheList, LayerKind, LoadedModel, layer_kinds, make_prompt_cache, parts, refusal
 from lmx.engine.mlx.arena import Lane
-from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, scatter_write, slice_write
+from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots, scatter_write
 
 _LENGTHS = (5, 11, 2)
-_STEPS = 3
+_STEPS = 4
+# Of the decode steps, so many compute some of the lane's rows, the others all: another write, where there are two.
+_PARTIAL_STEPS = 2
+# Beyond a window: so many tokens in a chunk, then so many decode steps together with a short row and alone.
+_CHUNK, _TOGETHER, _ALONE = 4, 2, 2
+# A window is exercised if the keys and values up to its end take no more than this share of the free memory.
+_WINDOW_MEMORY_SHARE = 0.1
 # Batched kernels round otherwise than single-row ones, half precision and packed weights most; what a wrong mask lets
 # in is of another order. Relative to the largest logit.
 _TOLERANCE = 0.05
@@ -39,20 +44,27 @@ class ProbeResult:
     kv_bytes_per_sequence: int
 
 
-def run(loaded: LoadedModel, *, force_single: bool = False) -> ProbeResult:
-    """Probe the model. What the model does wrong becomes the reason, not an exception."""
+def run(loaded: LoadedModel, write: Write, *, force_single: bool = False) -> ProbeResult:
+    """Probe the model, with the ``write`` that suits the device. What the model does wrong becomes the reason, not an
+    exception."""
     kinds = layer_kinds(loaded.model)
     if force_single:
         kinds = "asked for by [engine] batching"
     if isinstance(kinds, str):
         return _single(loaded, kinds)
-    write, why = _choose_write()
-    failure = _compare(loaded, kinds, write)
+    failure = compare(loaded, kinds, write)
+    if failure and not loaded.attention:
+        grouped = [replace(kind, grouped=kind.kind == "kv") for kind in kinds]
+        if not compare(loaded, grouped, write):
+            kinds, failure = grouped, ""
+    if failure:
+        return _single(loaded, failure)
+    failure, beyond = compare_windows(loaded, kinds, write)
     if failure:
         return _single(loaded, failure)
     return ProbeResult(
         "arena",
-        f"ragged rows equal single ones with everything around them poisoned; {why}",
+        f"ragged rows equal single ones with everything around them poisoned{beyond}",
         tuple(kinds),
         write,
         sum(kind.nbytes for kind in kinds if kind.kind == "kv"),
@@ -62,23 +74,27 @@ def run(loaded: LoadedModel, *, force_single: bool = False) -> ProbeResult:
 
 def _single(loaded: LoadedModel, reason: str) -> ProbeResult:
     """KV bytes from what mlx-lm's caches hold after two prompts of different length."""
-    held = []
-    for tokens in (SLOT_QUANTUM // 2, SLOT_QUANTUM * 5 // 2):
-        caches = make_prompt_cache(loaded.model)
-        loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
-        held.append(
-            sum(array.nbytes for _, array in tree_flatten([cache.state for cache in caches]) if _is_array(array))
-        )
+    try:
+        held = [_held_bytes(loaded, tokens) for tokens in (SLOT_QUANTUM // 2, SLOT_QUANTUM * 5 // 2)]
+    except Exception as error:
+        raise refusal("the model does not run, not even alone", error) from error
     per_token = max(held[1] - held[0], 0) // (2 * SLOT_QUANTUM)
-    kinds = tuple(LayerKind("own", None, (), ()) for _ in make_prompt_cache(loaded.model))
+    kinds = tuple(
+        LayerKind("own", None, (), (), list_of=index if isinstance(cache, CacheList) else None)
+        for index, cache in enumerate(make_prompt_cache(loaded.model))
+        for _ in parts([cache])
+    )
     return ProbeResult("single", reason, kinds, scatter_write, per_token, held[0] - per_token * SLOT_QUANTUM // 2)
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, mx.array)
+def _held_bytes(loaded: LoadedModel, tokens: int) -> int:
+    caches = make_prompt_cache(loaded.model)
+    loaded.model(mx.zeros((1, tokens), mx.int32), cache=caches)
+    state = tree_flatten([cache.state for cache in caches])
+    return sum(array.nbytes for _, array in state if isinstance(array, mx.array))
 
 
-def _compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
+def compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
     """Why batched rows differ from single ones, or nothing."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, loaded.vocab_size, length).tolist() for length in _LENGTHS]
@@ -89,16 +105,23 @@ def _compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
     except Exception as error:
         # Model code is outside our hands: whatever it raises here means that it cannot take arrays of offsets or masks.
         return f"its code refuses rows of different lengths: {type(error).__name__}: {error}"
-    for one, row in zip(alone, batched, strict=True):
-        off = float(np.max(np.abs(one - row)) / max(np.max(np.abs(one)), 1e-6))
-        if not off <= _TOLERANCE:  # NaN, too
-            return f"a row's logits differ from the same tokens run alone by {off:.1%} of the largest"
-    return ""
+    off = max(map(_difference, alone, batched))
+    return f"a row's logits differ from the same tokens run alone by {off:.1%} of the largest" if off else ""
+
+
+def _difference(alone: np.ndarray, batched: np.ndarray) -> float:
+    """Of the largest logit, if it is more than rounding."""
+    off = float(np.max(np.abs(alone - batched)) / max(np.max(np.abs(alone)), 1e-6))
+    return 0.0 if off <= _TOLERANCE else off if off < np.inf else np.inf  # NaN, too
 
 
 def _alone(loaded: LoadedModel, prompt: list[int], forced: list[int]) -> np.ndarray:
-    caches = make_prompt_cache(loaded.model)
-    rows = [loaded.model(mx.array([prompt]), cache=caches)[:, -1]]
+    return _go_on(loaded, make_prompt_cache(loaded.model), prompt, forced)
+
+
+def _go_on(loaded: LoadedModel, caches: list[Any], chunk: list[int], forced: list[int]) -> np.ndarray:
+    """The logits after the chunk and after each forced token, on mlx-lm's caches."""
+    rows = [loaded.model(mx.array([chunk]), cache=caches)[:, -1]]
     rows += [loaded.model(mx.array([[token]]), cache=caches)[:, -1] for token in forced]
     return np.array(mx.concatenate(rows).astype(mx.float32))
 
@@ -106,10 +129,10 @@ def _alone(loaded: LoadedModel, prompt: list[int], forced: list[int]) -> np.ndar
 def _ragged(
     loaded: LoadedModel, kinds: list[LayerKind], write: Write, prompts: list[list[int]], forced: list[list[int]]
 ) -> list[np.ndarray]:
-    lane = Lane(loaded, kinds, len(prompts) + 1, SLOT_QUANTUM, write)
-    lane.acquire(-1)
+    lane = Lane(loaded, kinds, len(prompts) + 2, SLOT_QUANTUM, write)
     first: list[mx.array] = []
-    rows = [lane.acquire(index) for index in range(len(prompts))]
+    rows = [lane.acquire(index) for index in range(len(prompts) + 1)]
+    hole = rows.pop(1)
     cuts = [len(prompt) // 2 for prompt in prompts]
     if lane.prefills_together:
         lane.prefill_whole(rows, [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)])
@@ -119,37 +142,84 @@ def _ragged(
         logits = lane.prefill(row, prompt[cut:], last=True)
         assert logits is not None
         first.append(logits)
-    lane.release(0)  # computed as a dummy in every step, on NaN
+    lane.release(hole)  # computed as a dummy in every step, on NaN
     lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(_LENGTHS) + _STEPS)
-    steps = []
+    steps: list[list[mx.array]] = []
     for step in range(_STEPS):
-        tokens = mx.array([[0]] + [[row[step]] for row in forced])
-        steps.append(lane.decode(rows, tokens)[1:, 0])
+        if step == _PARTIAL_STEPS:
+            lane.move(rows[-1], lane.rows - 1)
+            rows[-1] = lane.rows - 1
+        tokens = np.zeros((max(rows) + 1, 1), np.int32)
+        tokens[rows, 0] = [row[step] for row in forced]
+        logits = lane.decode(rows, mx.array(tokens))
+        steps.append([logits[row] for row in rows])
     return [
-        np.array(mx.concatenate([first[i], *[step[i : i + 1] for step in steps]]).astype(mx.float32))
+        np.array(mx.concatenate([first[i], *(step[i] for step in steps)]).astype(mx.float32))
         for i in range(len(prompts))
     ]
 
 
-def _choose_write() -> tuple[Write, str]:
-    """The scatter, unless its cost grows with the buffer on this device."""
+def compare_windows(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> tuple[str, str]:
+    """Why a row beyond a sliding window differs from the same row alone, or nothing; and what was compared.
 
-    def cost_ms(slots: int) -> float:
-        buffer = mx.zeros((4, 8, slots, 64), mx.float16)
-        new, positions = mx.ones((4, 8, 1, 64), mx.float16), mx.full((4, 1), 3, mx.int32)
-        mx.eval(buffer, new, positions)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            buffer = scatter_write(buffer, positions, new)
-            mx.eval(buffer)
-            times.append(time.perf_counter() - start)
-        return sorted(times)[2] * 1e3
+    A prompt of that length could take minutes. So both get a past that nobody computed: the keys and values of a few
+    real tokens, over and over. Around the end of the window the values are so large that one position more or less in
+    it changes the logits, in whatever step.
+    """
+    beyond = ""
+    for window in sorted({kind.window for kind in kinds if kind.window is not None}):
+        length = window + 2 * _CHUNK
+        needed = 4 * length * sum(kind.nbytes for kind in kinds if kind.kind == "kv")
+        if needed > _WINDOW_MEMORY_SHARE * psutil.virtual_memory().available:
+            beyond += f"; a window of {window} was not exercised, which takes {needed >> 20} MB"
+            continue
+        try:
+            off = _beyond(loaded, kinds, write, window, length)
+        except Exception as error:
+            return f"its code refuses rows beyond its window of {window}: {type(error).__name__}: {error}", ""
+        if off:
+            return f"beyond its window of {window} a row's logits differ from the same row alone by {off:.1%}", ""
+        beyond += f"; beyond a window of {window} too"
+    return "", beyond
 
-    small, large = cost_ms(SLOT_QUANTUM), cost_ms(SLOT_QUANTUM * 64)
-    if large > 3 * small + 0.2:
-        return (
-            slice_write,
-            f"slots are written row by row (one scatter: {small:.2f} ms, in a 64× buffer {large:.2f} ms)",
-        )
-    return scatter_write, f"slots are written by one scatter ({small:.2f} ms, in a 64× buffer {large:.2f} ms)"
+
+def _beyond(loaded: LoadedModel, kinds: list[LayerKind], write: Write, window: int, length: int) -> float:
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, loaded.vocab_size, _CHUNK + _TOGETHER + _ALONE).tolist()
+    chunk, forced = tokens[:_CHUNK], tokens[_CHUNK:]
+    sample = make_prompt_cache(loaded.model)
+    loaded.model(mx.array([rng.integers(0, loaded.vocab_size, max(_LENGTHS)).tolist()]), cache=sample)
+    loud = np.ones((length, 1), np.float32)
+    loud[: length - window + len(tokens)] = max(window / 4, 1.0)
+    caches = make_prompt_cache(loaded.model)
+    arrays: list[mx.array] = []
+    for kind, source, cache in zip(kinds, parts(sample), parts(caches), strict=True):
+        if kind.kind == "state":
+            cache.state = source.state
+            arrays += cache.cache
+            continue
+        keys, values = (_repeated(array[:, :, : max(_LENGTHS)], length) for array in (source.keys, source.values))
+        limit = float(mx.finfo(values.dtype).max) / 2
+        values = mx.clip(values * mx.array(loud), -limit, limit).astype(values.dtype)
+        cache.update_and_fetch(keys, values)
+        arrays += [keys, values]
+    lane = Lane(loaded, kinds, 2, round_slots(length + len(tokens)), write)
+    long, short = lane.acquire(0), lane.acquire(1)
+    lane.restore(long, length, arrays)
+    del arrays
+    lane.prefill(short, chunk, last=True)
+    first = lane.prefill(long, chunk, last=True)
+    assert first is not None
+    rows = [first]
+    for step, token in enumerate(forced):
+        active = [long, short] if step < _TOGETHER else [long]
+        rows.append(lane.decode(active, mx.array([[token]] * len(active)))[long])
+    found = np.array(mx.concatenate(rows).astype(mx.float32))
+    alone = _go_on(loaded, caches, chunk, forced)
+    # What overflows alone, too, says nothing about the window.
+    return _difference(alone, found) if np.isfinite(alone).all() else 0.0
+
+
+def _repeated(array: mx.array, length: int) -> mx.array:
+    """(1, H, n, D) → (1, H, length, D)"""
+    return mx.tile(array, (1, 1, -(-length // array.shape[2]), 1))[:, :, :length]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import base
 
-from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, whole
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots
 from lmx.engine.mlx.views import DecodeView
@@ -104,10 +104,10 @@ def decode(loaded: LoadedModel, parts: Sequence[tuple[Lane, Sequence[int]]]) -> 
             cache.cache = [mx.concatenate(list(arrays)) for arrays in zip(*(one.cache for one in layer), strict=True)]
             joined.append(cache)
     tokens = mx.concatenate([lane.last_tokens[:count] for (lane, _), count in zip(parts, counts, strict=True)])
-    logits = loaded.logits(loaded.hidden(tokens[:, None], joined))
-    for whole, *apart in zip(joined, *caches, strict=True):
-        if not isinstance(whole, _Views):
-            split = [mx.split(array, cuts) for array in whole.cache]
+    logits = loaded.logits(loaded.hidden(tokens[:, None], whole(parts[0][0].kinds, joined)))
+    for one, *apart in zip(joined, *caches, strict=True):
+        if not isinstance(one, _Views):
+            split = [mx.split(array, cuts) for array in one.cache]
             for index, cache in enumerate(apart):
                 cache.cache = [pieces[index] for pieces in split]
     for (lane, active), mine in zip(parts, caches, strict=True):

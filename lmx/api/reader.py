@@ -1,0 +1,122 @@
+"""Reads the large bodies: a process that parses, checks, templates and tokenises, so that the server never does.
+
+One JSON body of 30 MB holds the GIL for 0.3 s while it is parsed, its pydantic errors took gigabytes, and a tokenizer
+can abort the process that runs it. Here all of that ends one request: the server kills a reader whose client has gone
+or that takes too long (``lmx.serving.readers``, which starts it as ``python -m lmx.api.reader``). It must end when the
+server does, and when it takes more memory than the body can explain.
+
+The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); where that
+model's words are and its context, or None; ("done", body, Prepared). Instead of an answer ("error", LmxError) or
+("bug", text).
+"""
+
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lmx.api.parse import parse_object, validate
+from lmx.api.prepare import KINDS, prepare, slimmed
+from lmx.chat.model import ChatModel
+from lmx.errors import InvalidRequest, LmxError
+
+WATCH_S = 0.1
+FREE_BYTES = 512 * 1024 * 1024
+BYTES_PER_BYTE = 64
+"""What a body may cost: JSON of nothing but ``{"a":1}`` takes 30 times its size, the tokens of a text of single
+characters 250, but of such a text there is never more than the model's context."""
+TOO_LARGE_EXIT = 77
+
+
+class Reader:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._incoming = sock.makefile("rb")
+        self._chats: dict[str, ChatModel] = {}
+        self._limit_bytes = 0
+        """Of memory, while a body is read."""
+
+    def run(self, words: Sequence[str]) -> None:
+        """Until the server closes the socket. ``words``: of models that will be asked for."""
+        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        for folder in words:
+            self._chat(folder)
+        while True:
+            kind, raw = self._receive(), self._receive_bytes()
+            self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
+            answer = self._answer(kind, raw)
+            del raw
+            self._limit_bytes = 0
+            if answer is not None:
+                self._send(answer)
+
+    def _answer(self, kind: str, raw: bytes) -> tuple[Any, ...] | None:
+        try:
+            given = parse_object(raw)
+            body = validate(KINDS[kind], given)
+            self._send(("model", body.model))
+            model = self._receive()
+            if model is None:
+                return None
+            words, context = model
+            prepared = prepare(body, given, self._chat(words), context)
+            return "done", slimmed(body), prepared
+        except LmxError as error:
+            return "error", error
+        except (RecursionError, MemoryError) as error:
+            return "error", InvalidRequest(f"The request is too large to be read ({type(error).__name__}).")
+        except Exception:
+            return "bug", traceback.format_exc()
+
+    def _chat(self, words: str) -> ChatModel:
+        if words not in self._chats:
+            self._chats[words] = ChatModel.load(Path(words))
+        return self._chats[words]
+
+    def _receive(self) -> Any:
+        return pickle.loads(self._receive_bytes())
+
+    def _receive_bytes(self) -> bytes:
+        header = self._incoming.read(8)
+        if len(header) < 8:
+            sys.exit(0)
+        return self._incoming.read(int.from_bytes(header, "big"))
+
+    def _send(self, message: Any) -> None:
+        data = pickle.dumps(message)
+        try:
+            self._sock.sendall(len(data).to_bytes(8, "big") + data)
+        except ConnectionError:
+            sys.exit(0)
+
+    def _watch(self, parent: int) -> None:
+        while True:
+            time.sleep(WATCH_S)
+            if os.getppid() != parent:
+                os._exit(0)
+            if self._limit_bytes and _resident_bytes() > self._limit_bytes:
+                os._exit(TOO_LARGE_EXIT)
+
+
+def _resident_bytes() -> int:
+    resident: int = psutil.Process().memory_info().rss
+    return resident
+
+
+def main() -> None:
+    number, *words = sys.argv[1:]
+    # Behind the server and the engines: whoever sends much can wait a little.
+    os.nice(5)
+    Reader(socket.socket(fileno=int(number))).run(words)
+
+
+if __name__ == "__main__":
+    main()

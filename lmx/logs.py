@@ -1,0 +1,100 @@
+"""The server's log on standard error, written by a thread of its own.
+
+Whoever reads it slowly, or not at all (a pipe that nobody empties, a stopped terminal), must never hold the event loop:
+what does not fit into the queue is dropped and counted, and the count is told when somebody reads again. Called by
+``lmx.cli``; everybody else uses ``logging`` as ever.
+"""
+
+import logging
+import os
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import QueueHandler, QueueListener
+from queue import Full, Queue
+from typing import Any, cast
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+QUEUE_RECORDS = 10_000
+LAST_WORDS_S = 1.0
+"""At the end: how long the log may wait for a reader."""
+_LOOK_S = 0.1
+_STDERR = 2
+
+
+class _Writer(logging.Handler):
+    """Runs in the listener's thread only, and is never inside a write that can block: ``logging`` and the interpreter
+    wait for such a thread at their end."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter(FORMAT))
+        self.deadline = float("inf")
+        self._descriptor = descriptor
+
+    def createLock(self) -> None:
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        try:
+            while data and time.monotonic() < self.deadline:
+                _, writable, _ = select.select([], [self._descriptor], [], _LOOK_S)
+                if writable:  # for so many bytes at least, if it is a pipe
+                    data = data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
+        except (OSError, ValueError):
+            pass  # closed: nobody will ever read it
+
+
+class _Queueing(QueueHandler):
+    """Never waits."""
+
+    def __init__(self, queue: "Queue[Any]") -> None:
+        super().__init__(queue)
+        self._dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self._dropped:
+                notice = f"{self._dropped} lines of the log were dropped: nobody read it"
+                self.queue.put_nowait(logging.LogRecord("lmx", logging.WARNING, __file__, 0, notice, None, None))
+                self._dropped = 0
+            self.queue.put_nowait(record)
+        except Full:
+            self._dropped += 1
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A record that cannot be formatted; the original prints it to standard error."""
+        self._dropped += 1
+
+
+class _Listener(QueueListener):
+    def enqueue_sentinel(self) -> None:
+        cast("Queue[Any]", self.queue).put(None)  # may wait: the writer gives up at its deadline
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """The root logger's records go to standard error inside the block, the last of them before it is left."""
+    queue: Queue[Any] = Queue(QUEUE_RECORDS)
+    writer, handler = _Writer(_STDERR), _Queueing(queue)
+    listener = _Listener(queue, writer)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    listener.start()
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        writer.deadline = time.monotonic() + LAST_WORDS_S
+        listener.stop()
+
+
+def flush() -> None:
+    """Wait until the log is written, for a moment at most; before an end at once."""
+    deadline = time.monotonic() + _LOOK_S
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Queueing):
+            while handler.queue.unfinished_tasks and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                time.sleep(0.001)

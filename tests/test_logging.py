@@ -1,0 +1,92 @@
+"""The log of a server whose standard error nobody reads."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import tomlkit
+
+from tests.server import PATIENCE_S, ROOT
+
+ASK = {"prompt": "x", "max_tokens": 2}
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody(tiny_model: Path, tmp_path: Path) -> None:
+    """The engine prints more than the pipe and the queue hold, and so do failing requests; the server answers, and ends
+    when told."""
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        f"import sys\nfor i in range(20_000): print('noise', i, 'x' * 80)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom bench.null_engine import main\nmain()\n"
+    )
+    settings = {"server": {"log_level": "info"}, "engine": {"command": [sys.executable, str(engine)]}}
+    (tmp_path / "lmx.toml").write_text(tomlkit.dumps(settings))
+    reader, writer = os.pipe()
+    if sys.platform == "linux":
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 16384)
+    with open("/dev/null", "wb") as null:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lmx", "serve", "--port", "0", "--model", str(tiny_model)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "LMX_NULL_FAIL_TOKEN": "5", "LMX_NULL_FIRST_TOKEN": "300"},
+            stdout=null,
+            stderr=writer,
+        )
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as log:
+        try:
+            head = b""
+            while b"listening on http://127.0.0.1:" not in head or not head.endswith(b"\n"):
+                head += log.read(1)  # and no byte more
+            url = "http" + head.decode().rpartition("http")[2].strip()
+            with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+                for _ in range(100):  # each is a warning
+                    assert client.post("/v1/completions", json={"prompt": [5], "max_tokens": 2}).status_code == 500
+                assert client.post("/v1/completions", json=ASK).status_code == 200
+                assert client.get("/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+        rest = log.read()
+    assert b"noise" in rest
+
+
+def test_lines_that_were_dropped_are_counted(tmp_path: Path) -> None:
+    program = (
+        "import logging, os, sys\n"
+        "from lmx import logs\n"
+        "logs.QUEUE_RECORDS = 10\n"
+        "with logs.log_to_stderr():\n"
+        "    for i in range(5000): logging.warning('line %d %s', i, 'x' * 100)\n"
+        "    print('full', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    logs.flush()\n"
+        "    logging.warning('the end')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "full\n"
+        process.stdin.close()
+        lines = process.stderr.read().splitlines()
+        process.stdout.read()
+    assert process.returncode == 0
+    assert lines[-1].endswith("the end")
+    notices = [line for line in lines if "lines of the log were dropped" in line]
+    assert notices
+    dropped = sum(int(notice.split("lmx: ")[1].split()[0]) for notice in notices)
+    assert dropped + len(lines) - len(notices) == 5001

@@ -1,0 +1,229 @@
+"""The step loop on simulated devices (``tests/sim.py``): what it must reach, and what it promises to who cancels."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests import sim
+from tests.sim import DEVICES, Costs, Device, LoopKind, Ran, Request, Simulation
+
+ITL_TARGET_MS = 250.0
+LATE_MS = 5.0
+# "blocks, slow host" is for looking at: while a start blocks Python cannot make the next step, and what is left of a
+# step is shorter than that takes. The device then idles for the difference, whatever the loop does.
+HIDES_THE_HOST = ["apart", "blocks"]
+LOOPS: list[LoopKind] = ["auto", "overlapped", "plain"]
+
+
+@pytest.fixture(params=HIDES_THE_HOST)
+def device(request: pytest.FixtureRequest) -> Device:
+    return DEVICES[request.param]
+
+
+# --- the targets ------------------------------------------------------------------------------------------------------
+
+
+def test_eight_streams(device: Device) -> None:
+    outcome = sim.steady(device)
+    assert outcome.report.idle_share <= 0.05
+    assert outcome.report.late_ms.worst <= LATE_MS
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.2 * max(step.busy_s * 1e3 for step in outcome.report.steps)
+    assert outcome.report.learnt(8, 300) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_first_long_prompt_alone(device: Device) -> None:
+    outcome = sim.long_alone(device)
+    assert outcome.ttft_ratio <= 1.15
+    assert outcome.report.late_ms.worst <= LATE_MS
+
+
+def test_a_first_long_prompt_beside_streams(device: Device) -> None:
+    outcome = sim.long_beside(device)
+    assert outcome.ttft_ratio <= 1.15
+    assert outcome.report.idle_share <= 0.05
+    assert outcome.report.late_ms.worst <= LATE_MS
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
+    assert outcome.report.learnt(0, 0, (4096, 1024)) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        Costs(prefill_pass=3, token=0.04, token_context=1.4e-6),
+        Costs(prefill_pass=100, token=0.1),
+        Costs(token=0.6, token_context=0),
+    ],
+)
+def test_predictions_of_one_kind_of_step_are_no_reason_to_sleep_in_the_other(device: Device, costs: Costs) -> None:
+    """Decoding is well predicted when the first large chunk comes, whose cost is still an extrapolation."""
+    outcome = sim.long_beside(replace(device, costs=costs))
+    assert outcome.ttft_ratio <= 1.15
+    assert outcome.report.late_ms.worst <= LATE_MS
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
+
+
+def test_nobody_sleeps_by_a_prediction_that_three_slow_steps_made(device: Device) -> None:
+    """Pages that come back, a kernel compiled late: then the device is as fast as before, and the prediction is not."""
+    simulation = Simulation(replace(device, speeds=((3.0, 100.0), (7.5, 1.0))))
+    for _ in range(8):
+        simulation.request(prompt=60, answer=400)
+    report = simulation.run()
+    assert len([step for step in report.steps if step.busy_s > 1]) >= 3
+    assert report.learnt(8, 300) == pytest.approx(1.0, abs=0.1)
+    assert report.since(7.5).late_ms.worst <= LATE_MS
+
+
+def test_cold_first_steps_are_forgotten_in_a_few(device: Device) -> None:
+    outcome = sim.cold(device)
+    slow = [late for late in outcome.report.late_ms.values if late > LATE_MS]
+    assert len(slow) <= 2
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
+    assert outcome.report.idle_share <= 0.05
+
+
+def test_a_long_prompt_after_a_cold_start(device: Device) -> None:
+    outcome = sim.cold_then_long(device)
+    assert outcome.ttft_ratio <= 1.15
+    assert outcome.report.late_ms.worst <= LATE_MS
+    assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
+
+
+def test_a_prediction_that_became_too_long_heals_in_a_few_steps(device: Device) -> None:
+    outcome = sim.throttled(device)
+    slow = [late for late in outcome.report.late_ms.values if late > LATE_MS]
+    assert len(slow) <= 2 * 2, "two changes to a faster device"
+    assert outcome.report.late_ms.worst <= 0.75 * 3 * 25
+    assert outcome.report.idle_share <= 0.05
+
+
+def test_full_rows_are_refilled_at_once(device: Device) -> None:
+    """With one row the device must idle between two requests, for as long as Python takes to make a step."""
+    assert sim.full_rows(device).report.idle_share <= 0.05
+    one_row = sim.one_row().report
+    assert one_row.idle_share * one_row.seconds <= 40 * (2 * Device().build_ms + 1) / 1e3
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_burst_starts_together(name: str, loop: LoopKind) -> None:
+    """All eight are in the first step after the gathering, from the second burst on, when costs are known; and nobody
+    waits for his tokens beyond the device's time, the gathering, and a step made by Python."""
+    outcome = sim.bursts(DEVICES[name], loop)
+    report = outcome.report
+    for burst in (outcome.streams[i : i + 8] for i in range(8, len(outcome.streams), 8)):
+        assert max(report.ttft_ms(one) for one in burst) <= report.device_ms(burst[0]) + 4.5 * 2 + 10 + LATE_MS
+
+
+def test_gathering_ends_after_ten_milliseconds() -> None:
+    """Whatever still comes."""
+    simulation = Simulation(DEVICES["apart"])
+    simulation.request(prompt=5000, answer=2)  # so the cost of prompts is known
+    trickle = [simulation.request(at_s=5 + 0.004 * i, prompt=200, answer=2) for i in range(8)]
+    report = simulation.run()
+    first = next(step for step in report.steps if trickle[0].seq in step.seqs)
+    assert first.asked_s - trickle[0].asked_s <= 0.011
+    assert {one.seq for one in trickle[:3]} <= first.seqs
+    assert trickle[4].seq not in first.seqs
+
+
+# --- every loop does the same work ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_all_loops_give_the_same_answers(name: str) -> None:
+    """EOS, a row of non-finite logits, deadlines and preemption included; the simulated backend checks each launch."""
+    outcomes = [_mixed(DEVICES[name], loop) for loop in LOOPS]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def _mixed(device: Device, loop: LoopKind) -> list[tuple[int, str | None, str | None]]:
+    simulation = Simulation(device, loop=loop, max_rows=4, kv_tokens=6 * 256)
+    for i in range(40):  # short answers, and then long ones, which are not expected and need more KV than there is
+        simulation.request(at_s=0.05 * i, prompt=40 + 30 * (i % 3), answer=9, stop_after=7, bad=i == 5)
+    for i in range(4):
+        simulation.request(at_s=4.0, prompt=200, answer=700, stop_after=(None, 660)[i % 2])
+    late = simulation.request(at_s=0.5, prompt=1200, answer=30, submit={"deadline_s": 0.2})
+    refused = simulation.request(at_s=0.6, prompt=4000, answer=1)
+    report = simulation.run()
+    assert simulation.loop._scheduler.statistics().preemptions > 0
+    for failed, code in ((late, "timeout"), (refused, "never_fits")):
+        assert failed.failed is not None
+        assert failed.failed.code == code
+    return [
+        (len(one.token_s), one.finish, one.failed.code if one.failed else None)
+        for one in report.requests
+        if one is not late
+    ]
+
+
+# --- cancellation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_who_is_cancelled_is_in_no_step_made_after_that(name: str, loop: LoopKind) -> None:
+    """At 120 moments from being queued to the end of the answer, beside three streams: what was made until then runs,
+    at most one step beside the running one, and the KV is free when that is done."""
+    for i in range(120):
+        simulation = Simulation(DEVICES[name], loop=loop, max_rows=4)
+        streams = [simulation.request(prompt=60, answer=60) for _ in range(3)]
+        target = simulation.request(at_s=0.3, prompt=3000, answer=20)
+        others = [simulation.request(at_s=0.31, prompt=100, answer=3)]  # queued until a row is free
+        simulation.cancel(target, at_s=0.3003 + 0.0149 * i)
+        report = simulation.run()
+        _check_cancelled(target, report.steps)
+        assert all(len(one.token_s) == one.answer for one in (*streams, *others))
+
+
+def _check_cancelled(target: Request, steps: list[Ran]) -> None:
+    assert target.cancelled_s is not None
+    assert target.freed_s is not None
+    mine = [step for step in steps if target.seq in step.seqs]
+    after = [step for step in mine if step.done_s > target.cancelled_s]
+    assert not [step for step in mine if step.asked_s > target.cancelled_s + 0.0002], (
+        "messages are read before each plan"
+    )
+    assert len(after) <= 2
+    if after:
+        assert target.freed_s <= max(after[-1].told_s, target.cancelled_s) + 0.001
+    assert not [moment for moment in target.token_s if moment > max(target.cancelled_s, *(s.told_s for s in mine), 0)]
+
+
+def test_until_three_quarters_of_a_step_a_cancellation_reaches_the_next() -> None:
+    """Once the times are known: at 40 moments of a step of eight streams on a device that runs apart from Python."""
+    reached = []
+    for i in range(40):
+        simulation = Simulation(DEVICES["apart"])
+        streams = [simulation.request(prompt=60, answer=150) for _ in range(8)]
+        at_s = 1.9 + 0.00053 * i
+        simulation.cancel(streams[0], at_s)
+        steps = simulation.run().steps
+        running = next(step for step in steps if step.start_s <= at_s < step.done_s)
+        share = (at_s - running.start_s) / (running.done_s - running.start_s)
+        following = steps[steps.index(running) + 1]
+        reached.append((share, streams[0].seq not in following.seqs))
+    host_share = 2 * 4.5 / 21.0
+    assert all(reached_next for share, reached_next in reached if share < 0.68 - host_share)
+    assert not all(reached_next for _, reached_next in reached), "the moments cover a whole step"
+
+
+def test_a_cancelled_prompt_alone_costs_its_running_chunk(device: Device) -> None:
+    """Nobody decodes, so nothing is made ahead: chunks of a second are not run for nobody."""
+    simulation = Simulation(device)
+    target = simulation.request(prompt=30_000, answer=5)
+    simulation.cancel(target, at_s=4.321)
+    steps = simulation.run().steps
+    assert len([step for step in steps if step.done_s > 4.321]) == 1
+
+
+# --- requests that cannot be served -----------------------------------------------------------------------------------
+
+
+def test_bad_is_what_the_simulated_model_calls_non_finite() -> None:
+    simulation = Simulation()
+    bad = simulation.request(prompt=10, answer=5, bad=True)
+    good = simulation.request(prompt=10, answer=5)
+    simulation.run()
+    assert bad.failed is not None
+    assert bad.failed.code == "non_finite"
+    assert len(good.token_s) == 5
