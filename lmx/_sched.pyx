@@ -154,17 +154,18 @@ cdef class Scheduler:
     cdef tuple _expire(self, double now):
         """Cancel what is past its deadline."""
         cdef int i
+        cdef Seq *seq
         cdef list late = []
         self.due = INFINITY
-        for i in range(self.capacity):
-            if self.seqs[i].state != ENDED:
-                if self.seqs[i].deadline <= now:
-                    late.append(self.seqs[i].id)
-                else:
-                    self.due = min(self.due, self.seqs[i].deadline)
+        for i in range(self.queue.size + self.running.size):
+            seq = &self.seqs[self._live(i)]
+            if seq.deadline <= now:
+                late.append(seq.id)
+            else:
+                self.due = min(self.due, seq.deadline)
         late.sort()
-        for seq in late:
-            self.cancel(seq)
+        for id_ in late:
+            self.cancel(id_)
         return tuple(late)
 
     cdef bint _make_room(self, Plan plan):
@@ -537,6 +538,10 @@ cdef class Scheduler:
         cdef int most = min(self.max_rows - self.rows_used, MAX_WAVE - 1)
         return line_up(self.seqs, &self.clients, &self.queue, &self.line, priority, most)
 
+    cdef inline int _live(self, int i) noexcept:
+        """The i-th of those that have not ended."""
+        return self.queue.items[i] if i < self.queue.size else self.running.items[i - self.queue.size]
+
     cdef inline int _first(self, int a, int b) noexcept:
         return first(self.seqs, &self.clients, a, b)
 
@@ -755,9 +760,8 @@ cdef class Scheduler:
     def next_deadline(self):
         cdef int i
         cdef double earliest = INFINITY
-        for i in range(self.capacity):
-            if self.seqs[i].state != ENDED:
-                earliest = min(earliest, self.seqs[i].deadline)
+        for i in range(self.queue.size + self.running.size):
+            earliest = min(earliest, self.seqs[self._live(i)].deadline)
         return earliest
 
     def statistics(self):

@@ -219,12 +219,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
+        "num_hidden_layers": 5,
         "block_configs": [
-            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
-            {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
             {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}},
-            {"attention": {"n_heads_in_group": 1}, "ffn": {"no_op": True}},
-        ]
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True}},
+            {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}},
+        ],
     },
     "nemotron_h": {"layer_types": None, "hybrid_override_pattern": ["M", "*", "-", "E"]},
     "olmo_hybrid": {"layer_types": _LINEAR, "linear_allow_neg_eigval": True},

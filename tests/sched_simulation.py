@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
+from random import Random
 from typing import Any
 
 GATHER_MS = 10.0
@@ -133,3 +134,45 @@ def gpu_ms(rows: int, context: int, chunks: list[tuple[int, int]]) -> float:
     """A model of 30 billion parameters, 3 of them active, in 4 bits on a large GPU."""
     decode_ms = 9.0 + 1.5 * rows + 3e-5 * context if rows else 0.0
     return decode_ms + sum(12.0 + 0.5 * n + 6e-6 * n * (start + n / 2) for start, n in chunks)
+
+
+def memory_tight(make_scheduler: Callable[..., Any], seed: int, minutes: float = 10.0) -> Simulation:
+    """Six streams on that GPU with KV for 51,200 tokens: two of prompts of 40,000 tokens, four of chats that grow."""
+    random = Random(seed)
+    scheduler = make_scheduler(max_rows=16, kv_budget_bytes=51_200 * 100, kv_bytes_per_token=100, max_chunk_tokens=2048)
+    simulation = Simulation(scheduler, gpu_ms)
+
+    def request(stream: int) -> Request:
+        if stream < 2:
+            return Request(40_000, 2000, 235, client=str(stream))
+        return Request(random.randint(500, 3000), 8000, random.randint(500, 3000), client=str(stream))
+
+    def following(stream: int) -> Iterator[tuple[float, Request]]:
+        while True:
+            yield random.uniform(0.0, 2000.0), request(stream)
+
+    for stream in range(6):
+        simulation.arrive(random.uniform(0.0, 3000.0), request(stream), following(stream))
+    simulation.run(until_ms=minutes * 60e3)
+    return simulation
+
+
+def recomputed_share(simulation: Simulation) -> float:
+    """Of all that was prefilled, what was computed before."""
+    prefilled = sum(run.prefilled for run in simulation.runs.values())
+    return sum(max(0, run.prefilled - run.request.prompt_tokens) for run in simulation.runs.values()) / prefilled
+
+
+def torn_wave(scheduler: Any, apart_ms: float) -> tuple[float, float]:
+    """Eight streams of 85 and 64 tokens on that CPU, whose requests come so far apart: tokens a second and the worst
+    gap in ms."""
+    simulation = Simulation(scheduler, cpu_ms)
+    simulation.arrive(0.0, Request(85, 2))
+    simulation.run()
+    simulation.runs.clear()
+    start_ms = simulation.now_ms + 1000.0
+    for stream in range(8):
+        simulation.arrive(start_ms + stream * apart_ms, Request(85, 64))
+    simulation.run()
+    tokens = sum(len(run.token_times) for run in simulation.runs.values())
+    return 1e3 * tokens / (simulation.now_ms - start_ms), max(run.worst_gap_ms for run in simulation.runs.values())

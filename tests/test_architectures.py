@@ -55,6 +55,7 @@ def test_equals_mlx_lm_alone(name, tmp_path):
     words = SINGLE.get(name)
     assert (backend.facts.path, words or "") == ("single" if words else "arena", words or ""), backend.facts.path_reason
     assert (words or "") in backend.facts.path_reason
+    assert [words for words in backend.facts.probes.values() if "Error" in words] == []
     rng = np.random.default_rng(1)
     sampling = Sampling(seed=0, temperature=0.0, logprobs=3)
     sequences = [

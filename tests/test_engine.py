@@ -249,12 +249,33 @@ def test_preempted_sequences_come_back_and_say_the_same(load, folder):
     with engine(**load, max_rows=4) as client:
         expected = client.run(prompts, 120)
         per_token = client.ready.kv_bytes_per_token
+    # With room for growth (5 quanta for 4 rows that need 2 each) two run at a time; the last two take their rows.
     with engine(**load, max_rows=4, context_length=512, kv_budget_bytes=5 * 256 * per_token) as client:
-        answers = client.run(prompts, 120)
+        seqs = client.submit_together([(prompt, 120, GREEDY) for prompt in prompts[:2]])
+        client.wait(lambda: all(len(client.answers[seq].tokens) >= 5 for seq in seqs))
+        seqs += [client.submit(prompt, 120, priority=1) for prompt in prompts[2:]]
+        client.wait_freed(*seqs)
+        answers = [client.answers[seq].tokens for seq in seqs]
         assert_greedy(folder, prompts, answers)
         assert answers == expected or client.ready.backend == "llama"
-        assert client.idle_stats().preemptions > 0
+        assert client.idle_stats().preemptions >= 2
         assert max(answer.started for answer in client.answers.values()) > 1
+        assert_nothing_held(client)
+
+
+def test_prompts_that_share_a_step_beside_decoding_rows_say_the_same(load, folder):
+    prompts = prompts_for(1000, (30, 40, 35, 40, 20, 33))
+    with engine(**load, max_rows=6, itl_target_ms=5000.0) as client:
+        expected = client.run(prompts, 40)
+        first = client.submit(prompts[0], 200)
+        client.wait(lambda: len(client.answers[first].tokens) >= 3)
+        seqs = client.submit_together([(prompt, 40, GREEDY) for prompt in prompts[1:]])
+        client.wait_freed(first, *seqs)
+        answers = [client.answers[seq].tokens[:40] for seq in (first, *seqs)]
+        assert_greedy(folder, prompts, answers)
+        assert answers == expected or client.ready.backend == "llama"
+        shared = [step for step in client.steps if len(step.prefills) == 5 and first in [row.seq for row in step.rows]]
+        assert len(shared) == 1
         assert_nothing_held(client)
 
 

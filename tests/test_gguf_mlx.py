@@ -34,11 +34,11 @@ def mlx_logits(folder: Path, tokens: list[int]) -> np.ndarray:
 
 def llama_logits(path: Path, tokens: list[int]) -> np.ndarray:
     """(tokens, vocabulary), computed by llama.cpp with a float32 KV cache."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'lmx[gguf]'")
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install 'lmx[gguf]'")
+    from tests.llama_oracle import llama as load
+
     float32 = gguf.GGMLQuantizationType.F32
-    llama = llama_cpp.Llama(
-        str(path), n_ctx=128, logits_all=True, n_threads=2, type_k=float32, type_v=float32, verbose=False
-    )
+    llama = load(str(path), n_ctx=128, logits_all=True, n_threads=2, type_k=float32, type_v=float32)
     llama.eval(tokens)
     logits = np.array(llama.scores[: len(tokens)])
     llama.close()

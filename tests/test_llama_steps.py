@@ -39,12 +39,21 @@ def load(path: Path, kv: str, **options: object) -> "LlamaBackend":
 
 
 @pytest.fixture(
-    scope="module", params=["llama streams", "llama unified", "jamba streams", "jamba unified", "mamba streams"]
+    scope="module",
+    params=[
+        "llama streams",
+        "llama unified",
+        "jamba streams",
+        "jamba unified",
+        "mamba streams",
+        "gemma3_text streams",
+        "gemma3_text unified",
+    ],
 )
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "LlamaBackend":
     kind, kv = request.param.split()
     path = tmp_path_factory.mktemp("poisoned") / "model.gguf"
-    build_gguf(path) if kind == "llama" else build_recurrent_gguf(path, kind)
+    build_recurrent_gguf(path, kind) if kind in LAYERS else build_gguf(path, kind=kind)
     embeddings = next(t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
     embeddings.data[POISON] = np.nan
     return load(path, kv)
@@ -170,6 +179,28 @@ def test_what_cannot_be_drawn_fails_its_own_row(run: Run, capfd: pytest.CaptureF
     assert [draw.bad for draw in run.step([], whole(good), whole(bad))] == [False, True]
     assert "IndexError" in capfd.readouterr().err
     assert [draw.bad for draw in run.step([good, bad])] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e308, "top_p": 5e-324},
+        {"temperature": 1.0, "repetition_penalty": 5e-324},
+        {"temperature": 1e-310, "repetition_penalty": 5e-324, "logit_bias": {5: 1e308, 6: -1e308}, "min_p": 1.0},
+        {"presence_penalty": 1e308, "frequency_penalty": -1e308, "logit_bias": {5: 1e308}, "logprobs": 20},
+    ],
+    ids=str,
+)
+def test_no_value_of_a_request_ends_the_engine_or_touches_a_neighbour(run: Run, sampling: dict[str, Any]) -> None:
+    good, odd = run.start(0, prompt(20)), run.start(1, prompt(20), **sampling)
+    draws = run.step([], whole(good), whole(odd))
+    for _ in range(3):
+        draws += run.step([good, odd])
+    assert not any(draw.bad for draw in draws)
+    assert all(0 <= draw.token < run.backend.facts.vocab_size for draw in draws)
+    run.end()
+    assert answer(good) == alone(run, prompt(20), 4)
 
 
 def test_rows_with_gaps_between_them_compute_what_they_compute_alone(run: Run) -> None:

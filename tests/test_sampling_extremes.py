@@ -35,7 +35,7 @@ NONSENSE = {
     "top_p": math.nan,
     "top_k": -1,
     "min_p": math.nan,
-    "logit_bias": {3: math.nan, 4: math.inf},
+    "logit_bias": {3: math.nan, 4: math.inf, VOCAB: 3.0, 2**40: 3.0, -1: 3.0},
 }
 
 

@@ -118,16 +118,15 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
 
     Raises what the leases raise, or DeadlineExceeded. Cancelled: every lease has been given back first.
     """
-    choices = [
-        Choice(index, job.served.chat.text_stream(job.stop), bool(job.stop), request.sampling.logprobs >= 0)
-        for index, request in enumerate(job.requests)
-    ]
+    choices: list[Choice] = []
     with trio.CancelScope(deadline=job.deadline) as limit:
         try:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
-                for choice in choices:
-                    await nursery.start(_run_choice, job, choice, sink, leased)
+                for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
+                    text = job.served.chat.text_stream(job.stop)
+                    choices.append(Choice(index, text, bool(job.stop), request.sampling.logprobs >= 0))
+                    await nursery.start(_run_choice, job, choices[-1], sink, leased)
                 await sink.begin()
                 leased.set()
         except BaseExceptionGroup as group:

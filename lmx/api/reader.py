@@ -12,6 +12,7 @@ model's words are and its context, or None; ("done", body, Prepared). Instead of
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -33,7 +34,7 @@ FREE_BYTES = 512 * 1024 * 1024
 BYTES_PER_BYTE = 64
 """What a body may cost: JSON of nothing but ``{"a":1}`` takes 30 times its size, the tokens of a text of single
 characters 250, but of such a text there is never more than the model's context."""
-TOO_LARGE_EXIT = 77
+TOO_LARGE_EXIT = 77  # lmx.serving.readers tells the client what it means
 
 
 class Reader:
@@ -113,6 +114,7 @@ def _resident_bytes() -> int:
 
 def main() -> None:
     number, *words = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which lets requests finish
     # Behind the server and the engines: whoever sends much can wait a little.
     os.nice(5)
     Reader(socket.socket(fileno=int(number))).run(words)

@@ -12,6 +12,12 @@ from typing import Protocol
 
 from lmx.protocol import Logprobs, Sampling
 
+# Where starting a step blocks for more of it than this, it is started after the last one's tokens are told: they would
+# be late by that share of it (of a step with a chunk: of 250 ms). Where it blocks for nearly all of it, nothing runs
+# beside Python, and a step made before would only delay them.
+BLOCKS_SHARE = 0.2
+BLOCKS_ALL_SHARE = 0.95
+
 
 @dataclass(slots=True)
 class Sequence:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmx._sched import NeverFits, Scheduler
-from lmx.engine.backend import Backend, Chunk, Launch, Sequence
+from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
@@ -40,15 +40,12 @@ _INFINITY = float("inf")
 # Sequences wait and none can run: look again this much later, if no message comes before.
 _STALLED_S = 0.02
 # Prompts that wait at the same moment start in one step, but requests made at the same moment arrive one after the
-# other: those of eight clients within 5 ms, no two more than 4.3 ms apart (measured on two idle cores). An idle engine
-# that gets work waits so long for more, and at most this share of what its work will take.
-_GATHER_S = 0.01
+# other: from a client that costs little eight within 5 ms, from asyncio clients 5 to 10 ms apart. An idle engine that
+# gets work waits until nothing came for so long, in all no longer than those of eight clients need, and at most this
+# share of what the work will take that it has.
+_GATHER_S = 0.015
+_GATHER_MOST_S = 0.08
 _GATHER_SHARE = 0.1
-# Where starting a step blocks for more of it than this, it is started after the last one's tokens are told: they would
-# be late by that share of it (of a step with a chunk: of 250 ms). Where it blocks for nearly all of it, nothing runs
-# beside Python, and a step made before would only delay them.
-_BLOCKS_SHARE = 0.2
-_BLOCKS_ALL_SHARE = 0.95
 # How far into a step, by its prediction, the next one is launched, at most: a step slept through is a step in which the
 # device idles, tokens are late, and nothing is measured. So the hold stays this far from the earliest end lately seen,
 # and comes back in small steps after a prediction was wrong.
@@ -111,9 +108,9 @@ class StepLoop:
         self._stats_at = 0.0
         self._stopping = False
         self._stalled = False
-        self._blocks = facts.launch_share > _BLOCKS_SHARE
+        self._blocks = facts.launch_share > BLOCKS_SHARE
         self._forced = options.lookahead == "on"
-        self._plain = not self._forced and (options.lookahead == "off" or facts.launch_share > _BLOCKS_ALL_SHARE)
+        self._plain = not self._forced and (options.lookahead == "off" or facts.launch_share > BLOCKS_ALL_SHARE)
 
     def run(self) -> None:
         """Until ``Shutdown``. Raises ServerGone, and whatever the device raises."""
@@ -178,14 +175,17 @@ class StepLoop:
 
     def _gather(self) -> None:
         """Wait a moment for what comes together with the first request, or until the rows are full."""
-        since = self._clock()
+        since = latest = self._clock()
         while 0 < len(self._sequences) < self._backend.facts.max_rows:
             prompts = [(0, len(sequence.tokens)) for sequence in self._sequences.values()]
             work_s = self._scheduler.predict_ms(0, 0, prompts) / 1e3
-            remaining = since + min(_GATHER_S, _GATHER_SHARE * work_s) - self._clock()
+            until = min(latest + _GATHER_S, since + min(_GATHER_MOST_S, _GATHER_SHARE * work_s))
+            remaining = until - self._clock()
             if remaining <= 0:
                 return
             self._handle_all(remaining)
+            if len(self._sequences) > len(prompts):
+                latest = self._clock()
 
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):

@@ -260,9 +260,10 @@ class Lane:
         """Small arrays of their own that are there once what a chunk wrote into the row is: for a step that draws
         nothing, whose end could not be seen otherwise. (While somebody holds a lane's buffer or a view of it, the next
         write copies the buffer.)"""
-        layer = self._layers[-1]
+        # Not simply the last one: a model may make a cache that it never writes (nemotron-nas), or of width 0.
+        layer = next(layer for layer in reversed(self._layers) if any(array.size for array in layer.arrays))
         newest = self._private[row][-1].cache if isinstance(layer, StateLayer) else layer.arrays
-        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None]
+        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None and array.size]
 
     @property
     def prefills_together(self) -> bool:

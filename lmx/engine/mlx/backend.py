@@ -80,6 +80,10 @@ class MLXBackend:
         free = _free_bytes()
         budget = options.kv_budget_bytes or max(int(free * _KV_MEMORY_SHARE), 1)
         cost = KVCost(per_token, per_sequence)
+        area = chunk_area(self._device.attention_bytes, free, budget)
+        probes = dict(self._device.words)
+        if area:
+            probes["attention"] += f"; a step computes at most {area} of them"
         return Facts(
             architecture=self._loaded.architecture,
             context_length=fit_context(cost, self._loaded.context_length, options.context_length, budget),
@@ -98,8 +102,8 @@ class MLXBackend:
             dtype=self._loaded.dtype,
             path=self._probe.path,
             path_reason=self._probe.reason,
-            probes=dict(self._device.words),
-            max_chunk_area=chunk_area(self._device.attention_bytes, free, budget),
+            probes=probes,
+            max_chunk_area=area,
         )
 
     def start(self, sequence: Sequence) -> None:

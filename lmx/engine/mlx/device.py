@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE
 from lmx.engine.mlx.adapter import AttentionShape, LayerKind, LoadedModel
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Slots, Write, scatter_write, slice_write
@@ -27,12 +28,12 @@ from lmx.protocol import Sampling
 # on a busy machine one of them may be off by anything.
 _FEWEST_STEPS, _MOST_STEPS = 3, 7
 _STEPS_S = 0.05
-# Above this share of its step a launch blocks too long for lookahead (the step loop draws the same line).
-_BLOCKING_SHARE = 0.5
 # Attention is measured with so many tokens and so much context. MLX's kernels for up to 8 queries are others.
 _ATTENTION_AREA = (16, 1024)
 # Where a model computes its attention itself: float32 scores, their softmax and one copy, for 32 heads.
 _OWN_ATTENTION_BYTES = 3.0 * 4 * 32
+# What is said of a device that copies: that steps are made ahead there, but started one after the other.
+_ONE_BY_ONE_SHARE = (BLOCKS_SHARE + BLOCKS_ALL_SHARE) / 2
 # How far into a step the step loop launches the next one at the latest.
 _HOLD = 0.75
 
@@ -54,17 +55,17 @@ def measure(loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write) -> De
     share, words = float(computes_itself), {}
     try:
         steps = _Steps(loaded, kinds, write)
-        share, words["launch"] = _launch_share(steps)
+        share, words["launch"] = _launch_share(steps, 1 if computes_itself else _FEWEST_STEPS)
         if computes_itself:
             # Its stream takes ten operations ahead: what a launch leaves over is a large head's product, on the cores
             # that Python runs on (0.77 of a step of SmolLM2 is blocked, less where the vocabulary is larger).
             share = 1.0
             words["launch"] += "; the rest runs on the same cores"
-        if share > _BLOCKING_SHARE:
-            words["writes in flight"] = "not measured: no step is launched while another one runs"
+        if share > BLOCKS_SHARE:
+            words["writes in flight"] = "not measured: no step is started while another one runs"
         else:
             copied, words["writes in flight"] = _donation(steps)
-            share = 1.0 if copied else share
+            share = _ONE_BY_ONE_SHARE if copied else share
     except Exception as error:  # MLX is outside our hands, and a model that loads must be served
         words["launch"] = f"not measured ({type(error).__name__}: {error}); taken to block for {share:.0%} of its step"
     if limits := _buffer_limits():
@@ -102,12 +103,12 @@ class _Steps:
         return [_address(array) for array in self._lane.keys_and_values]
 
 
-def _launch_share(steps: _Steps) -> tuple[float, str]:
+def _launch_share(steps: _Steps, fewest: int) -> tuple[float, str]:
     found: list[tuple[float, float]] = []
     steps.launch()
     steps.wait()
     begun = time.perf_counter()
-    while len(found) < _FEWEST_STEPS or (len(found) < _MOST_STEPS and time.perf_counter() - begun < _STEPS_S):
+    while len(found) < fewest or (len(found) < _MOST_STEPS and time.perf_counter() - begun < _STEPS_S):
         blocked_s = steps.launch()
         returned = time.perf_counter()
         steps.wait()
@@ -138,7 +139,7 @@ def _donation(steps: _Steps) -> tuple[bool, str]:
         f"launched at once, {held} by one launched at {_HOLD:.0%} of it"
     )
     much = held - alone > total // 2
-    return much, words + (": no lookahead" if much else "")
+    return much, words + ("; so steps are started one after the other" if much else "")
 
 
 def _copied(steps: _Steps, hold_s: float | None) -> tuple[int, int]:
