@@ -14,6 +14,8 @@ import pytest
 from gguf import GGUFReader
 
 from lmx.engine.backend import Backend, Chunk, Sequence
+from lmx.engine.mlx import adapter
+from lmx.engine.mlx.backend import MLXBackend
 from lmx.protocol import Load, Sampling
 from tests.backends import BACKENDS, needs_llama
 from tests.engine_client import GREEDY, EngineClient, engine
@@ -173,6 +175,8 @@ def test_left_in_any_state_it_harms_nobody(neighbours: Neighbours, sampling: Sam
         assert answer.tokens in ([], [POISON])
         if state in ("last chunk", "decode"):
             return True  # whether the cancellation or the step's end came first
+        if state in ("prefill", "expired") and client.ready and client.ready.backend == "llama":
+            return answer.started > 0  # that it is bad is seen in the chunk that computes it
         if state == "expired":
             return answer.started > 0 and answer.failed is not None and answer.failed.code == "timeout"
         return answer.failed is None and answer.started == (state == "prefill")
@@ -189,9 +193,6 @@ def load(backend: str, path: Path) -> Backend:
         from lmx.engine.llama.backend import LlamaBackend
 
         return LlamaBackend.load(Load(str(path), backend="llama", max_rows=4, max_chunk_tokens=512))
-    from lmx.engine.mlx import adapter
-    from lmx.engine.mlx.backend import MLXBackend
-
     # Not its ``load``, which freezes the process's objects for good.
     return MLXBackend(adapter.load(path), Load(str(path), max_rows=4, max_chunk_tokens=512))
 
@@ -210,8 +211,9 @@ class Hand:
         return sequence
 
     def step(self, decode: list[Sequence], chunks: list[Chunk] | None = None) -> Callable[[], list[bool]]:
-        """Launch; the function returned reads the draws: which of them are bad."""
+        """Launch and start; the function returned reads the draws: which of them are bad."""
         launch = self.backend.launch(decode, chunks or [])
+        launch.start()
 
         def read() -> list[bool]:
             draws = launch.wait()
@@ -259,7 +261,8 @@ def test_preempted_it_leaves_nothing_to_the_next_in_its_row(
         assert spoils() == [False]
         assert bad.tokens[-1] == POISON
         spoils = hand.step([bad])
-    expected = [] if state == "prefill" else [True]
+    # llama.cpp gives logits of every chunk.
+    expected = [] if state == "prefill" and isinstance(hand.backend, MLXBackend) else [True]
     if not in_flight:
         assert spoils() == expected
     hand.backend.free(bad)
@@ -271,13 +274,12 @@ def test_preempted_it_leaves_nothing_to_the_next_in_its_row(
     assert hand.backend.memory().rows == 0
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_next"])
 @pytest.mark.parametrize("cut", [0, 60])
 def test_windows_and_recurrent_states_keep_nothing_either(kind: str, cut: int, tmp_path: Path) -> None:
     """With ``cut``, the prompt is left in its middle. Without, one bad token stands so far before its end that no draw
-    of a sliding layer sees it: only the full layer's, and none at all where there is no such layer."""
-    layers = {"num_hidden_layers": 2} if kind == "gemma3_text" else {}  # both of them sliding
-    hand = Hand(load("mlx", poison_folder(build_model(kind, tmp_path / "model", **layers))))
+    of a sliding layer sees it, only the full layer's."""
+    hand = Hand(load("mlx", poison_folder(build_model(kind, tmp_path / "model"))))
     innocent = clean_prompt(20, 6)
     alone = hand.answer(innocent, [])
     longer = [hand.sequence(clean_prompt(length, length)) for length in (180, 150)]
@@ -285,9 +287,7 @@ def test_windows_and_recurrent_states_keep_nothing_either(kind: str, cut: int, t
         hand.prefill(sequence)()
     bad = hand.sequence([*clean_prompt(8, 8), POISON, *clean_prompt(141, 9)])
     spoiled = hand.prefill(bad, cut)()
-    assert spoiled == ([] if cut else [kind != "gemma3_text"])
-    if spoiled == [False]:
-        assert hand.step([bad])() == [False], "out of every window's sight"
+    assert spoiled == ([] if cut else [True])
     hand.backend.free(bad)
     assert hand.answer(innocent, longer) == alone
     for sequence in longer:
@@ -299,7 +299,8 @@ def test_a_rewind_leaves_nothing_that_was_not_seen(models: dict[str, Path]) -> N
     prompt = clean_prompt(100, 8)
     alone = hand.answer(prompt, [])
     sequence = hand.sequence([*prompt[:60], *[POISON] * 100])
-    hand.prefill(sequence, 150)()
+    hand.prefill(sequence, 60)()
+    hand.prefill(sequence, 150, 60)()
     assert hand.backend.rewind(sequence, 60) == 60
     sequence.tokens[60:] = prompt[60:]
     assert hand.prefill(sequence, 0, 60)() == [False]
