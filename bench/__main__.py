@@ -18,6 +18,7 @@ NAMES = {
     "long_prompt": "worst gap of running streams while a long prompt arrives, against the target",
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
+    "memory_mix": "KV buffers against the KV in them, in a mix of short and long sequences that never idles",
     "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
     "load_probes": "seconds that the probes at load take",

@@ -163,7 +163,7 @@ class SimBackend:
         assert len(self._rows) < self.facts.max_rows, "more rows than there are"
         self._rows[sequence.seq] = _Row()
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+    def free(self, sequence: Sequence) -> None:
         self._rows.pop(sequence.seq, None)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "SimLaunch":

@@ -107,11 +107,11 @@ def test_the_last_chunk_of_a_long_prompt_beside_decoding_rows_copies_no_buffer(l
     backend = MLXBackend(loaded("llama"), Load(path="", max_rows=4))
     short, long = (
         Sequence(seq, [5 + seq] * tokens, tokens, 99, Sampling(seed=0, temperature=0.0), ignore_eos=True)
-        for seq, tokens in enumerate((20, 3000))
+        for seq, tokens in enumerate((1500, 3000))
     )
     for sequence in (short, long):
         backend.start(sequence)
-    backend.launch([], [Chunk(short, 0, 20, last=True), Chunk(long, 0, 1000, last=False)]).wait()
+    backend.launch([], [Chunk(short, 0, 1500, last=True), Chunk(long, 0, 1000, last=False)]).wait()
     backend.launch([short], [Chunk(long, 1000, 1996, last=False)]).wait()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

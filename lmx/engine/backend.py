@@ -124,9 +124,9 @@ class Backend(Protocol):
         """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the
         ``chunks`` (of other sequences, each of another one) are prefilled, in one forward pass or several."""
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        """Drop the sequence's KV; ``wipe``: zero it, because it holds non-finite values. Unknown sequences are
-        ignored."""
+    def free(self, sequence: Sequence) -> None:
+        """Drop the sequence's KV. Whatever it holds, non-finite values too, reaches no other sequence. Unknown
+        sequences are ignored."""
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         """Forget the KV of positions ``tokens`` and later; how many are left. 0: the cache cannot go back so far (a

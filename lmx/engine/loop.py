@@ -97,7 +97,6 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
-        self._wipe: set[int] = set()
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
@@ -291,7 +290,6 @@ class StepLoop:
             if draw.bad:
                 sequence.ended = True
                 finished.append(sequence.seq)
-                self._wipe.add(sequence.seq)
                 self._link.send(
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
                 )
@@ -345,8 +343,7 @@ class StepLoop:
         for seq in self._scheduler.releasable():
             self._stalled = False
             sequence = self._sequences.pop(seq)
-            self._backend.free(sequence, wipe=seq in self._wipe)
-            self._wipe.discard(seq)
+            self._backend.free(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
 

@@ -19,12 +19,20 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStatistics], float]], ...] = (
     ("lmx_live_sequences", "Sequences submitted and not yet confirmed free.", lambda s: s.live_sequences),
     ("lmx_waiting", "Leases without a first token.", lambda s: s.waiting),
     ("lmx_running", "Leases that have their first token.", lambda s: s.live_leases - s.waiting),
-    ("lmx_kv_sequence_bytes", "KV cache of live sequences.", lambda s: s.kv_sequence_bytes),
+    (
+        "lmx_kv_sequence_bytes",
+        "KV of live sequences as the scheduler counts it, in whole quanta of 256 tokens; 0 when none lives.",
+        lambda s: s.kv_sequence_bytes,
+    ),
     ("lmx_kv_budget_bytes", "Limit of lmx_kv_sequence_bytes.", lambda s: s.kv_budget_bytes),
     ("lmx_ready", "1 while the engine takes work.", lambda s: s.state == "ready"),
 )
 _ENGINE_GAUGES = (
-    ("lmx_kv_arena_bytes", "KV buffers, padding and free rows included.", "arena_bytes"),
+    (
+        "lmx_kv_arena_bytes",
+        "KV buffers as the engine holds them, padding and free rows included (llama.cpp: from load on).",
+        "arena_bytes",
+    ),
     ("lmx_engine_rss_bytes", "Resident memory of the engine process (macOS: footprint).", "rss_bytes"),
     ("lmx_mlx_active_bytes", "Memory in MLX arrays.", "mlx_active_bytes"),
     ("lmx_mlx_peak_bytes", "Highest lmx_mlx_active_bytes.", "mlx_peak_bytes"),
@@ -76,6 +84,16 @@ class Metrics(Collector):
                 if record.engine is not None:
                     family.add_metric((model,), getattr(record.engine, field))
             yield family
+        family = GaugeMetricFamily(
+            "lmx_kv_arena_ratio",
+            "KV buffers ÷ KV of live sequences, both at the engine's last account; 0 when none lives.",
+            labels=("model",),
+        )
+        for model, record in records:
+            if record.engine is not None:
+                held = record.engine.kv_used_bytes
+                family.add_metric((model,), record.engine.arena_bytes / held if held else 0.0)
+        yield family
 
     def render(self) -> bytes:
         """Prometheus's text format, version 0.0.4."""

@@ -308,8 +308,7 @@ class LlamaBackend:
             traceback.print_exc()
             return Draw(row.sequence, 0, True)
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        # ``wipe``: done when the row turned bad.
+    def free(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.seq, None)
         if row is not None:
             self._context.forget(row.slot)

@@ -9,12 +9,14 @@ The model sees ``DecodeView`` and ``PrefillView``: the duck type of mlx-lm's KVC
 ``update_and_fetch``, ``state``). A row in [0, B) that does not decode now (free, or in prefill) is computed all the
 same and writes to the lane's last slots, which no sequence may use and no mask shows.
 
-Lengths are kept by the host. Slots beyond a row's length hold finite left-overs or zeros and are masked; a row with
-non-finite values is wiped, since a NaN in a *masked* V slot makes the whole row NaN (measured). No I/O, no decisions:
-the MLX back end is the only caller.
+Lengths are kept by the host. Slots beyond a row's length hold finite left-overs or zeros and are masked: a NaN in a
+*masked* V slot makes the whole row NaN (measured). So what a sequence leaves behind is wiped wherever no finite draw
+vouches for it (``Seen``). No I/O, no decisions: the MLX back end is the only caller.
 """
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -35,18 +37,49 @@ from lmx.engine.mlx.layers import (
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
 
+@dataclass(slots=True)
+class Seen:
+    """What a row's draws have shown of its slots.
+
+    A draw attends over [0, length), in a layer with a window of W over the last W of those, and any NaN or infinity
+    there makes its logits non-finite. So a finite one vouches for those slots; what only chunks that drew nothing have
+    written, what came from outside, and what a step that was never read has written, nobody vouches for.
+    """
+
+    first: int = 0
+    """The row's length at the first of the last draws without a gap between them; 0: none was read."""
+    last: int = 0
+    """And at the last of them."""
+
+    def finite(self, length: int) -> None:
+        """A draw at that length was read and is finite."""
+        if length != self.last + 1:
+            self.first = length
+        self.last = length
+
+    def back_to(self, length: int) -> None:
+        self.last = min(self.last, length)
+
+    def unsure(self, length: int, window: int | None) -> list[tuple[int, int]]:
+        """The spans of [0, length) that no draw vouches for."""
+        before = max(self.first - window, 0) if window else 0
+        return [(0, min(before, length)), (self.last, length)]
+
+
 class Lane:
     """Rows × slots for every layer, for sequences of one length class."""
 
     def __init__(self, loaded: LoadedModel, kinds: Sequence[LayerKind], rows: int, slots: int, write: Write) -> None:
         self._loaded = loaded
-        self._kinds = kinds
+        self.kinds = kinds
         self._write = write
         self.slots = slots
         self.lengths = np.zeros(rows, np.int32)
         """Tokens of each row whose KV is written."""
         self.owners: list[int | None] = [None] * rows
         """The sequence of each row."""
+        self.seen = [Seen() for _ in range(rows)]
+        """What was seen of each row to be finite. A row's next owner gets an object of its own."""
         self._private: dict[int, list[Any]] = {}
         """Recurrent states of rows in prefill: they take part in no decode step, so their state must not be stepped."""
         self._layers = [make_layer(kind, rows, slots) for kind in kinds]
@@ -81,7 +114,7 @@ class Lane:
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return self.slots - DUMMY_SLOTS
+        return self.slots - DUMMY_SLOTS if any(isinstance(layer, KVLayer) for layer in self._layers) else sys.maxsize
 
     @property
     def _per_row(self) -> list[Layer]:
@@ -96,24 +129,39 @@ class Lane:
         row = self.owners.index(None)
         self.owners[row] = owner
         self.lengths[row] = 0
+        self.seen[row] = Seen()
         return row
 
-    def release(self, row: int, *, wipe: bool = False) -> None:
-        """Forget the row; its slots stay as they are, unless ``wipe``."""
+    def release(self, row: int) -> None:
+        """Forget the row. What may not be finite in it is wiped, for its next owner's masks cannot hide that; a
+        recurrent state need not be, since its next owner's replaces it as a whole."""
+        self._wipe(row)
         self.owners[row] = None
         self.lengths[row] = 0
         self._private.pop(row, None)
-        if wipe:
-            for layer in self._layers:
-                layer.wipe(row)
+
+    def drop(self) -> None:
+        """Let go of all buffers; the lane is of no use after that."""
+        self._layers, self.counts = [], None
+        self._private = {}
+        self.last_tokens = mx.zeros((0,), mx.int32)
+
+    def _wipe(self, row: int, keep: int = 0) -> None:
+        """Zero the slots from ``keep`` on that no draw vouches for."""
+        length = int(self.lengths[row])
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                for start, end in self.seen[row].unsure(length, layer.window):
+                    layer.wipe(row, max(start, keep), end)
 
     def resize(self, rows: int, slots: int) -> None:
-        """New buffers with the rows in use at the front. Costs a copy of the lane."""
+        """New buffers with the rows in use at the front. Costs a copy of those; one buffer at a time is held twice."""
         order = self.in_use
+        kept = [(row, int(self.lengths[row])) for row in order]
+        assert len(order) <= rows, (order, rows)
+        assert max((length for _, length in kept), default=0) <= slots - DUMMY_SLOTS, (kept, slots)
         for layer in self._per_row:
-            layer.resize(order, rows, slots)
-            # One layer after the other, so that only one is held twice.
-            mx.eval(layer.arrays)
+            layer.resize(kept, rows, slots)
         last = mx.zeros((rows,), mx.int32)
         if order:
             last[: len(order)] = self.last_tokens[mx.array(order)]
@@ -122,14 +170,16 @@ class Lane:
         lengths[: len(order)] = self.lengths[order]
         self.lengths = lengths
         self.owners = [self.owners[row] for row in order] + [None] * (rows - len(order))
+        self.seen = [self.seen[row] for row in order] + [Seen() for _ in range(rows - len(order))]
         self._private = {order.index(row): caches for row, caches in self._private.items()}
         self.slots = slots
 
     def move(self, source: int, target: int) -> None:
-        """Move a row into a free one. Costs one row's copy."""
-        for layer in self._per_row:
-            layer.move(source, target)
-        self.last_tokens[target] = self.last_tokens[source]
+        """Move a row into a free one. Costs that row's copy, in memory that of one layer."""
+        assert self.owners[target] is None
+        self._copy_row(target, self, source)
+        self._wipe(source)
+        self.seen[target], self.seen[source] = self.seen[source], Seen()
         self.owners[target], self.owners[source] = self.owners[source], None
         self.lengths[target], self.lengths[source] = self.lengths[source], 0
         if source in self._private:
@@ -157,16 +207,23 @@ class Lane:
             self.counts.arrays = [array.at[index, tokens].add(1) for array in self.counts.arrays]
 
     def adopt(self, row: int, other: "Lane", source: int) -> None:
-        """Copy all that ``other`` keeps of its row ``source`` into a row of this lane. Costs one row's copy."""
-        length = int(other.lengths[source])
+        """Copy all that ``other`` keeps of its row ``source``, to be released then, into a row of this lane. Costs
+        that row's copy, in memory that of one layer."""
         if other.counts is not None and self.counts is None:
             self._make_counts()
-        for mine, theirs in zip(self._per_row, other._per_row, strict=False):
-            mine.put(row, theirs.take(source, length))
-        self.last_tokens[row] = other.last_tokens[source]
-        self.lengths[row] = length
+        self._copy_row(row, other, source)
+        self.lengths[row] = other.lengths[source]
+        self.seen[row] = other.seen[source]
         if source in other._private:
             self._private[row] = other._private[source]
+
+    def _copy_row(self, row: int, other: "Lane", source: int) -> None:
+        length = int(other.lengths[source])
+        for mine, theirs in zip(self._per_row, other._per_row, strict=False):
+            if length or not isinstance(mine, KVLayer):
+                mine.put(row, theirs.take(source, length))
+            mx.eval(mine.arrays)
+        self.last_tokens[row] = other.last_tokens[source]
 
     def prefill(self, row: int, tokens: Sequence[int], *, last: bool) -> mx.array | None:
         """Run a chunk of one row's prompt; after the ``last`` chunk, its logits (1, V), else None."""
@@ -188,7 +245,7 @@ class Lane:
             cache = fresh[index] if fresh else private[len(states)]
             states.append(cache)
             caches.append(cache)
-        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self._kinds, caches))
+        hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self.kinds, caches))
         self.lengths[row] = end
         if not last:
             if states:
@@ -226,7 +283,7 @@ class Lane:
         masks = Masks(np.arange(longest, dtype=np.int32)[None], longest)
         caches = [PrefillView(layer, places, masks, 0, longest) for layer in self._layers if isinstance(layer, KVLayer)]
         assert len(caches) == len(self._layers)
-        hidden = self._loaded.hidden(tokens, whole(self._kinds, caches))
+        hidden = self._loaded.hidden(tokens, whole(self.kinds, caches))
         self.lengths[list(rows)] = lengths
         return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
@@ -241,6 +298,14 @@ class Lane:
             tokens = self.last_tokens[:count, None]
         width = tokens.shape[1]
         assert width <= DUMMY_SLOTS, width  # nor does a GPU check where it writes
+        caches = self.begin_decode(active, width)
+        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self.kinds, caches)))
+        self.end_decode(active, caches, width)
+        return logits
+
+    def begin_decode(self, active: Sequence[int], width: int) -> list[Any]:
+        """What model code sees of each layer in such a step."""
+        count = max(active) + 1
         steps = np.arange(width, dtype=np.int32)
         alive = np.zeros(count, bool)
         alive[list(active)] = True
@@ -261,12 +326,14 @@ class Lane:
                 cache = ArraysCache(len(layer.arrays))
                 cache.cache = [array[:count] for array in layer.arrays]
                 caches.append(cache)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self._kinds, caches)))
+        return caches
+
+    def end_decode(self, active: Sequence[int], caches: Sequence[Any], width: int) -> None:
+        """Keep what the step wrote."""
         for layer, cache in zip(self._layers, caches, strict=True):
             if isinstance(layer, StateLayer):
                 layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
         self.lengths[list(active)] += width
-        return logits
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a
@@ -274,6 +341,8 @@ class Lane:
         if not all(isinstance(layer, KVLayer) for layer in self._layers):
             self._private.pop(row, None)
             length = 0
+        self._wipe(row, length)
+        self.seen[row].back_to(length)
         self.lengths[row] = length
         return length
 

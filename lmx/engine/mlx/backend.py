@@ -21,8 +21,8 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
-from lmx.engine.mlx import adapter, device, kv_bytes, probe
-from lmx.engine.mlx.arena import Lane
+from lmx.engine.mlx import adapter, device, kv_bytes, probe, together
+from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
 from lmx.protocol import Load, Logprobs, Sampling
@@ -36,6 +36,11 @@ _CHUNK_TOKENS = (192, 2048)
 # The share of a prefill pass that may be padding. Four prompts of 85 tokens ran at 1.27 to 1.6 times the speed of one
 # (SmolLM2 and a llama of 8 × 512 on a CPU), so this much padding costs about as much as another pass.
 _PASS_PADDING_SHARE = 0.25
+# Freed buffers that MLX may keep, at most, and of the machine's memory: a step's temporaries are made again in the next
+# one, so that those must be kept (a chunk of 2,048 tokens has a few hundred MB); all else is for other processes.
+# Metal's own limit is nine tenths of the memory and more.
+_POOL_BYTES = 4 * 1024**3
+_POOL_SHARE = 1 / 16
 _DUMMY = Sampling(seed=0, temperature=0.0)
 
 
@@ -49,9 +54,12 @@ class MLXBackend:
         self._probe = probe.run(loaded, write, force_single=options.batching == "single")
         self._device = device.measure(loaded, self._probe.kinds, self._probe.write)
         self._device.words["write"] = write_words
+        apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
+        self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
         self._placement = Placement(loaded, self._probe, self.facts)
+        self._decodes_together = not apart
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
         """Of each lane's last step; good as long as the same sequences decode in the same rows."""
 
@@ -60,6 +68,7 @@ class MLXBackend:
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
         adapter.wire()
+        mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
         backend = cls(loaded, options)
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
@@ -101,24 +110,27 @@ class MLXBackend:
         self._assert_thread()
         self._placement.enter(sequence)
 
-    def free(self, sequence: Sequence, *, wipe: bool = False) -> None:
+    def free(self, sequence: Sequence) -> None:
         self._assert_thread()
-        self._placement.leave(sequence, wipe=wipe)
+        self._placement.leave(sequence)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "MLXLaunch":
         self._assert_thread()
         places = [self._placement[sequence] for sequence in decode]
         for place in places:
             self._placement.make_room(place, 1)
+        self._placement.settle()
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
-        touched: list[Lane] = []
+        decoding: list[tuple[Lane, list[Place]]] = []
         for lane in self._placement.lanes:
             members = [place for place in places if place.lane is lane]
             if members:
                 self._placement.compact(lane, members)
-                launch.add(self._decode(lane, members), [(place.row, place.sequence) for place in members])
-                touched.append(lane)
-        launch.begin = partial(self._begin, launch, touched, chunks)
+                decoding.append((lane, members))
+        for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
+            launch.add(self._decode(lane, members, logits), [(place.row, place.sequence) for place in members])
+            launch.watch(lane, [place.row for place in members])
+        launch.begin = partial(self._begin, launch, [lane for lane, _ in decoding], chunks)
         return launch
 
     def _begin(self, launch: "MLXLaunch", decoded: list[Lane], chunks: Seq[Chunk]) -> None:
@@ -137,7 +149,15 @@ class MLXBackend:
                 touched.append(lane)
         launch.compute([array for lane in touched for array in lane.arrays])
 
-    def _decode(self, lane: Lane, members: list[Place]) -> Drawn:
+    def _forward(self, decoding: list[tuple[Lane, list[Place]]]) -> list[mx.array]:
+        """One step of these rows of each lane; the logits of each, (B, V)."""
+        parts = [(lane, [place.row for place in members]) for lane, members in decoding]
+        if len(parts) > 1 and self._decodes_together:
+            return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
+        return [lane.decode(rows)[:, 0] for lane, rows in parts]
+
+    def _decode(self, lane: Lane, members: list[Place], logits: mx.array) -> Drawn:
+        """Draw the next token of each; ``logits``: of the lane's rows as far as they were computed."""
         count = max(place.row for place in members) + 1
         by_row: list[Sequence | None] = [None] * count
         for place in members:
@@ -151,12 +171,11 @@ class MLXBackend:
             penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
         ):
             lane.counts = None
-        # The draw fills the position after the one that this step computes.
+        # The draw fills the position after the one that was just computed.
         keys = [
-            draw_key(sequence.sampling.seed, int(lane.lengths[row]) + 1) if sequence else 0
+            draw_key(sequence.sampling.seed, int(lane.lengths[row])) if sequence else 0
             for row, sequence in enumerate(by_row)
         ]
-        logits = lane.decode([place.row for place in members])[:, 0]
         counts = [array[:count] for array in lane.counts.arrays] if lane.counts and batch.penalised else None
         drawn = batch.draw(logits, keys, counts)
         # Written into, never replaced by, the draw's own array: that one is read later and must not change.
@@ -184,6 +203,7 @@ class MLXBackend:
                 launch.add_ends(lane.written(rows[0]))
         if ending:
             launch.add(self._draw_first(lane, ending, mx.concatenate(logits)), list(enumerate(ending)))
+            launch.watch(lane, [self._placement[sequence].row for sequence in ending])
 
     def _draw_first(self, lane: Lane, sequences: Seq[Sequence], logits: mx.array) -> Drawn:
         """The tokens that follow what was just prefilled; ``logits``: (B, V)."""
@@ -228,6 +248,9 @@ class MLXBackend:
         logits = self._loaded.model(mx.zeros((1, 1), mx.int32), cache=caches)
         if not bool(mx.all(mx.isfinite(mx.max(logits))).item()):
             raise RuntimeError("the canary's logits are not finite: the device or the weights in memory are broken")
+        del caches, logits
+        if not len(self._placement):
+            mx.clear_cache()
 
     def memory(self) -> MemoryFacts:
         self._assert_thread()
@@ -252,11 +275,16 @@ class MLXLaunch:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
         self._ends: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
+        self._watched: list[tuple[Seen, int]] = []
         self.begin: Callable[[], None] | None = None
         """Has all of the step computed; not yet called."""
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
+
+    def watch(self, lane: Lane, rows: Seq[int]) -> None:
+        """The rows in their lane of what was added last: they are told when their draws are seen to be finite."""
+        self._watched += [(lane.seen[row], int(lane.lengths[row])) for row in rows]
 
     def add_ends(self, written: Seq[mx.array]) -> None:
         """What is there when a chunk without a draw is computed."""
@@ -285,8 +313,11 @@ class MLXLaunch:
         self.start()
         mx.eval(self._results())
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
+        for draw, (seen, length) in zip(found, self._watched, strict=True):
+            if not draw.bad:
+                seen.finite(length)
         # A finished launch must not keep its arrays alive.
-        self._draws, self._ends = [], []
+        self._draws, self._ends, self._watched = [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 

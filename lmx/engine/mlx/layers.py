@@ -22,7 +22,7 @@ DUMMY_SLOTS = 16
 
 def round_slots(tokens: int) -> int:
     """Slots to allocate for sequences of that many tokens."""
-    return -(-(tokens + DUMMY_SLOTS) // SLOT_QUANTUM) * SLOT_QUANTUM
+    return -(-tokens // SLOT_QUANTUM) * SLOT_QUANTUM + DUMMY_SLOTS
 
 
 class KVLayer:
@@ -40,33 +40,35 @@ class KVLayer:
     def arrays(self) -> list[mx.array]:
         return [self.keys, self.values]
 
-    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
-        """Copy the rows named in ``order`` to the front of new buffers."""
-        index = mx.array(list(order), dtype=mx.int32)
+    def resize(self, kept: Sequence[tuple[int, int]], rows: int, slots: int) -> None:
+        """New buffers; the rows named in ``kept``, each with its length, are copied to their front."""
 
         def moved(old: mx.array) -> mx.array:
             new = mx.zeros((rows, old.shape[1], slots, old.shape[3]), old.dtype)
-            if len(order):
-                kept = min(slots, old.shape[2]) - DUMMY_SLOTS
-                new[: len(order), :, :kept] = old[index, :, :kept]
+            for index, (row, length) in enumerate(kept):
+                if length:
+                    new[index : index + 1, :, :length] = old[row : row + 1, :, :length]
+            if any(length for _, length in kept):
+                # So that only this buffer is held twice. An empty one is not even made before it is used.
+                mx.eval(new)
             return new
 
-        self.keys, self.values = moved(self.keys), moved(self.values)
-
-    def move(self, source: int, target: int) -> None:
-        self.keys[target] = self.keys[source]
-        self.values[target] = self.values[source]
+        self.keys = moved(self.keys)
+        self.values = moved(self.values)
 
     def take(self, row: int, length: int) -> list[mx.array]:
-        return [array[row : row + 1, :, :length] for array in self.arrays]
+        """A copy of the row's first slots. Evaluated: a view of the buffer that waits in a graph would make the next
+        write into that buffer copy it as a whole (14 ms and 50 MB instead of 0.04 ms, for 40 tokens of 8 × 8,192)."""
+        return _copies([array[row : row + 1, :, :length] for array in self.arrays])
 
     def put(self, row: int, arrays: Sequence[mx.array]) -> None:
         length = arrays[0].shape[2]
         self.keys[row : row + 1, :, :length], self.values[row : row + 1, :, :length] = arrays
 
-    def wipe(self, row: int) -> None:
-        self.keys[row] = 0
-        self.values[row] = 0
+    def wipe(self, row: int, start: int, end: int) -> None:
+        if start < end:
+            self.keys[row, :, start:end] = 0
+            self.values[row, :, start:end] = 0
 
 
 class StateLayer:
@@ -75,31 +77,24 @@ class StateLayer:
     def __init__(self, kind: LayerKind, rows: int) -> None:
         self.arrays = [mx.zeros((rows, *s), d) for s, d in zip(kind.shapes, kind.dtypes, strict=True)]
 
-    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
-        index = mx.array(list(order), dtype=mx.int32)
+    def resize(self, kept: Sequence[tuple[int, int]], rows: int, slots: int) -> None:
+        index = mx.array([row for row, _ in kept], dtype=mx.int32)
 
         def moved(old: mx.array) -> mx.array:
             new = mx.zeros((rows, *old.shape[1:]), old.dtype)
-            if len(order):
-                new[: len(order)] = old[index]
+            if len(kept):
+                new[: len(kept)] = old[index]
             return new
 
         self.arrays = [moved(array) for array in self.arrays]
-
-    def move(self, source: int, target: int) -> None:
-        for array in self.arrays:
-            array[target] = array[source]
+        mx.eval(self.arrays)
 
     def take(self, row: int, length: int) -> list[mx.array]:
-        return [array[row : row + 1] for array in self.arrays]
+        return _copies([array[row : row + 1] for array in self.arrays])
 
     def put(self, row: int, arrays: Sequence[mx.array]) -> None:
         for mine, given in zip(self.arrays, arrays, strict=True):
             mine[row : row + 1] = given
-
-    def wipe(self, row: int) -> None:
-        for array in self.arrays:
-            array[row] = 0
 
 
 class OwnLayer:
@@ -113,20 +108,14 @@ class OwnLayer:
         state = [] if self.cache is None else tree_flatten(self.cache.state)
         return [array for _, array in state if isinstance(array, mx.array)]
 
-    def resize(self, order: Sequence[int], rows: int, slots: int) -> None:
+    def resize(self, kept: Sequence[tuple[int, int]], rows: int, slots: int) -> None:
         """mlx-lm's caches grow by themselves."""
-
-    def move(self, source: int, target: int) -> None:
-        raise AssertionError("a lane of such layers has one row")
 
     def take(self, row: int, length: int) -> list[Any]:
         return [self.cache]
 
     def put(self, row: int, arrays: Sequence[Any]) -> None:
         (self.cache,) = arrays
-
-    def wipe(self, row: int) -> None:
-        self.cache = None
 
 
 Layer = KVLayer | StateLayer | OwnLayer
@@ -137,6 +126,13 @@ def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
     if kind.kind == "kv":
         return KVLayer(kind, rows, slots)
     return StateLayer(kind, rows) if kind.kind == "state" else OwnLayer()
+
+
+def _copies(views: Sequence[mx.array]) -> list[mx.array]:
+    # Not ``mx.contiguous``, which gives a view of one row and one head back as it is.
+    copies = [mx.concatenate([view, view[:0]]) for view in views]
+    mx.eval(copies)
+    return copies
 
 
 class Slots:

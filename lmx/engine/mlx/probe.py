@@ -149,6 +149,7 @@ def _ragged(
         if step == _PARTIAL_STEPS:
             lane.move(rows[-1], lane.rows - 1)
             rows[-1] = lane.rows - 1
+            lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(_LENGTHS) + _STEPS)
         tokens = np.zeros((max(rows) + 1, 1), np.int32)
         tokens[rows, 0] = [row[step] for row in forced]
         logits = lane.decode(rows, mx.array(tokens))
