@@ -321,7 +321,7 @@ def test_a_row_that_turns_non_finite_fails_alone(backend, tmp_path):
         assert_nothing_held(client)
 
 
-def test_ten_thousand_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
+def test_thousands_of_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
     folder = build_model("llama", tmp_path / "model", num_hidden_layers=2, hidden_size=32)
     with engine(folder, max_rows=4, lookahead="on") as client:
         rng = np.random.default_rng(0)
@@ -346,8 +346,8 @@ def test_ten_thousand_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
             return client.idle_stats()
 
         for _ in range(5):
-            figures.append(churn(2000))
-        assert figures[-1].step >= 10_000
+            figures.append(churn(600))
+        assert figures[-1].step >= 3_000
         assert {stats.arena_bytes for stats in figures} == {0}
         active = [stats.mlx_active_bytes for stats in figures]
         arrays = [stats.live_arrays for stats in figures]

@@ -28,9 +28,7 @@ SAMPLINGS = {
     "greedy": GREEDY,
     "as the API's default": Sampling(3, temperature=1.0),
     "top-p": Sampling(3, temperature=0.8, top_k=40, top_p=0.9),
-    "min-p": Sampling(3, temperature=1.2, min_p=0.05),
-    "penalties": Sampling(3, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2),
-    "logprobs": Sampling(3, top_p=0.9, logprobs=3),
+    "all of them": Sampling(3, 1.2, 50, 0.9, 0.05, 1.3, 0.5, 0.2, logprobs=3),
     "greedy, bias and logprobs": Sampling(3, temperature=0.0, logit_bias={10: 1.0}, logprobs=0),
 }
 LOOPS = [

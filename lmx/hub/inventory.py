@@ -138,9 +138,12 @@ def _from_gguf(source: Path, cache_dir: Path, model_id: str, wanted: Wanted) -> 
     )
     path, size_bytes = source, facts.size_bytes
     if choice.backend == "mlx":
-        if facts.inexact:
-            logger.warning(backends.dequantizing_costs(source, facts))
-        path = weights_folder(source, words, cache_dir)
+        try:
+            path = weights_folder(source, words, cache_dir)
+        except ConversionNeeded:
+            if facts.inexact:
+                logger.warning(backends.dequantizing_costs(source, facts))
+            raise
         size_bytes = inspect_folder(path).size_bytes
     return ModelFolder(
         id=model_id,
