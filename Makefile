@@ -20,8 +20,8 @@ endif
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
 
-test: $(VENV)/installed-dev  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev  ## run the tests, two files at a time: most of a test's time is another process's
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with bounds checks
 	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
