@@ -20,7 +20,7 @@ QUESTIONS = (
     "Name three colors.", "What is the opposite of hot?", "Who are you?", "What is the capital of Germany?",
     "Write one sentence about the sea.", "What is water made of?", "What is a cat?", "Say hello in French.",
 )  # fmt: skip
-TOKENS = 12
+TOKENS = 16
 TOLERANCE = 0.05
 """Between log-probabilities above LIKELY: llama.cpp multiplies F16 by F16, with F16 KV; 0.028 was seen."""
 LIKELY = -8.0
