@@ -61,15 +61,14 @@ def test_nothing_is_left_of_a_step_that_was_waited_for(backend: Backend, beside:
     for other in decode:
         backend.start(other)
         other.tokens += [draw.token for draw in backend.launch([], [Chunk(other, 0, 9, last=True)]).wait()]
-    long = sequence(1, 3 * CHUNK)
+    long = sequence(1, 5 * CHUNK)
     backend.start(long)
-    # A ratio to the step's own time: what a wait that returns too early leaves is nearly all of it.
-    took_s, left_s = zip(
-        *(left_after(backend, decode, Chunk(long, i * CHUNK, CHUNK, False)) for i in range(2)), strict=True
-    )
-    assert sum(left_s) < 0.25 * sum(took_s), (took_s, left_s)
+    # A ratio to the step's own time: what a wait that returns too early leaves is nearly all of it, each time; what
+    # another process's turn on the cores adds, it adds now and then.
+    times = [left_after(backend, decode, Chunk(long, i * CHUNK, CHUNK, False)) for i in range(4)]
     for one in (long, *decode):
         backend.free(one)
+    assert min(left_s / took_s for took_s, left_s in times) < 0.25, times
 
 
 CANCELLED = (4, 7, 9)
