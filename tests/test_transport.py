@@ -283,7 +283,8 @@ def test_whatever_a_library_raises_is_an_error_of_that_request(
         await server.leased(1)
         streamed = b""
         while b"data: " not in streamed:
-            streamed += await other.receive_some(10_000_000)
-            assert streamed
+            piece = await other.receive_some(10_000_000)
+            assert piece, streamed
+            streamed += piece
 
     test(model_folder, monkeypatch)
