@@ -103,12 +103,12 @@ async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncI
         },
     )
     metrics = Metrics()
-    models = Models.load(settings, metrics)
+    models = Models(settings, metrics)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    started = Server(sock.getsockname()[1], models, trio.Event())
     async with trio.open_nursery() as engines:
         await engines.start(models.run)
+        started = Server(sock.getsockname()[1], models, trio.Event())
         async with trio.open_nursery() as nursery:
             app = create_app(models, settings, metrics)
 

@@ -77,15 +77,17 @@ def alone(folder, prompts, max_tokens):
     return answers
 
 
-def assert_greedy(folder, prompts, answers, within=0.05):
+def assert_greedy(folder, prompts, answers, within=0.05, never=()):
     """Every token has the largest logit, or one that is close, after what stands before it.
 
     For llama.cpp, whose KV is F16 and whose sums depend on the batch's shape: a near tie may fall either way (logits
-    have a spread of about 1.5).
+    have a spread of about 1.5). ``never``: tokens that were forbidden.
     """
     loaded = adapter.load(folder)
     for prompt, answer in zip(prompts, answers, strict=True):
         logits = loaded.model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        for token in never:
+            logits[:, token] = -mx.inf
         short = mx.max(logits, axis=-1) - mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
         assert float(mx.max(short)) <= within
 

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,16 +19,13 @@ from lmx import protocol
 from lmx.chat.model import ChatModel
 from lmx.config import Settings
 from lmx.errors import LmxError, ModelNotFound, ModelOverloaded
-from lmx.hub.backends import Wanted
 from lmx.hub.conversion import ConversionNeeded
-from lmx.hub.inventory import ModelFolder, find, resolve
+from lmx.hub.inventory import ModelFolder, find
 from lmx.serving.converter import run_converter
 from lmx.serving.engine import Engine
 from lmx.serving.metal import buffer_limits, chip_name
 from lmx.serving.metrics import Metrics
 from lmx.serving.readers import Readers
-
-Find = Callable[[str, Path, Wanted], ModelFolder]
 
 BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 
@@ -57,7 +53,7 @@ class Served:
 class Models:
     """All served models. ``run`` it in a nursery."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, served: Served | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.draining = False
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
@@ -65,20 +61,12 @@ class Models:
         self._all_settings = settings
         self._settings = settings.model
         self._metrics = metrics
-        self._served = served
+        self._served: Served | None = None
         self.readers = Readers(lambda: [served.folder.words for served in self.listing()])
         """Processes for large request bodies."""
         self._loading = trio.CancelScope()
         self.settled = trio.Event()
         """The model is there, or will never be."""
-
-    @classmethod
-    def load(cls, settings: Settings, metrics: Metrics) -> "Models":
-        """With the model's words read now, whatever must be made for it first. Blocking.
-
-        Raises ModelNotFound, ModelInvalid, ConfigError.
-        """
-        return cls(settings, metrics, _read(settings, metrics, resolve))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Find the model, have it converted if need be, and run its engine until cancelled. ``task_status`` is started
@@ -88,7 +76,7 @@ class Models:
         """
         try:
             with self._loading:
-                self._served = self._served or await self._load()
+                self._served = await self._load()
         finally:
             self.settled.set()
             self.presentable.set()
@@ -105,9 +93,7 @@ class Models:
         while True:
             try:
                 # Abandoned: what a thread reads harms nobody.
-                return await trio.to_thread.run_sync(
-                    _read, self._all_settings, self._metrics, find, abandon_on_cancel=True
-                )
+                return await trio.to_thread.run_sync(_read, self._all_settings, self._metrics, abandon_on_cancel=True)
             except ConversionNeeded as needed:
                 conversion = needed.conversion
             conversion.refuse_if_made(made)
@@ -163,11 +149,11 @@ class Models:
             served.engine.kill()
 
 
-def _read(settings: Settings, metrics: Metrics, find_model: Find) -> Served:
-    """The configured model, with what the server needs of it. Blocking."""
+def _read(settings: Settings, metrics: Metrics) -> Served:
+    """The configured model, with what the server needs of it. Blocking. Raises ConversionNeeded."""
     name = settings.model.default
     backend = settings.model.backends.get(name, settings.model.backend)
-    folder = find_model(name, settings.model.cache_path, backend)
+    folder = find(name, settings.model.cache_path, backend)
     logger.info("model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
     chat = ChatModel.load(folder.words)
     load = protocol.Load(

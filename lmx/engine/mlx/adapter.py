@@ -30,6 +30,7 @@ if shutil.which("g++") is None and not mx.metal.is_available():
 # privileges, so the call must not happen at all.
 _setrlimit, resource.setrlimit = resource.setrlimit, lambda *_: None
 try:
+    from mlx_lm.models.base import scaled_dot_product_attention
     from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
     from mlx_lm.utils import dequantize_model, load_model
 finally:
@@ -46,6 +47,7 @@ __all__ = [
     "make_prompt_cache",
     "parts",
     "refusal",
+    "scaled_dot_product_attention",
     "whole",
     "wire",
 ]

@@ -1,6 +1,6 @@
 """Gives MLX a fast BLAS on Linux, where its wheel carries a slow one.
 
-Measured, a float32 product of 1,024 × 1,024 on two cores: 8 GFLOP/s with the wheel's own, 225 with OpenBLAS. OpenBLAS
+Measured, a float32 product of 1,024 × 1,024 on two cores: 6 GFLOP/s with the wheel's own, 200 with OpenBLAS. OpenBLAS
 comes from the PyPI package scipy-openblas32, whose functions have prefixed names; ``lmx/_blas.c`` gives them the names
 that MLX imports. Both are put into the process's global scope, where the dynamic linker looks before it looks into
 MLX's own libraries, so ``load`` must be called before ``mlx.core`` is imported: by the engine's start, and by what runs

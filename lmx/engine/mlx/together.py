@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import base
 
-from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, whole
+from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, scaled_dot_product_attention, whole
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots
 from lmx.engine.mlx.views import DecodeView
 
-_ATTENTION = base.scaled_dot_product_attention
+_ATTENTION = scaled_dot_product_attention
 # As in ``probe``: other shapes round otherwise.
 _TOLERANCE = 0.05
 
