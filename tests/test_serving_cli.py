@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,11 @@ import pytest
 from tests.server import Server, serve
 
 ENDLESS = {"prompt": "on and on", "max_tokens": 1_000_000, "stream": True}
+
+
+def begun(lines: Iterator[str]) -> None:
+    """Wait until the engine answers: the comment before it only says that the request was read."""
+    next(line for line in lines if line.startswith("data:"))
 
 
 def test_it_says_where_it_listens_and_when_the_model_is_ready(null_server: Server) -> None:
@@ -43,7 +49,7 @@ def test_sigterm_lets_running_requests_finish(tiny_model: Path, tmp_path: Path) 
     with serve(tmp_path, "--model", str(tiny_model), null={"step_ms": 5}, stop=False) as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
-            next(lines)
+            begun(lines)
             server.process.send_signal(signal.SIGTERM)
             server.line("lmx: stopping")
             rest = [line for line in lines if line]
@@ -57,7 +63,7 @@ def test_after_drain_s_running_requests_end_with_a_clear_error(tiny_model: Path,
     with serve(tmp_path, "--model", str(tiny_model), settings=settings, null={"step_ms": 1}, stop=False) as server:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS) as response:
             lines = response.iter_lines()
-            next(lines)
+            begun(lines)
             server.process.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
             assert "The server is shutting down" in last
@@ -69,7 +75,7 @@ def test_a_second_signal_ends_at_once(tiny_model: Path, tmp_path: Path) -> None:
         serve(tmp_path, "--model", str(tiny_model), null={"step_ms": 1}, stop=False) as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS) as response,
     ):
-        next(response.iter_lines())
+        begun(response.iter_lines())
         server.process.send_signal(signal.SIGTERM)
         server.line("lmx: stopping")
         server.process.send_signal(signal.SIGTERM)
