@@ -90,6 +90,8 @@ class Load:
     """Layers on the GPU; -1: all."""
     threads: int = 0
     mmap: bool = True
+    words: str = ""
+    """The folder with the model's tokenizer.json, for grammars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,16 @@ class Submit:
     deadline_s: float | None = None
     """Seconds from receipt; the engine then gives the sequence up with ``Failed(code="timeout")``."""
     ignore_eos: bool = False
+    grammar: str = ""
+    """What the answer must match, for llguidance; "": anything. Where it can be complete, end tokens may follow."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end this answer, besides the model's own."""
+    min_tokens: int = 0
+    """No end token is drawn before so many tokens."""
+    prompt_logprobs: int = -1
+    """As ``Sampling.logprobs``, for the prompt's tokens but the first; answered by ``PromptLogprobs``."""
+    parent: int = -1
+    """A sequence submitted before with the same prompt, whose KV of it this one takes over; -1: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +199,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the prompt's tokens but the first, in their order; sent once, before the sequence's first token."""
+
+    seq: int
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Running:
     """The sequences whose forward passes are about to run; sent when the set changes, before the launch.
 
@@ -214,7 +234,7 @@ class Failed:
     seq: int
     code: str
     """"never_fits", "invalid_token" (the prompt), "invalid_request", "non_finite", "timeout", "model_invalid",
-    "out_of_memory" or "internal"."""
+    "out_of_memory", "grammar_invalid", "grammar_too_complex" or "internal"."""
     message: str
 
 
@@ -242,9 +262,22 @@ class Stats:
     """MLX arrays that Python still refers to: flat when nothing leaks."""
 
 
-Message = Load | Submit | Cancel | Canary | Shutdown | Ready | Step | Running | Freed | Failed | Stats
+Message = Load | Submit | Cancel | Canary | Shutdown | Ready | Step | PromptLogprobs | Running | Freed | Failed | Stats
 
-_CLASSES: tuple[type[Any], ...] = (Load, Submit, Cancel, Canary, Shutdown, Ready, Step, Running, Freed, Failed, Stats)
+_CLASSES: tuple[type[Any], ...] = (
+    Load,
+    Submit,
+    Cancel,
+    Canary,
+    Shutdown,
+    Ready,
+    Step,
+    PromptLogprobs,
+    Running,
+    Freed,
+    Failed,
+    Stats,
+)
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
 _NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Sampling, Tokens, Started, Logprobs)}
 
@@ -273,6 +306,9 @@ def _decode(body: bytes) -> Message:
         values[4] = tuple((seq, done) for seq, done in values[4])
     elif cls is Submit:
         values[3] = Sampling(*values[3])
+        values[9] = tuple(values[9])
+    elif cls is PromptLogprobs:
+        values[1] = tuple(Logprobs(d, tuple(i), tuple(p)) for d, i, p in values[1])
     elif cls is Load:
         values[2] = tuple(values[2])
     elif cls is Ready:

@@ -28,6 +28,11 @@ class GenerateRequest:
     deadline_s: float | None = None
     """Seconds from taking the lease, loading and queueing included."""
     ignore_eos: bool = False
+    grammar: str = ""
+    """This and the following as in ``protocol.Submit``."""
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    prompt_logprobs: int = -1
 
 
 @dataclass(frozen=True, slots=True)

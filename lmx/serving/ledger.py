@@ -262,6 +262,10 @@ class Ledger:
                     request.priority,
                     None if request.deadline_s is None else lease.deadline - now,
                     request.ignore_eos,
+                    request.grammar,
+                    request.stop_ids,
+                    request.min_tokens,
+                    request.prompt_logprobs,
                 )
             )
             lease.submitted = True
