@@ -11,6 +11,7 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lmx.chat.grammar import literal
@@ -223,8 +224,14 @@ class _Writer:
         return "(" + " | ".join(self._value(schema, definitions) for schema in schemas) + ")"
 
     def _json(self, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-        expression = "%json " + json.dumps({**schema, **definitions, "x-guidance": LAYOUT})
-        return self._rule("%json {}" if complaint(f"start: {expression}") else expression)
+        return self._rule(_json(json.dumps({**schema, **definitions, "x-guidance": LAYOUT})))
+
+
+@lru_cache(maxsize=1024)
+def _json(schema: str) -> str:
+    """The value as JSON: any, where the schema cannot be compiled."""
+    expression = f"%json {schema}"
+    return f"%json {json.dumps({'x-guidance': LAYOUT})}" if complaint(f"start: {expression}") else expression
 
 
 def _spelled_by_keywords(schema: Mapping[str, Any]) -> bool:
