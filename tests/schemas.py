@@ -53,7 +53,7 @@ CASES = [
             title="User",
             **CLOSED,
         ),
-        ({"name": "Ann", "age": 3}, {"name": "", "age": 1, "email": None}, {"name": "ü\n\"", "age": 1, "email": "x"}),
+        ({"name": "Ann", "age": 3}, {"name": "", "age": 1, "email": None}, {"name": 'ü\n"', "age": 1, "email": "x"}),
         ({"name": "Ann"}, {"name": "Ann", "age": 0}, {"name": "Ann", "age": 1, "x": 1}, {"name": 5, "age": 1}, []),
     ),
     Case("pydantic recursive model", TREE, ({"value": 1, "next": {"value": 2, "next": None}},), ({"next": None}, {})),
@@ -139,7 +139,10 @@ CASES = [
     ),
     Case(
         "pydantic uuid and url",
-        obj({"id": {"format": "uuid", "type": "string"}, "url": {"format": "uri", "minLength": 1, "type": "string"}}, "id"),
+        obj(
+            {"id": {"format": "uuid", "type": "string"}, "url": {"format": "uri", "minLength": 1, "type": "string"}},
+            "id",
+        ),
         ({"id": "123e4567-e89b-12d3-a456-426614174000", "url": "https://a.b/c?d=e"},),
         ({"id": "x"},),
     ),
@@ -227,14 +230,21 @@ CASES = [
         ("a.b@example.org",),
         ("a.b", "@", ""),
     ),
-    Case("zod intersection", {"allOf": [obj({"a": STR}, "a"), obj({"b": INT}, "b")]}, ({"a": "", "b": 1},), ({"a": ""},)),
+    Case(
+        "zod intersection", {"allOf": [obj({"a": STR}, "a"), obj({"b": INT}, "b")]}, ({"a": "", "b": 1},), ({"a": ""},)
+    ),
     Case(
         "zod tuple, draft-07",
         {"$schema": DRAFT7, "type": "array", "items": [STR, INT], "minItems": 2, "additionalItems": False},
         (["a", 1],),
         (["a"], ["a", 1, 2], [1, "a"]),
     ),
-    Case("zod lazy, draft-07", {"$schema": DRAFT7, **obj({"kids": {"type": "array", "items": {"$ref": "#"}}}, "kids")}, ({"kids": [{"kids": []}]},), ({"kids": [1]},)),
+    Case(
+        "zod lazy, draft-07",
+        {"$schema": DRAFT7, **obj({"kids": {"type": "array", "items": {"$ref": "#"}}}, "kids")},
+        ({"kids": [{"kids": []}]},),
+        ({"kids": [1]},),
+    ),
     # instructor, LangChain, OpenClaw, agents
     Case(
         "instructor with examples",
@@ -263,7 +273,11 @@ CASES = [
                 "pty": {"type": "boolean"},
             },
         },
-        ({"command": "ls"}, {"command": "ls", "timeout": 1.5, "env": {"A": "b"}, "pty": True}, {"command": "", "more": 1}),
+        (
+            {"command": "ls"},
+            {"command": "ls", "timeout": 1.5, "env": {"A": "b"}, "pty": True},
+            {"command": "", "more": 1},
+        ),
         ({}, {"command": "ls", "env": {"A": 1}}),
     ),
     Case("tool without properties", {"properties": {}, "type": "object"}, ({}, {"a": [None, {"b": 1.5}]}), ([], "x")),
@@ -283,7 +297,7 @@ CASES = [
             "edits",
             **CLOSED,
         ),
-        ({"path": "a", "edits": [{"oldText": "x", "newText": "</tool_call>\t\\ \"y\""}]},),
+        ({"path": "a", "edits": [{"oldText": "x", "newText": '</tool_call>\t\\ "y"'}]},),
         ({"path": "a", "edits": []},),
     ),
     Case(
@@ -298,13 +312,22 @@ CASES = [
         ([], [{"sku": "a-1"}]),
         ([{"sku": "A-1"}], [{"sku": "a-1"}] * 3),
     ),
-    Case("ref to a property", obj({"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}, "b"), ({"a": 1, "b": 2},), ({"b": "x"},)),
+    Case(
+        "ref to a property",
+        obj({"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}, "b"),
+        ({"a": 1, "b": 2},),
+        ({"b": "x"},),
+    ),
     Case(
         "ref by id and anchor",
         {
             "$id": "https://example.org/root.json",
             "$defs": {
-                "one": {"$id": "one.json", "type": "integer", "$defs": {"deep": {"$anchor": "deep", "type": "boolean"}}},
+                "one": {
+                    "$id": "one.json",
+                    "type": "integer",
+                    "$defs": {"deep": {"$anchor": "deep", "type": "boolean"}},
+                },
                 "two": {"$anchor": "two", "type": "string"},
             },
             **obj({"a": {"$ref": "one.json"}, "b": {"$ref": "#two"}, "c": {"$ref": "one.json#deep"}}, "a", "b", "c"),
@@ -314,7 +337,10 @@ CASES = [
     ),
     Case(
         "ref with escapes",
-        {"$defs": {"a/b": INT, "c~d": STR, "e%f": {"type": "null"}}, "anyOf": [{"$ref": "#/$defs/a~1b"}, {"$ref": "#/$defs/c~0d"}, {"$ref": "#/$defs/e%25f"}]},
+        {
+            "$defs": {"a/b": INT, "c~d": STR, "e%f": {"type": "null"}},
+            "anyOf": [{"$ref": "#/$defs/a~1b"}, {"$ref": "#/$defs/c~0d"}, {"$ref": "#/$defs/e%25f"}],
+        },
         (1, "x", None),
         (True, []),
     ),
@@ -325,7 +351,12 @@ CASES = [
                 "expression": {
                     "anyOf": [INT, {"$ref": "#/$defs/sum", "description": "nested"}],
                 },
-                "sum": obj({"left": {"$ref": "#/$defs/expression"}, "right": {"$ref": "#/$defs/expression"}}, "left", "right", **CLOSED),
+                "sum": obj(
+                    {"left": {"$ref": "#/$defs/expression"}, "right": {"$ref": "#/$defs/expression"}},
+                    "left",
+                    "right",
+                    **CLOSED,
+                ),
             },
             "$ref": "#/$defs/expression",
         },
@@ -335,7 +366,13 @@ CASES = [
     Case(
         "recursion and a constraint beside it",
         {
-            "$defs": {"node": {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/node", "maxProperties": 1}}}, **CLOSED}},
+            "$defs": {
+                "node": {
+                    "type": "object",
+                    "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/node", "maxProperties": 1}}},
+                    **CLOSED,
+                }
+            },
             "$ref": "#/$defs/node",
         },
         ({}, {"kids": [{}, {"kids": []}]}),
@@ -344,53 +381,177 @@ CASES = [
     # test-suite-like
     Case("true", True, (1, "x", None, {"a": [True]}, -2.5)),
     Case("empty", {}, (1, "x", None, {"a": [True]}, [[]])),
-    Case("string", STR, ("", "a\"\\\n\u00e9\U0001f600"), (1, None)),
+    Case("string", STR, ("", 'a"\\\n\u00e9\U0001f600'), (1, None)),
     Case("integer", INT, (0, -5, 9223372036854774784), (0.5, "1")),
     Case("number", {"type": "number"}, (0, -5.25, 1e-9, 123456789.5), ("1",)),
     Case("boolean", {"type": "boolean"}, (True, False), (0, "true")),
     Case("null", {"type": "null"}, (None,), (0, "null")),
     Case("several types", {"type": ["integer", "null", "array"], "minimum": 5, "maxItems": 0}, (5, None, []), (4, [1])),
-    Case("enum of everything", {"enum": [1, "1", None, True, 1.5, {"a": 1}, [1, "x"]]}, (1, "1", None, True, 1.5, {"a": 1}, [1, "x"]), (2, False, {}, [])),
+    Case(
+        "enum of everything",
+        {"enum": [1, "1", None, True, 1.5, {"a": 1}, [1, "x"]]},
+        (1, "1", None, True, 1.5, {"a": 1}, [1, "x"]),
+        (2, False, {}, []),
+    ),
     Case("enum within a type", {"type": "integer", "enum": [1, "a", 2.5, 3]}, (1, 3), ("a", 2.5)),
     Case("enum within bounds", {"enum": [1, 5, 9, "abc", "a"], "minimum": 4, "minLength": 2}, (5, 9, "abc"), (1, "a")),
     Case("enum within a pattern", {"enum": ["ab", "cd", "ae"], "pattern": "^a"}, ("ab", "ae"), ("cd",)),
-    Case("const object", {"const": {"a": [1, {"b": None}], "c": "x"}}, ({"a": [1, {"b": None}], "c": "x"},), ({"a": [1]},)),
-    Case("const with odd characters", {"const": "a\"b\\c\n\t/é😀"}, ("a\"b\\c\n\t/é😀",), ("a",)),
-    Case("number bounds", {"type": "number", "minimum": -1.5, "exclusiveMaximum": 2.25}, (-1.5, 0, 2.24), (-1.6, 2.25, 3)),
-    Case("exclusive bounds, draft 4", {"type": "integer", "minimum": 1, "exclusiveMinimum": True, "maximum": 9}, (2, 9), (1, 10)),
+    Case(
+        "const object",
+        {"const": {"a": [1, {"b": None}], "c": "x"}},
+        ({"a": [1, {"b": None}], "c": "x"},),
+        ({"a": [1]},),
+    ),
+    Case("const with odd characters", {"const": 'a"b\\c\n\t/é😀'}, ('a"b\\c\n\t/é😀',), ("a",)),
+    Case(
+        "number bounds", {"type": "number", "minimum": -1.5, "exclusiveMaximum": 2.25}, (-1.5, 0, 2.24), (-1.6, 2.25, 3)
+    ),
+    Case(
+        "exclusive bounds, draft 4",
+        {"type": "integer", "minimum": 1, "exclusiveMinimum": True, "maximum": 9},
+        (2, 9),
+        (1, 10),
+    ),
     Case("one-sided bounds", {"type": "integer", "minimum": 17}, (17, 123456789), (16, -17)),
     Case("multipleOf", {"type": "integer", "multipleOf": 5, "minimum": 1}, (5, 100), (0, 7)),
     Case("multipleOf a fraction", {"type": "number", "multipleOf": 0.25}, (0.25, -1.75, 3), (0.3,)),
     Case("unanchored pattern", {"type": "string", "pattern": "b+c"}, ("abbcd", "bc"), ("ac", "")),
     Case("ECMA brackets", {"type": "string", "pattern": r"^[[&&]+[^\]]$"}, ("[&x",), ("x", "[]")),
-    Case("pattern and lengths", {"type": "string", "pattern": "^[ab]*$", "minLength": 2, "maxLength": 3}, ("ab", "aab"), ("a", "abab", "xy")),
+    Case(
+        "pattern and lengths",
+        {"type": "string", "pattern": "^[ab]*$", "minLength": 2, "maxLength": 3},
+        ("ab", "aab"),
+        ("a", "abab", "xy"),
+    ),
     Case("two patterns", {"allOf": [{"type": "string", "pattern": "a"}, {"pattern": "b"}]}, ("ab", "bxa"), ("a", "b")),
     Case("array of arrays", {"type": "array", "items": {"type": "array", "items": INT}}, ([], [[1], []]), ([1],)),
-    Case("prefixItems and items", {"prefixItems": [INT], "items": STR, "type": "array"}, ([], [1], [1, "a", "b"]), (["a"], [1, 2])),
-    Case("contains", {"type": "array", "items": {"type": ["integer", "string"]}, "contains": INT}, ([1], [1, "a", 2]), ([], ["a"])),
-    Case("maxContains", {"type": "array", "items": {"enum": ["a", "b"]}, "contains": {"const": "a"}, "maxContains": 1}, (["a"], ["a", "b"]), (["b"], ["a", "a"])),
-    Case("unique constants", {"type": "array", "items": {"enum": ["a", "b", "c"]}, "uniqueItems": True}, ([], ["c", "a"]), (["a", "a"],)),
+    Case(
+        "prefixItems and items",
+        {"prefixItems": [INT], "items": STR, "type": "array"},
+        ([], [1], [1, "a", "b"]),
+        (["a"], [1, 2]),
+    ),
+    Case(
+        "contains",
+        {"type": "array", "items": {"type": ["integer", "string"]}, "contains": INT},
+        ([1], [1, "a", 2]),
+        ([], ["a"]),
+    ),
+    Case(
+        "maxContains",
+        {"type": "array", "items": {"enum": ["a", "b"]}, "contains": {"const": "a"}, "maxContains": 1},
+        (["a"], ["a", "b"]),
+        (["b"], ["a", "a"]),
+    ),
+    Case(
+        "unique constants",
+        {"type": "array", "items": {"enum": ["a", "b", "c"]}, "uniqueItems": True},
+        ([], ["c", "a"]),
+        (["a", "a"],),
+    ),
     Case("required without properties", {"type": "object", "required": ["a"]}, ({"a": 1},), ({}, {"b": 1})),
     Case("minProperties", {"type": "object", "minProperties": 2}, ({"a": 1, "b": 2},), ({}, {"a": 1})),
-    Case("minProperties of optional ones", obj({"a": INT, "b": INT}, minProperties=1, **CLOSED), ({"a": 1}, {"b": 1}, {"a": 1, "b": 2}), ({},)),
+    Case(
+        "minProperties of optional ones",
+        obj({"a": INT, "b": INT}, minProperties=1, **CLOSED),
+        ({"a": 1}, {"b": 1}, {"a": 1, "b": 2}),
+        ({},),
+    ),
     Case("minProperties, open", obj({"a": INT}, minProperties=1), ({"a": 1}, {"x": None}, {"a": 1, "x": 2}), ({},)),
-    Case("maxProperties of optional ones", obj({"a": INT, "b": INT, "c": INT}, maxProperties=2), ({}, {"a": 1, "c": 1}, {"b": 1, "x": 1}), ({"a": 1, "b": 1, "c": 1}, {"a": 1, "x": 1, "y": 1})),
-    Case("patternProperties beside properties", {"type": "object", "properties": {"xa": {"minimum": 5}}, "patternProperties": {"^x": INT}, **CLOSED}, ({"xa": 5, "xb": 1},), ({"xa": 1}, {"xb": "a"}, {"y": 1})),
-    Case("propertyNames by pattern", {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": INT}, ({"ab": 1},), ({"A": 1}, {"ab": "x"})),
-    Case("propertyNames by length", {"type": "object", "propertyNames": {"maxLength": 2}}, ({"ab": 1}, {}), ({"abc": 1},)),
-    Case("dependentRequired", obj({"card": INT, "address": STR}, dependentRequired={"card": ["address"]}, **CLOSED), ({}, {"address": ""}, {"card": 1, "address": ""}), ({"card": 1},)),
-    Case("dependencies, draft-07", {"$schema": DRAFT7, **obj({"a": INT, "b": INT}, dependencies={"a": ["b"], "b": {"properties": {"b": {"minimum": 5}}}}, **CLOSED)}, ({}, {"b": 5}, {"a": 1, "b": 6}), ({"a": 1}, {"b": 4})),
-    Case("if, then, else", {**obj({"country": {"enum": ["US", "NL"]}, "code": STR}, "country", "code", **CLOSED), "if": {"properties": {"country": {"const": "US"}}}, "then": {"properties": {"code": {"pattern": "^[0-9]{5}$"}}}, "else": {"properties": {"code": {"pattern": "^[A-Z]+$"}}}}, ({"country": "US", "code": "12345"}, {"country": "NL", "code": "AB"}), ({"country": "US", "code": "AB"}, {"country": "NL", "code": "12345"})),
-    Case("not a constant", {"type": "string", "not": {"enum": ["a", "abc", ""]}}, ("b", "ab", "abcd"), ("a", "abc", "")),
+    Case(
+        "maxProperties of optional ones",
+        obj({"a": INT, "b": INT, "c": INT}, maxProperties=2),
+        ({}, {"a": 1, "c": 1}, {"b": 1, "x": 1}),
+        ({"a": 1, "b": 1, "c": 1}, {"a": 1, "x": 1, "y": 1}),
+    ),
+    Case(
+        "patternProperties beside properties",
+        {"type": "object", "properties": {"xa": {"minimum": 5}}, "patternProperties": {"^x": INT}, **CLOSED},
+        ({"xa": 5, "xb": 1},),
+        ({"xa": 1}, {"xb": "a"}, {"y": 1}),
+    ),
+    Case(
+        "propertyNames by pattern",
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "additionalProperties": INT},
+        ({"ab": 1},),
+        ({"A": 1}, {"ab": "x"}),
+    ),
+    Case(
+        "propertyNames by length", {"type": "object", "propertyNames": {"maxLength": 2}}, ({"ab": 1}, {}), ({"abc": 1},)
+    ),
+    Case(
+        "dependentRequired",
+        obj({"card": INT, "address": STR}, dependentRequired={"card": ["address"]}, **CLOSED),
+        ({}, {"address": ""}, {"card": 1, "address": ""}),
+        ({"card": 1},),
+    ),
+    Case(
+        "dependencies, draft-07",
+        {
+            "$schema": DRAFT7,
+            **obj(
+                {"a": INT, "b": INT}, dependencies={"a": ["b"], "b": {"properties": {"b": {"minimum": 5}}}}, **CLOSED
+            ),
+        },
+        ({}, {"b": 5}, {"a": 1, "b": 6}),
+        ({"a": 1}, {"b": 4}),
+    ),
+    Case(
+        "if, then, else",
+        {
+            **obj({"country": {"enum": ["US", "NL"]}, "code": STR}, "country", "code", **CLOSED),
+            "if": {"properties": {"country": {"const": "US"}}},
+            "then": {"properties": {"code": {"pattern": "^[0-9]{5}$"}}},
+            "else": {"properties": {"code": {"pattern": "^[A-Z]+$"}}},
+        },
+        ({"country": "US", "code": "12345"}, {"country": "NL", "code": "AB"}),
+        ({"country": "US", "code": "AB"}, {"country": "NL", "code": "12345"}),
+    ),
+    Case(
+        "not a constant", {"type": "string", "not": {"enum": ["a", "abc", ""]}}, ("b", "ab", "abcd"), ("a", "abc", "")
+    ),
     Case("not a type", {"not": {"type": ["string", "object", "array"]}}, (1, None, True), ("a", {}, [])),
     Case("not required", {"type": "object", "not": {"required": ["a"]}}, ({}, {"b": 1}), ({"a": 1},)),
-    Case("oneOf required", {**obj({"a": INT, "b": INT}, **CLOSED), "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, ({"a": 1}, {"b": 1}), ({}, {"a": 1, "b": 1})),
-    Case("oneOf ranges", {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3}]}, (2, 6), (3, 4, 5)),
+    Case(
+        "oneOf required",
+        {**obj({"a": INT, "b": INT}, **CLOSED), "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        ({"a": 1}, {"b": 1}),
+        ({}, {"a": 1, "b": 1}),
+    ),
+    Case(
+        "oneOf ranges",
+        {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3}]},
+        (2, 6),
+        (3, 4, 5),
+    ),
     Case("oneOf types", {"oneOf": [STR, INT, {"type": "null"}]}, ("a", 1, None), (True, [])),
-    Case("anyOf within a type", {"type": "object", "properties": {"a": INT}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, ({"a": 1}, {"b": "x"}), ({},)),
-    Case("unevaluatedProperties", {"allOf": [obj({"a": INT}, "a")], "properties": {"b": STR}, "type": "object", "unevaluatedProperties": False}, ({"a": 1, "b": ""},), ({"a": 1, "c": 1},)),
-    Case("allOf of refs", {"$defs": {"base": obj({"id": INT}, "id")}, "allOf": [{"$ref": "#/$defs/base"}, {"properties": {"name": STR}, "required": ["name"]}]}, ({"id": 1, "name": "x"},), ({"id": 1}, {"name": "x"})),
+    Case(
+        "anyOf within a type",
+        {"type": "object", "properties": {"a": INT}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        ({"a": 1}, {"b": "x"}),
+        ({},),
+    ),
+    Case(
+        "unevaluatedProperties",
+        {"allOf": [obj({"a": INT}, "a")], "properties": {"b": STR}, "type": "object", "unevaluatedProperties": False},
+        ({"a": 1, "b": ""},),
+        ({"a": 1, "c": 1},),
+    ),
+    Case(
+        "allOf of refs",
+        {
+            "$defs": {"base": obj({"id": INT}, "id")},
+            "allOf": [{"$ref": "#/$defs/base"}, {"properties": {"name": STR}, "required": ["name"]}],
+        },
+        ({"id": 1, "name": "x"},),
+        ({"id": 1}, {"name": "x"}),
+    ),
     Case("boolean subschemas", obj({"a": True, "b": False}, "a"), ({"a": None},), ({"a": 1, "b": 1},)),
     Case("unknown keywords", {"type": "integer", "x-order": 1, "example": 5, "deprecated": True}, (1,), ("x",)),
-    Case("property names with quotes", obj({'a"b\\': INT, "c\n": STR, "😀": INT}, 'a"b\\', **CLOSED), ({'a"b\\': 1, "c\n": "x", "😀": 2},), ({"c\n": ""},)),
-]  # fmt: skip
+    Case(
+        "property names with quotes",
+        obj({'a"b\\': INT, "c\n": STR, "😀": INT}, 'a"b\\', **CLOSED),
+        ({'a"b\\': 1, "c\n": "x", "😀": 2},),
+        ({"c\n": ""},),
+    ),
+]
