@@ -443,7 +443,6 @@ def test_what_templates_write_is_read(
 
 # The grammars.
 
-ANY = Tool("any", {"type": "object"})
 SCHEMAS = [
     Tool("get", {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}),
     Tool(
@@ -488,8 +487,23 @@ SCHEMAS = [
         "open",
         {"type": "object", "patternProperties": {"^[a-c]{1,2}$": {"type": "boolean"}}, "additionalProperties": False},
     ),
+    Tool(
+        "choose",
+        {
+            "type": "object",
+            "properties": {
+                "list": {"enum": [[1], "a", {"b": None}]},
+                "none": {"const": None},
+                "day": {"type": "string", "format": "date"},
+                "never": False,
+                "self": {"$ref": "#/properties/none"},
+            },
+            "required": ["list", "none", "self"],
+        },
+    ),
+    Tool("either", {"anyOf": [{"required": ["a"]}, {"required": ["b"]}], "properties": {"a": {"type": "integer"}}}),
     Tool("now", {"type": "object", "properties": {}}),
-    ANY,
+    Tool("any", {"type": "object"}),
 ]
 SPECIAL = ["<|end|>", *sorted({m for form in HERE for m in form.markers} - {"<tool_call>", "</tool_call>"})]
 SPECIAL_IDS = {token: 256 + number for number, token in enumerate(SPECIAL)}
@@ -588,6 +602,19 @@ def test_what_templates_write_is_allowed(name: str, tokenizer: llguidance.LLToke
         for number in range(1, 4):
             text = write(calls[-number:]).replace("\\u00ef", "ï").replace("\\ud83d\\ude00", "😀")
             assert allows(made.deep_copy(), text, special) == (parallel or number == 1), text
+
+
+@pytest.mark.parametrize("form", HERE, ids=lambda form: form.name)
+def test_no_arguments_but_the_declared_are_written(form: Format, tokenizer: llguidance.LLTokenizer) -> None:
+    """Where the schema does not speak of others."""
+    chance = random.Random(3)
+    made = matcher(tokenizer, form, [TOOLS[0], TOOLS[3]], SPECIAL_IDS, False)
+    for _ in range(8):
+        ((name, passed),) = calls_of(read(form, [walk(made.deep_copy(), chance, 60)]))
+        assert passed.keys() <= ({"key"} if name == "get" else set())
+    any_one = Tool("get", {"type": "object", "properties": {}, "additionalProperties": {"type": "integer"}})
+    made = matcher(tokenizer, form, [any_one], SPECIAL_IDS, False)
+    assert any(calls_of(read(form, [walk(made.deep_copy(), chance, 60)]))[0][1] for _ in range(8))
 
 
 def test_a_schema_that_cannot_be_compiled_leaves_any_object(tokenizer: llguidance.LLTokenizer) -> None:
