@@ -32,6 +32,7 @@ from lmx.chat.tools.mistral import MISTRAL, MISTRAL_OLD
 from lmx.chat.tools.phi4 import FUNCTOOLS, PHI4
 from lmx.chat.tools.pythonic import LFM2, PYTHONIC
 from lmx.chat.tools.source import Broken, Source
+from lmx.chat.tools.tagged import APRIEL, NEMOTRON
 
 Call = tuple[str, dict[str, Any]]
 
@@ -90,6 +91,8 @@ WRITERS: dict[str, tuple[Format, Callable[[Sequence[Call]], str]]] = {
     "phi4": (PHI4, lambda calls: f"<|tool_call|>[{_objects(calls)}]<|/tool_call|>"),
     "phi4 without its tokens": (PHI4, lambda calls: f"functools[{_objects(calls)}]"),
     "functools": (FUNCTOOLS, lambda calls: f" functools[{_objects(calls)}]"),
+    "nemotron": (NEMOTRON, lambda calls: f"<TOOLCALL>[{_objects(calls)}]</TOOLCALL>"),
+    "apriel": (APRIEL, lambda calls: f"<tool_calls>[{_objects(calls)}]</tool_calls>"),
     "command_r": (COMMAND_R, _command_r),
     "command_r_old": (COMMAND_R_OLD, _command_r_old),
     "pythonic": (PYTHONIC, _python),
@@ -161,8 +164,11 @@ def test_calls_are_the_same_in_whatever_pieces_they_come(form: Format, write: Ca
     assert read(form, [text + "\n"]) == whole
 
 
-@writers
-def test_every_pair_of_cuts(form: Format, write: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["hermes", "llama3 with its token", "mistral with ids", "mistral_old", "command_r", "lfm2"]
+)
+def test_every_pair_of_cuts(name: str) -> None:
+    form, write = WRITERS[name]
     text = "A" + write([("get", {"key": "é\n"})]) + "B"
     whole = read(form, [text])
     assert content_of(whole).startswith("A")
@@ -663,6 +669,8 @@ DETECTED = {
         'formatted as functools[{"name": [function name], "arguments": [function arguments as JSON]}, ...]',
         [],
     ),
+    "nemotron": ('<TOOLCALL>[{{"name": "tool_name1", "arguments": "tool_args1"}}]</TOOLCALL>', []),
+    "apriel": ('in <tool_call></tool_call> XML tags:\\n<tool_calls>[{"name": <function-name>, "arguments": {}}]', []),
     "command_r": ('<|START_ACTION|>[{"tool_call_id": "{{ tool_idx }}", "tool_name": ', ["<|START_ACTION|>"]),
     "command_r_old": (
         "Write \\'Action:\\' followed by a json-formatted list of actions \"tool_name\": title of the tool",
@@ -694,7 +702,8 @@ def test_a_setting_decides() -> None:
         find("", {}, "hermes2")
 
 
-def test_names_are_unique() -> None:
+def test_every_format_is_found() -> None:
+    assert {form.name for form in HERE} == set(DETECTED)
     assert len({form.name for form in FORMATS}) == len(FORMATS)
     assert FORMATS[-1] is GENERIC
 
