@@ -47,7 +47,7 @@ class JsonFormat:
     after: Written = ("}",)
     """From its arguments to its end."""
     between: Written
-    """From there to the next call's name."""
+    """From there to the next call's name. ``closing`` must not begin with the same text: a lexer takes the longer."""
     closing: Written
     """Behind the last call."""
     triggers: tuple[str, ...] = ()
