@@ -429,7 +429,7 @@ arguments = st.dictionaries(
 
 
 @writers
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from([tool.name for tool in TOOLS]), arguments), min_size=1, max_size=3), st.data()
 )
@@ -571,7 +571,7 @@ def test_all_that_a_grammar_allows_is_read_as_calls(
     whole = matcher(tokenizer, form, SCHEMAS, special, True)
     schemas = {tool.name: tool.parameters for tool in SCHEMAS}
     called = set()
-    for _ in range(12):
+    for _ in range(8):
         made = whole.deep_copy()
         text = walk(made, chance, 400)
         events = read(form, [text], SCHEMAS)
