@@ -386,10 +386,10 @@ class StepLoop:
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
-        if token in sequence.stop_ids:
-            return True
-        # Of an answer that must match a grammar, an end is a part.
-        return token in self._eos and (not sequence.ignore_eos or sequence.constraint is not None)
+        """Whether the token ends the answer. Elsewhere than at its end a grammar may ask for such a token."""
+        if sequence.constraint:
+            return (token in self._eos or token in sequence.stop_ids) and sequence.constraint.accepting
+        return token in sequence.stop_ids or (token in self._eos and not sequence.ignore_eos)
 
     def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
         """What a step that was just read took, from done to done, and whether that says what such a step costs.
