@@ -89,8 +89,14 @@ class _Compiling:
 
 class StepLoop:
     def __init__(
-        self, link: Link, backend: Backend, options: Load, clock: Callable[[], float] = time.monotonic
+        self,
+        link: Link,
+        backend: Backend,
+        options: Load,
+        clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
+        """``grammars``: other than those of the model's own words."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -108,7 +114,7 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
-        self._grammars = Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
+        self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
         self._compiling: dict[int, _Compiling] = {}
         """Requests that wait for their grammar; the scheduler does not know them yet."""
