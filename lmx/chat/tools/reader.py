@@ -162,9 +162,8 @@ class CallReader:
 
     def _cut(self) -> None:
         source = self.source
-        unread = source.text[source.at :]
         source.at = len(source.text)
-        read = source.kept() + unread
+        read = source.kept()
         if self._open or self.between:  # half an escape, half a closing marker
             return
         self._say(read)
