@@ -12,6 +12,7 @@ from lmx.chat.tools.deepseek_v32 import DEEPSEEK_V4, DEEPSEEK_V32
 from lmx.chat.tools.generic import GENERIC
 from lmx.chat.tools.glm import GLM45, GLM47
 from lmx.chat.tools.granite import GRANITE
+from lmx.chat.tools.harmony import HARMONY
 from lmx.chat.tools.hermes import HERMES
 from lmx.chat.tools.llama3 import LLAMA3
 from lmx.chat.tools.minimax_m2 import MINIMAX_M2
@@ -21,6 +22,7 @@ from lmx.chat.tools.pythonic import LFM2, PYTHONIC
 from lmx.chat.tools.qwen3_coder import QWEN3_CODER
 
 FORMATS: tuple[Format, ...] = (
+    HARMONY,
     QWEN3_CODER,
     GLM47,
     GLM45,
