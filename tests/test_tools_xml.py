@@ -278,7 +278,7 @@ def test_the_grammar_takes_what_the_template_writes(form: MarkupFormat) -> None:
     text = block(form, ("write_file", arguments), ("now", {}))
     walker = Walker([])
     grammar = form.grammar(TOOLS, {}, parallel=True)
-    matcher = llguidance.LLMatcher(walker._tokenizer, f"start: calls\n{grammar.rules}")
+    matcher = llguidance.LLMatcher(walker.tokenizer, f"start: calls\n{grammar.rules}")
     rest = list(text.removeprefix(grammar.trigger).encode())
     assert matcher.validate_tokens(rest) == len(rest)
     matcher.consume_tokens(rest)

@@ -87,7 +87,7 @@ class Walker:
         self.eos_token_id = len(self.tokens) - 1
         self.bos_token_id = None
         self.special_token_ids = list(range(256, len(self.tokens)))
-        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self))
+        self.tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self))
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -95,9 +95,9 @@ class Walker:
     def walk(self, grammar: str, seed: int, liked: str, most: int = 1500) -> str | None:
         """Characters of ``liked`` are likelier. None: it did not end in ``most`` tokens."""
         draw = random.Random(seed)
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar)
+        matcher = llguidance.LLMatcher(self.tokenizer, grammar)
         assert not matcher.get_error(), matcher.get_error()
-        mask = allocate_token_bitmask(1, self._tokenizer.vocab_size)
+        mask = allocate_token_bitmask(1, self.tokenizer.vocab_size)
         wanted = {*liked.encode(), *self.special.values()}
         written: list[int] = []
         while not matcher.is_stopped():

@@ -1,7 +1,7 @@
 """A tool's parameters as the formats need them that write each for itself: which there are, and of which types.
 
 JSON schemas in, looked through ``$ref``, ``anyOf`` and the like; values as models write them in, JSON text out. Pure;
-``markup`` and ``gemma`` use it.
+``markup_parser``, ``markup_grammar`` and ``gemma`` use it.
 """
 
 import ast
@@ -19,9 +19,11 @@ _ANNOTATIONS: Final = frozenset(("type", "title", "description", "default", "exa
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of one tool."""
+    """The parameters of one tool, or the properties of an object among them."""
 
     schema: Schema
+    root: Schema | None = None
+    """Where its references lead, if that is not itself."""
 
     @cached_property
     def properties(self) -> Mapping[str, Schema]:
@@ -63,7 +65,7 @@ class Parameters:
                 return schema
             if not reference.startswith("#"):
                 return {}
-            target: Any = self.schema
+            target: Any = self.schema if self.root is None else self.root
             for key in filter(None, reference[1:].split("/")):
                 key = key.replace("~1", "/").replace("~0", "~")
                 target = target.get(key) if isinstance(target, Mapping) else None
@@ -115,7 +117,8 @@ class Parameters:
         if '"$ref"' not in json.dumps(schema):
             return schema
         own: dict[str, Any] = _moved(schema)
-        own["$defs"] = {**_mapping(own.get("$defs")), "tool": _moved(self.schema)}
+        root = self.schema if self.root is None else self.root
+        own["$defs"] = {**_mapping(own.get("$defs")), "tool": _moved(root)}
         return own
 
     def _parts(self, schema: Any, depth: int = _DEPTH) -> Iterator[Schema]:
