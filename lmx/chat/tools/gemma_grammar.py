@@ -10,7 +10,7 @@ from typing import Any
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, json_value, plain, string_body
+from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, string_body
 from lmx.chat.tools.parameters import TYPES, Parameters, Schema
 
 AFTER = r"[ \t\r\n]{0,8}[,}\]]"
@@ -110,7 +110,7 @@ class _Rules:
         elif types == {"array"}:
             yield self._array(own, branch, name)
         elif types == {"string"}:
-            yield self._string(string_body(branch))
+            yield self._string(branch)
         else:
             for kind in sorted(types):
                 yield from (
@@ -130,12 +130,13 @@ class _Rules:
         self._rules[name] = f'{empty}"[" {name}_i ("," {name}_i){more} "]"'
         return name
 
-    def _string(self, body: str | None) -> str:
+    def _string(self, schema: Schema) -> str:
+        body = string_body(schema)
         quote = plain(self._quote_text)
         text = f"({body or f'/{ANY}/'}) & ~/{ANY}"
         if self._quote_text in self._special:
             lexeme = self._lexeme(f"{text}{quote}{AFTER}{ANY}/")
-            return f"{self._quote} {lexeme}{'' if body else '?'} {self._quote}"
+            return f"{self._quote} {lexeme}{'?' if may_be_empty(schema) else ''} {self._quote}"
         # The lexeme ends as soon as it may, with the quote.
         lexeme = self._lexeme(f"({text}{quote}{ANY}/) /{quote}/" if body else f"/{ANY}{quote}/")
         lazy = f"call_{lexeme.lower()}"
@@ -156,7 +157,7 @@ class _Rules:
             self._rules["call_key"] = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
             scalar = json_value({"type": ["number", "boolean", "null"]})
             self._rules["call_any"] = (
-                f'{self._string(None)} | {scalar} | "[]" | "[" call_any ("," call_any)* "]" | "{{}}"'
+                f'{self._string({})} | {scalar} | "[]" | "[" call_any ("," call_any)* "]" | "{{}}"'
                 ' | "{" call_key ":" call_any ("," call_key ":" call_any)* "}"'
             )
         return "call_any"

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from lmx.chat.schema import LAYOUT, complaint
@@ -11,9 +12,18 @@ ANY = r"(.|\n)*"
 
 
 def json_value(schema: Mapping[str, Any]) -> str:
-    """The Lark expression of any JSON value that matches ``schema``; of any JSON where llguidance cannot say it."""
-    expression = "%json " + json.dumps({**schema, "x-guidance": LAYOUT})
-    return "%json " + json.dumps({"x-guidance": LAYOUT}) if complaint(f"start: {expression}") else expression
+    """The Lark expression of any JSON value that matches ``schema``; of its type where llguidance cannot say more."""
+    return _json_value(json.dumps(schema))
+
+
+@lru_cache(maxsize=4096)
+def _json_value(schema: str) -> str:
+    read = json.loads(schema)
+    for allowed in (read, {"type": read["type"]} if "type" in read else {}):
+        expression = "%json " + json.dumps({**allowed, "x-guidance": LAYOUT})
+        if not complaint(f"start: {expression}"):
+            break
+    return expression
 
 
 def plain(text: str) -> str:
@@ -34,11 +44,24 @@ def string_body(schema: Mapping[str, Any]) -> str | None:
         end = "" if pattern.endswith("$") and not pattern.endswith(r"\$") else ANY
         inner = pattern.removeprefix("^").removesuffix("" if end else "$")
         expression = f"/{begin}({_slashes(inner)}){end}/"
-        if inner and not complaint(f"start: T\nT: {expression}"):
+        if inner and _is_terminal(expression):
             parts.append(expression)
     if least or most is not None:
         parts.append(rf"/(.|\n){{{int(least or 0)},{'' if most is None else int(most)}}}/")
     return " & ".join(parts) or None
+
+
+def may_be_empty(schema: Mapping[str, Any]) -> bool:
+    """Whether the empty string is one of those."""
+    try:
+        return not schema.get("minLength") and bool(re.search(schema.get("pattern") or "", ""))
+    except (re.error, TypeError, RecursionError):
+        return False
+
+
+@lru_cache(maxsize=1024)
+def _is_terminal(expression: str) -> bool:
+    return not complaint(f"start: T\nT: {expression}")
 
 
 def _slashes(pattern: str) -> str:

@@ -8,10 +8,11 @@ ends at the first of them (``lazy``), unless the markers are special tokens, whi
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, json_value, plain, string_body
+from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, string_body
 from lmx.chat.tools.markup_parser import SPACE, Markup
 from lmx.chat.tools.parameters import Parameters, Schema, unconstrained
 
@@ -22,6 +23,19 @@ _OTHER = "[A-Za-z_][A-Za-z0-9_.-]{0,63}"
 def markup_calls(markup: Markup, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> str:
     """The rules of a block of calls, after the marker that begins it."""
     return "\n".join(_Rules(markup, special).block(tools, parallel=parallel))
+
+
+class _Ways(NamedTuple):
+    """How a value may be written."""
+
+    strings: list[str]
+    """Literally one of these,"""
+    json: Schema | None
+    """as JSON of this schema,"""
+    text: str | None = None
+    """as text of this terminal expression; empty: any text."""
+    empty: bool = False
+    """The text may be empty."""
 
 
 class _Rules:
@@ -105,21 +119,21 @@ class _Rules:
         follow += [self._literal(markup.gap + markup.call_end)] if end else []
         closed = f"{self._literal(line + markup.parameter_end)} ({' | '.join(follow)})"
 
-        strings, others, text = _split(parameters, schema, typed=markup.typed is not None)
+        split = _ways(parameters, schema, typed=markup.typed is not None)
         ways = []
-        if strings:
-            ways.append(f"{opened} ({' | '.join(json.dumps(string) for string in strings)}) {closed}")
-        if others is not None:
-            ways.append(f"{opened_other} {json_value(parameters.rooted(others))} {closed}")
-        if text is not None:
-            ways += [f"{opened} {way}" for way in self._text(text, more, follow, end=end, earlier=earlier)]
+        if split.strings:
+            ways.append(f"{opened} ({' | '.join(map(json.dumps, split.strings))}) {closed}")
+        if split.json is not None:
+            ways.append(f"{opened_other} {json_value(parameters.rooted(split.json))} {closed}")
+        if split.text is not None:
+            ways += [f"{opened} {way}" for way in self._text(split, more, follow, end=end, earlier=earlier)]
         return f"{key} ({' | '.join(ways)})"
 
     def _text(
-        self, body: str, more: str, follow: Sequence[str], *, end: bool, earlier: Sequence[str] | None
+        self, split: _Ways, more: str, follow: Sequence[str], *, end: bool, earlier: Sequence[str] | None
     ) -> Iterator[str]:
-        """A string of the terminal expression ``body`` (empty: any), what closes it, and what follows."""
-        markup = self._markup
+        """A string as text, what closes it, and what follows."""
+        markup, body = self._markup, split.text
         line = r"\n" if markup.newlines and body else ""
         if self._head is not None:
             free = f"~/{ANY}({self._more}|{self._end}){ANY}/"
@@ -127,7 +141,7 @@ class _Rules:
             inner = f"({body} & {free})" if body else f"(/{ANY}/ & {free})"
             lexeme = self._lexeme(f"{inner} /{head}/" if head else inner, terminal=True)
             rest = self._literal(markup.parameter_end[len(self._head) :])
-            yield f"{lexeme}{'' if head or body else '?'} {rest} ({' | '.join(follow)})"
+            yield f"{lexeme}{'?' if split.empty and not head else ''} {rest} ({' | '.join(follow)})"
             return
         for marker, other, goes_on in ((self._more, self._end, more), (self._end, self._more, "" if end else None)):
             if goes_on is None or (marker == self._more and not more):
@@ -162,18 +176,18 @@ class _Rules:
         return lazy.removesuffix("[lazy]")
 
 
-def _split(parameters: Parameters, schema: Schema, *, typed: bool) -> tuple[list[str], Schema | None, str | None]:
-    """How a value may be written: literally one of these, as JSON of this schema, as text of this expression.
+def _ways(parameters: Parameters, schema: Schema, *, typed: bool) -> _Ways:
+    """How a value of ``schema`` may be written.
 
     Text that looks like another type is read as that (``parameters.value``), unless the markup says which it is. So it
     must not look like one of which not every value will do; of the others it is just one more way to write them.
     """
     if "string" not in parameters.types(schema):
-        return [], schema, None
+        return _Ways([], schema)
     strings: list[str] = []
     others: list[Schema] = []
     texts: list[str] = []
-    any_text = False
+    any_text = empty = False
     for branch in parameters.branches(schema):
         types = parameters.types(branch)
         values = [branch["const"]] if "const" in branch else branch.get("enum")
@@ -185,6 +199,7 @@ def _split(parameters: Parameters, schema: Schema, *, typed: bool) -> tuple[list
             body = string_body(branch)
             any_text = any_text or body is None
             texts += [f"({body})"] if body else []
+            empty = empty or may_be_empty(branch)
         elif "string" in types:
             any_text = True
             others.append({"type": sorted(types - {"string"})})
@@ -204,7 +219,8 @@ def _split(parameters: Parameters, schema: Schema, *, typed: bool) -> tuple[list
         elif not any_text:
             others += simple
     if texts:
-        texts += [f"/{plain(string)}/" for string in strings]
+        texts += [f"/{plain(string)}/" for string in strings if string]
+        empty = empty or "" in strings
         strings = []
     body = " | ".join(texts) if any_text or texts else None
     if body is not None and others and not typed:
@@ -212,7 +228,7 @@ def _split(parameters: Parameters, schema: Schema, *, typed: bool) -> tuple[list
         allowed = rf"/[ \t\r\n]*([^ \t\r\n{plain(''.join(sorted(first)))}]{ANY})?/"
         body = f"({body}) & {allowed}" if body else allowed
     union = None if not others else others[0] if len(others) == 1 else {"anyOf": others}
-    return list(dict.fromkeys(strings)), union, body
+    return _Ways(list(dict.fromkeys(strings)), union, body, empty or any_text)
 
 
 _WORDS = {

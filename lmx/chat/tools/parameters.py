@@ -85,6 +85,8 @@ class Parameters:
         elif isinstance(schema.get("type"), list):
             for name in schema["type"]:
                 yield {**schema, "type": name}
+        elif schema.get("type") == "string" and (schema.get("pattern") == "^$" or schema.get("maxLength") == 0):
+            yield {"const": ""}
         else:
             yield schema
         if schema.get("nullable") is True:
