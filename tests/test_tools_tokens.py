@@ -130,9 +130,10 @@ def test_calls_after_text(form: Format) -> None:
         "tags": ["x", "}, y:"],
         "extra": {"size": -1.5e3, "deep": [[], ["end"]]},
     }
-    text = "Let me write it.\n" + write(form, ("write_file", arguments), ("now", {}), ("write_file", arguments)) + "\n"
+    other = {"content": "", "path": "b"}
+    text = "Let me write it.\n" + write(form, ("write_file", arguments), ("now", {}), ("write_file", other)) + "\n"
     events = every_way(form, text)
-    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", arguments)]
+    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", other)]
     assert content(events) == "Let me write it."
     assert not [event for event in events if isinstance(event, Malformed)]
 
@@ -140,7 +141,7 @@ def test_calls_after_text(form: Format) -> None:
 @all_formats
 def test_strings_may_hold_the_markers(form: Format) -> None:
     everything = "a ".join(form.markers) + "\n" + "\n```".join(reversed(form.markers)) + " }"
-    arguments = {"path": everything, "content": everything, "tags": [everything, everything]}
+    arguments = {"path": "a", "content": everything, "tags": ["b", everything]}
     events = every_way(form, write(form, ("write_file", arguments)))
     assert whole_calls(events) == [("write_file", arguments)]
     assert content(events) == ""
@@ -229,7 +230,7 @@ def test_gemmas_notation(form: Format, written: str, arguments: object) -> None:
 def test_what_the_grammar_lets_through_is_read_as_valid_calls(form: Format, parallel: bool, tokens: bool) -> None:
     walker = Walker(form.markers if tokens else [])
     likes = ["".join(form.markers), '{}[]",:aet', "}"]
-    check_walks(form, STRUCTURED, walker, parallel=parallel, seeds=range(9), likes=likes)
+    check_walks(form, STRUCTURED, walker, parallel=parallel, seeds=range(6), likes=likes)
 
 
 @all_formats
@@ -252,7 +253,7 @@ def test_the_grammar_takes_what_the_template_writes(form: Format) -> None:
 
 
 @all_formats
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_what_the_template_writes_is_read_again(form: Format, data: st.DataObject) -> None:
     fragments = st.sampled_from([*form.markers[:-1], form.markers[-1][:-1], "{", '"', "\\", "\n", "<", "null"])

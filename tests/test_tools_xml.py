@@ -112,11 +112,10 @@ def test_calls_after_text_leave_as_json(form: MarkupFormat) -> None:
         "note": None,
         "extra": {"size": 1.5},
     }
-    text = (
-        "Let me write it.\n\n" + block(form, ("write_file", arguments), ("now", {}), ("write_file", arguments)) + "\n"
-    )
+    other = {"content": "", "path": "b"}
+    text = "Let me write it.\n\n" + block(form, ("write_file", arguments), ("now", {}), ("write_file", other)) + "\n"
     events = every_way(form, text)
-    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", arguments)]
+    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", other)]
     assert content(events) == "Let me write it."
     assert not [event for event in events if isinstance(event, Malformed)]
 
@@ -131,7 +130,7 @@ def test_strings_may_hold_the_markup(form: MarkupFormat) -> None:
     goes_on = "|".join(map(re.escape, filter(None, (form.markup.key[0], form.markup.call_end))))
     everything = re.sub(rf"({re.escape(form.markup.parameter_end)})\s*({goes_on})", r"\1.\2", everything)
     assert form.markup.parameter_end in everything
-    arguments = {"path": everything, "content": everything, "tags": [everything]}
+    arguments = {"path": "p", "content": everything}
     events = every_way(form, block(form, ("write_file", arguments)))
     assert whole_calls(events) == [("write_file", arguments)]
     assert content(events) == ""
@@ -159,6 +158,13 @@ def test_what_is_no_call_is_content(form: MarkupFormat) -> None:
         assert not calls(events)
 
 
+def test_qwen_forgets_what_opens_a_call() -> None:
+    call = block(QWEN3_CODER, ("now", {})).removeprefix("<tool_call>\n")
+    events = every_way(QWEN3_CODER, f"Now.\n{call} <function=now> and <function=delete></function>")
+    assert whole_calls(events) == [("now", {})]
+    assert content(events) == "Now. <function=now> and <function=delete></function>"
+
+
 @all_formats
 def test_a_call_that_is_cut_has_no_end(form: MarkupFormat) -> None:
     text = block(form, ("write_file", {"path": "ab", "content": "cd"}))
@@ -178,7 +184,7 @@ def test_a_call_that_is_cut_has_no_end(form: MarkupFormat) -> None:
 
 @all_formats
 def test_a_long_string_streams(form: MarkupFormat) -> None:
-    text = block(form, ("write_file", {"path": "a", "content": "word < " * 3_000}))
+    text = block(form, ("write_file", {"path": "a", "content": "word < " * 500}))
     parser = form.parser(TOOLS)
     told = [bool(parser.feed(text[at : at + 5])) for at in range(0, len(text), 5)]
     silent = "".join("x" if piece else " " for piece in told).strip().split("x")
@@ -209,7 +215,6 @@ def test_a_long_string_streams(form: MarkupFormat) -> None:
         ({}, '{"a": 1}', {"a": 1}),
         ({}, "plain", "plain"),
         ({"type": "number"}, "NaN", "NaN"),
-        ({"type": "number"}, "9" * 5000, "9" * 5000),
         ({"$ref": "#/$defs/Loop"}, "x", "x"),
     ],
 )
@@ -221,6 +226,12 @@ def test_values_are_typed_by_the_schema(schema: dict[str, Any], text: str, value
     }
     call = f"<tool_call>\n<function=f>\n<parameter=v>\n{text}\n</parameter>\n</function>\n</tool_call>"
     assert whole_calls(every_way(QWEN3_CODER, call, [Tool("f", parameters)])) == [("f", {"v": value})]
+
+
+def test_a_number_that_python_does_not_read_is_a_string() -> None:
+    digits = "9" * 5000
+    (call,) = calls(read(QWEN3_CODER.parser(TOOLS), [block(QWEN3_CODER, ("write_file", {"mode": digits}))]))
+    assert json.loads(call.arguments) == {"mode": digits}
 
 
 STRUCTURED = [
@@ -267,7 +278,7 @@ SPECIAL = {
 def test_what_the_grammar_lets_through_is_read_as_valid_calls(form: MarkupFormat, parallel: bool, tokens: bool) -> None:
     walker = Walker(SPECIAL.get(form.name, ["<tool_call>", "</tool_call>"]) if tokens else [])
     likes = ["".join(form.markers), "</>parmetfuncio=\n"]
-    check_walks(form, STRUCTURED, walker, parallel=parallel, seeds=range(5), likes=likes)
+    check_walks(form, STRUCTURED, walker, parallel=parallel, seeds=range(4), likes=likes)
 
 
 @all_formats
@@ -293,7 +304,7 @@ strings = st.lists(fragments | st.text(max_size=4), max_size=8).map("".join)
 
 
 @all_formats
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_what_the_template_writes_is_read_again(form: MarkupFormat, data: st.DataObject) -> None:
     one = st.fixed_dictionaries(

@@ -57,7 +57,7 @@ class _Reading:
 
     def __init__(self, form: _Gemma, tools: Sequence[Tool]) -> None:
         self._form = form
-        self._tools = {tool.name: Parameters(tool.parameters) for tool in tools}
+        self._tools = {tool.name: Parameters.of(tool.parameters) for tool in tools}
         self._string_end = regex.compile(f"{regex.escape(form.quote)}(?={AFTER})")
 
     def read(self, reader: CallReader, trigger: str) -> Steps[None]:

@@ -10,11 +10,14 @@ from typing import Any
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, string_body
+from lmx.chat.tools.lark import ANY, count, json_value, may_be_empty, plain, string_body
 from lmx.chat.tools.parameters import TYPES, Parameters, Schema
 
 AFTER = r"[ \t\r\n]{0,8}[,}\]]"
 """What follows a string: only before that is the token that ends one an end."""
+
+_MOST_RULES = 5000
+"""Schemas can be written that unfold without end; from here on, values are of any kind."""
 
 
 def gemma_calls(
@@ -37,7 +40,7 @@ class _Rules:
         yield "calls: call" + (f" ({self._begin} call)*" if parallel else "")
         yield "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))
         for number, tool in enumerate(tools):
-            arguments = self._object(Parameters(tool.parameters), f"call_{number}_arguments")
+            arguments = self._object(Parameters.of(tool.parameters), f"call_{number}_arguments")
             yield f"call_{number}: {json.dumps(f'call:{tool.name}')} {arguments} {self._end}"
         yield from (f"{name}: {rule}" for name, rule in self._rules.items())
 
@@ -46,20 +49,14 @@ class _Rules:
         properties = sorted(own.properties.items(), key=lambda item: item[0].lower())
         if not properties:
             return self._map(own, name)
-        needed = [key in own.required for key, _ in properties]
-
-        def ways(place: int, lead: str) -> str:
-            """From the property at ``place`` or one that may follow, to the end."""
-            stop = next((later for later in range(place, len(needed)) if needed[later]), len(needed) - 1)
-            found = [
-                f"{json.dumps(f'{lead}{properties[later][0]}:')} {name}_{later} {name}_r{later + 1}"
-                for later in range(place, stop + 1)
-            ]
-            return " | ".join(found if any(needed[place:]) else [*found, '"}"'])
-
-        self._rules[name] = f'"{{" ({ways(0, "")})'
-        for place in range(1, len(properties) + 1):
-            self._rules[f"{name}_r{place}"] = ways(place, ",")
+        self._rules[name] = f'"{{" {name}_f0'
+        # One way through while nothing is written yet, one behind commas; both end where nothing more is required.
+        for way, lead in (("f", ""), ("r", ",")):
+            for place, (key, _) in enumerate(properties):
+                given = f"{json.dumps(f'{lead}{key}:')} {name}_{place} {name}_r{place + 1}"
+                skipped = "" if key in own.required else f" | {name}_{way}{place + 1}"
+                self._rules[f"{name}_{way}{place}"] = given + skipped
+            self._rules[f"{name}_{way}{len(properties)}"] = '"}"'
         for place, (_, schema) in enumerate(properties):
             self._rules[f"{name}_{place}"] = self._value(own, schema, f"{name}_{place}")
         return name
@@ -88,6 +85,8 @@ class _Rules:
         text = json.dumps(schema, sort_keys=True)
         if text in self._known and '"$ref"' in text:
             return self._known[text]
+        if len(self._rules) > _MOST_RULES:
+            return self._any()
         self._known[text] = name
         ways = [
             way
@@ -122,10 +121,11 @@ class _Rules:
     def _array(self, own: Parameters, branch: Schema, name: str) -> str:
         items = branch.get("items", {})
         self._rules[f"{name}_i"] = self._value(own, items if isinstance(items, Mapping) else {}, f"{name}_i")
-        least, most = int(branch.get("minItems") or 0), branch.get("maxItems")
+        least, most = (count(branch.get(key)) for key in ("minItems", "maxItems"))
+        least = least or 0
         if most == 0:
             return '"[]"'
-        more = f"{{{max(least - 1, 0)},{'' if most is None else max(int(most) - 1, 0)}}}"
+        more = f"{{{max(least - 1, 0)},{'' if most is None else max(most - 1, 0)}}}"
         empty = '"[]" | ' if not least else ""
         self._rules[name] = f'{empty}"[" {name}_i ("," {name}_i){more} "]"'
         return name

@@ -37,7 +37,7 @@ def string_body(schema: Mapping[str, Any]) -> str | None:
     None: any. A pattern that llguidance cannot say is left out, as are formats.
     """
     parts = []
-    pattern, least, most = (schema.get(key) for key in ("pattern", "minLength", "maxLength"))
+    pattern, least, most = schema.get("pattern"), count(schema.get("minLength")), count(schema.get("maxLength"))
     if isinstance(pattern, str):
         # As JSON schema has it, a pattern may stand anywhere in the text.
         begin = "" if pattern.startswith("^") else ANY
@@ -47,14 +47,19 @@ def string_body(schema: Mapping[str, Any]) -> str | None:
         if inner and _is_terminal(expression):
             parts.append(expression)
     if least or most is not None:
-        parts.append(rf"/(.|\n){{{int(least or 0)},{'' if most is None else int(most)}}}/")
+        parts.append(rf"/(.|\n){{{least or 0},{'' if most is None else most}}}/")
     return " & ".join(parts) or None
+
+
+def count(value: object) -> int | None:
+    """A length or count as schemas have it; None where it is none."""
+    return int(value) if isinstance(value, int | float) and value >= 0 else None
 
 
 def may_be_empty(schema: Mapping[str, Any]) -> bool:
     """Whether the empty string is one of those."""
     try:
-        return not schema.get("minLength") and bool(re.search(schema.get("pattern") or "", ""))
+        return not count(schema.get("minLength")) and bool(re.search(schema.get("pattern") or "", ""))
     except (re.error, TypeError, RecursionError):
         return False
 

@@ -31,7 +31,8 @@ class MarkupFormat:
         return all(sign in template for sign in self.signs) and not any(sign in template for sign in self.without)
 
     def parser(self, tools: Sequence[Tool]) -> Parser:
-        return CallReader(tools, (self.markup.begin,), MarkupReading(self.markup, tools).read)
+        triggers = (self.markup.begin, self.markup.call[0]) if self.markup.forgotten else (self.markup.begin,)
+        return CallReader(tools, triggers, MarkupReading(self.markup, tools).read)
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         return Calls(self.markup.begin, markup_calls(self.markup, tools, special, parallel=parallel))

@@ -67,7 +67,7 @@ class _Rules:
 
     def _call(self, number: int, tool: Tool) -> Iterator[str]:
         markup = self._markup
-        parameters = Parameters(tool.parameters)
+        parameters = Parameters.of(tool.parameters)
         properties = list(parameters.properties.items())
         needed = [key in parameters.required for key, _ in properties]
         lead = markup.gap if markup.call[0] else ""
@@ -83,8 +83,8 @@ class _Rules:
             key = self._lexeme(f"/{_OTHER}/", terminal=True)
             yield f"call{number}p0: " + self._value(parameters, free, key, f"call{number}p0", end=True, earlier=None)
         for place in range(len(properties)):
-            stop = next((later for later in range(place, len(needed)) if needed[later]), len(needed) - 1)
-            yield f"call{number}p{place}: " + " | ".join(f"call{number}v{key}" for key in range(place, stop + 1))
+            later = "" if needed[place] or place + 1 == len(needed) else f" | call{number}p{place + 1}"
+            yield f"call{number}p{place}: call{number}v{place}{later}"
             key, schema = properties[place]
             optional = [name for name, _ in properties[:place] if name not in parameters.required]
             yield f"call{number}v{place}: " + self._value(

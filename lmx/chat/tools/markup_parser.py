@@ -9,6 +9,7 @@ counts only outside JSON strings. White space between markers is at most eight c
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,6 +43,8 @@ class Markup:
     """Closes the block. Empty: a block is one call, which closes it."""
     several: bool = False
     """Whether a block holds several calls. Otherwise each has a block of its own."""
+    forgotten: bool = False
+    """Models forget what opens a block: a call of a tool is one without it."""
     newlines: bool = False
     """A value stands on lines of its own: one line break before and one after it belong to the markup."""
     gap: str = "\n"
@@ -50,61 +53,33 @@ class Markup:
     """What follows the key of a value that is no string, where the markup says so: ``key[1]`` is then of strings."""
 
 
-class _Patterns:
-    """A markup's patterns. Each ends in something certain."""
-
-    def __init__(self, markup: Markup) -> None:
-        self._markup = markup
-        escape = regex.escape
-        before, after = markup.call
-        rest = escape(after) if after else r"(?=[\s<])"
-        self.call = regex.compile(rf'{SPACE}{escape(before)}(?P<name>[^\s<>"]+){rest}')
-        self.next_call = regex.compile(f"{SPACE}(?={escape(before)})")
-
-    def step(self, keys: Sequence[str], anything: bool = True) -> str:
-        """A parameter's opening, of one of ``keys`` or of ``anything``, or the call's end."""
-        escape, markup = regex.escape, self._markup
-        names = [*map(escape, keys), *([r"[^<>\n]+?"] if anything else [])]
-        after = f"(?P<string>{escape(markup.key[1])})"
-        if markup.typed is not None:
-            after = f"(?:{after}|{escape(markup.typed)})"
-        opening = f"{escape(markup.key[0])}(?P<key>{'|'.join(names) or '(?!)'}){after}"
-        if markup.value:
-            opening += SPACE + escape(markup.value)
-        return f"{SPACE}(?:{opening}|{escape(markup.call_end)})"
-
-    def closing(self, keys: Sequence[str], anything: bool) -> "regex.Pattern[str]":
-        """What closes a value that a parameter of ``keys``, or of ``anything``, or the call's end follows."""
-        line = "\n?" if self._markup.newlines else ""
-        return regex.compile(f"{line}{regex.escape(self._markup.parameter_end)}(?={self.step(keys, anything)})")
-
-
 class MarkupReading:
     """Reads blocks of calls for a ``CallReader``."""
 
     def __init__(self, markup: Markup, tools: Sequence[Tool]) -> None:
         self._markup = markup
         self._tools = {tool.name: tool.parameters for tool in tools}
-        self._patterns = _patterns(markup)
 
     def read(self, reader: CallReader, trigger: str) -> Steps[None]:
+        if trigger != self._markup.begin:
+            reader.source.at -= len(trigger)
         while True:
             reader.begin()
             yield from self._call(reader)
             reader.end()
-            if not (self._markup.several and (yield from match(reader.source, self._patterns.next_call))):
+            if not (self._markup.several and (yield from match(reader.source, _next_call(self._markup)))):
                 break
         yield from reader.closing(self._markup.end)
 
     def _call(self, reader: CallReader) -> Steps[None]:
-        opened = yield from match(reader.source, self._patterns.call)
+        opened = yield from match(reader.source, _call(self._markup))
         if opened is None:
             raise Broken("a block of calls begins with none")
         name = opened["name"]
-        parameters = Parameters(self._tools.get(name, {}))
+        parameters = Parameters.of(self._tools.get(name, {}))
         keys = dict.fromkeys(parameters.properties)
         anything = not keys or parameters.others is not None
-        any_step = regex.compile(self._patterns.step(list(keys)))
+        any_step = _step(self._markup, tuple(keys), anything=True)
         try:
             step = yield from match(reader.source, any_step)
         except Cut:
@@ -121,7 +96,7 @@ class MarkupReading:
             types = self._types(parameters, key, string=step["string"] is not None)
             if self._markup.newlines:
                 yield from match(reader.source, _LINE)
-            yield from _value(reader, types, self._patterns.closing(list(keys), anything))
+            yield from _value(reader, types, _closing(self._markup, tuple(keys), anything=anything))
             step = yield from match(reader.source, any_step)
         reader.arguments("{}" if lead == "{" else "}")
 
@@ -174,9 +149,39 @@ def _string(reader: CallReader, closing: "regex.Pattern[str]", *, may_be_null: b
     reader.arguments(value(held, frozenset(("string", "null"))) if may_be_null else '"')
 
 
+# Patterns, each of which ends in something certain.
+
 _LINE = regex.compile(r"\n?+(?=.)", regex.DOTALL)
 
 
 @lru_cache(maxsize=64)
-def _patterns(markup: Markup) -> _Patterns:
-    return _Patterns(markup)
+def _call(markup: Markup) -> "regex.Pattern[str]":
+    before, after = map(re.escape, markup.call)
+    name_end = after or r"(?=[\s<])"
+    return regex.compile(rf'{SPACE}{before}(?P<name>[^\s<>"]+){name_end}')
+
+
+@lru_cache(maxsize=64)
+def _next_call(markup: Markup) -> "regex.Pattern[str]":
+    return regex.compile(f"{SPACE}(?={re.escape(markup.call[0])})")
+
+
+@lru_cache(maxsize=1024)
+def _step(markup: Markup, keys: tuple[str, ...], *, anything: bool) -> "regex.Pattern[str]":
+    """A parameter's opening, of one of ``keys`` or of ``anything``, or the call's end."""
+    escape = re.escape
+    names = [*map(escape, keys), *([r"[^<>\n]+?"] if anything else [])]
+    after = f"(?P<string>{escape(markup.key[1])})"
+    if markup.typed is not None:
+        after = f"(?:{after}|{escape(markup.typed)})"
+    opening = f"{escape(markup.key[0])}(?P<key>{'|'.join(names) or '(?!)'}){after}"
+    if markup.value:
+        opening += SPACE + escape(markup.value)
+    return regex.compile(f"{SPACE}(?:{opening}|{escape(markup.call_end)})")
+
+
+@lru_cache(maxsize=1024)
+def _closing(markup: Markup, keys: tuple[str, ...], *, anything: bool) -> "regex.Pattern[str]":
+    """What closes a value that a parameter of ``keys``, or of ``anything``, or the call's end follows."""
+    line = "\n?" if markup.newlines else ""
+    return regex.compile(f"{line}{re.escape(markup.parameter_end)}(?={_step(markup, keys, anything=anything).pattern})")

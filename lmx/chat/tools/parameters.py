@@ -6,14 +6,18 @@ JSON schemas in, looked through ``$ref``, ``anyOf`` and the like; values as mode
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Final, NoReturn
 
 Schema = Mapping[str, Any]
 TYPES: Final = frozenset(("string", "integer", "number", "boolean", "null", "object", "array"))
 _DEPTH: Final = 16
+_PARTS: Final = 64
+"""References may lead to as many parts as one likes: so many are looked at."""
+_NESTED: Final = 64
 _ANNOTATIONS: Final = frozenset(("type", "title", "description", "default", "examples", "nullable", "$schema", "$id"))
 
 
@@ -25,11 +29,21 @@ class Parameters:
     root: Schema | None = None
     """Where its references lead, if that is not itself."""
 
+    @classmethod
+    def of(cls, schema: Schema) -> "Parameters":
+        """Of a tool's schema; one that is nested too deep to be looked through says nothing."""
+        level: list[Any] = [schema]
+        for _ in range(_NESTED):
+            level = [inner for value in level for inner in _inner(value)]
+            if not level:
+                return cls(schema)
+        return cls({})
+
     @cached_property
     def properties(self) -> Mapping[str, Schema]:
         """Name → schema, in the schema's order; required ones that it does not describe come last."""
         found: dict[str, Schema] = {}
-        for part in self._parts(self.schema):
+        for part in self._all_parts:
             for name, schema in _mapping(part.get("properties")).items():
                 found.setdefault(name, schema if isinstance(schema, Mapping) else {})
         return found | {name: {} for name in sorted(self.required) if name not in found}
@@ -37,7 +51,7 @@ class Parameters:
     @cached_property
     def required(self) -> frozenset[str]:
         return frozenset(
-            name for part in self._parts(self.schema) for name in _list(part.get("required")) if isinstance(name, str)
+            name for part in self._all_parts for name in _list(part.get("required")) if isinstance(name, str)
         )
 
     @cached_property
@@ -46,7 +60,7 @@ class Parameters:
 
         A schema that only does not forbid them (most do not) means that there are none, if it names any.
         """
-        for part in self._parts(self.schema):
+        for part in self._all_parts:
             patterns = _mapping(part.get("patternProperties")).values()
             for schema in [part.get("additionalProperties"), *patterns]:
                 if schema is True:
@@ -72,8 +86,11 @@ class Parameters:
             schema = target
         return {}
 
-    def branches(self, schema: Any, depth: int = _DEPTH) -> Iterator[Schema]:
+    def branches(self, schema: Any) -> Iterator[Schema]:
         """The alternatives that a schema is made of, each without anyOf, oneOf and a list of types."""
+        return islice(self._branches(schema, _DEPTH), _PARTS)
+
+    def _branches(self, schema: Any, depth: int) -> Iterator[Schema]:
         schema = self.resolve(schema)
         inner = next((schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)), None)
         if inner is None and len(_list(schema.get("allOf"))) == 1:
@@ -81,7 +98,7 @@ class Parameters:
         if inner is not None and depth:
             outer = {key: value for key, value in schema.items() if key not in ("anyOf", "oneOf", "allOf")}
             for part in inner:
-                yield from self.branches({**outer, **self.resolve(part)}, depth - 1)
+                yield from self._branches({**outer, **self.resolve(part)}, depth - 1)
         elif isinstance(schema.get("type"), list):
             for name in schema["type"]:
                 yield {**schema, "type": name}
@@ -92,7 +109,7 @@ class Parameters:
         if schema.get("nullable") is True:
             yield {"type": "null"}
 
-    def types(self, schema: Any) -> frozenset[str]:
+    def types(self, schema: Any, *, nested: bool = False) -> frozenset[str]:
         """The JSON types that a value may have."""
         found: set[str] = set()
         for branch in self.branches(schema):
@@ -105,8 +122,8 @@ class Parameters:
                 found.add("object")
             elif "items" in branch:
                 found.add("array")
-            elif _list(branch.get("allOf")):
-                parts = [self.types(part) for part in branch["allOf"]]
+            elif _list(branch.get("allOf")) and not nested:
+                parts = [self.types(part, nested=True) for part in branch["allOf"][:8]]
                 found |= frozenset.intersection(*parts) or TYPES
             elif not branch.keys().isdisjoint(("pattern", "minLength", "maxLength")):
                 found.add("string")
@@ -122,6 +139,10 @@ class Parameters:
         root = self.schema if self.root is None else self.root
         own["$defs"] = {**_mapping(own.get("$defs")), "tool": _moved(root)}
         return own
+
+    @cached_property
+    def _all_parts(self) -> Sequence[Schema]:
+        return list(islice(self._parts(self.schema), _PARTS))
 
     def _parts(self, schema: Any, depth: int = _DEPTH) -> Iterator[Schema]:
         """An object's schema and those it is put together from: all of ``allOf``, the first of an alternative."""
@@ -204,6 +225,10 @@ def _moved(schema: Any) -> Any:
             for key, inner in schema.items()
         }
     return [_moved(inner) for inner in schema] if isinstance(schema, list) else schema
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ QWEN3_CODER = MarkupFormat(
         call_end="</function>",
         end="</tool_call>",
         newlines=True,
+        forgotten=True,
     ),
     signs=("<function=", "<parameter="),
 )
