@@ -92,6 +92,8 @@ class Load:
     mmap: bool = True
     words: str = ""
     """The folder with the model's tokenizer.json, for grammars."""
+    grammar_compile_s: float = 10.0
+    """A grammar that takes longer fails its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class Submit:
     """No end token is drawn before so many tokens."""
     prompt_logprobs: int = -1
     """As ``Sampling.logprobs``, for the prompt's tokens but the first; answered by ``PromptLogprobs``."""
+    request_id: str = ""
+    """The client's x-request-id or ours, for the engine's own lines in the log."""
     parent: int = -1
     """A sequence submitted before with the same prompt, whose KV of it this one takes over; -1: none."""
 
@@ -175,7 +179,8 @@ class Tokens:
     seq: int
     tokens: tuple[int, ...]
     finish: str | None = None
-    """None, "stop" (an EOS token, which is the last of ``tokens``) or "length"."""
+    """None, "stop" (an end token, which is the last of ``tokens``), "complete" (by its grammar nothing can follow) or
+    "length"."""
     logprobs: tuple[Logprobs, ...] = ()
 
 

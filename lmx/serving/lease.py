@@ -33,6 +33,8 @@ class GenerateRequest:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     prompt_logprobs: int = -1
+    request_id: str = ""
+    """The client's or ours, for logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Chunk:
     logprobs: tuple[protocol.Logprobs, ...]
     """One for each token if the request asked for them, else none."""
     finish: str | None
-    """"stop" (the last token is an EOS) or "length": nothing follows. None: more follows."""
+    """As in ``protocol.Tokens``: nothing follows. None: more follows."""
 
 
 class Lease:

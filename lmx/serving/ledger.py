@@ -18,6 +18,7 @@ from lmx.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineDied,
+    GrammarTooComplex,
     InvalidRequest,
     LmxError,
     ModelOverloaded,
@@ -147,6 +148,9 @@ class Ledger:
         running = self._running()
         guilty = None if failure.cause == "shutdown" else self._accuse(running, failure)
         self.blamed = guilty is not None
+        if running and failure.cause != "shutdown":
+            ids = ", ".join(lease.request.request_id for lease in running)
+            logger.warning("%s: its engine died while it ran %s", self._name, ids)
         now, waiting = trio.current_time(), []
         for lease in self.submitted.values():
             lease.submitted = False
@@ -266,6 +270,7 @@ class Ledger:
                     request.stop_ids,
                     request.min_tokens,
                     request.prompt_logprobs,
+                    request.request_id,
                 )
             )
             lease.submitted = True
@@ -360,8 +365,17 @@ class Ledger:
             lease.fail(InvalidRequest(message.message, param="prompt"))
         elif message.code == "invalid_request":
             lease.fail(InvalidRequest(message.message))
+        elif message.code in ("grammar_invalid", "grammar_too_complex"):
+            kind = GrammarTooComplex if message.code == "grammar_too_complex" else InvalidRequest
+            lease.fail(kind(f"The output cannot be constrained as asked: {message.message}."))
         else:
-            logger.warning("%s: sequence %d failed (%s): %s", self._name, message.seq, message.code, message.message)
+            logger.warning(
+                "%s: request %s failed (%s): %s",
+                self._name,
+                lease.request.request_id,
+                message.code,
+                message.message,
+            )
             lease.fail(SequenceFailed(f"The model could not answer this request ({message.code}): {message.message}."))
             if self._send is not None and not self._canary_due:
                 self._send_canary(self._send)

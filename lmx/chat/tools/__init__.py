@@ -23,6 +23,7 @@ from lmx.chat.tools.mistral import MISTRAL, MISTRAL_OLD
 from lmx.chat.tools.phi4 import FUNCTOOLS, PHI4
 from lmx.chat.tools.pythonic import LFM2, PYTHONIC
 from lmx.chat.tools.qwen3_coder import QWEN3_CODER
+from lmx.chat.tools.tagged import APRIEL, NEMOTRON
 
 FORMATS: tuple[Format, ...] = (
     HARMONY,
@@ -44,6 +45,8 @@ FORMATS: tuple[Format, ...] = (
     GRANITE,
     PHI4,
     FUNCTOOLS,
+    NEMOTRON,
+    APRIEL,
     LFM2,
     HERMES,
     PYTHONIC,

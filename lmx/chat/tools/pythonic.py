@@ -11,12 +11,14 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lmx.chat.grammar import literal
-from lmx.chat.schema import LAYOUT, complaint, json_rule
+from lmx.chat.rewrite import Refused, TooComplex, rewritten
+from lmx.chat.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
-from lmx.chat.tools.json_calls import read_items
+from lmx.chat.tools.json_calls import closed, read_items
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.reader import CallReader, NoCall
 from lmx.chat.tools.source import Broken, Cut, Steps
@@ -24,9 +26,7 @@ from lmx.chat.tools.source import Broken, Cut, Steps
 _NAME = re.compile(r"[\w.-]*")
 _KEY = re.compile(r"[^\s=,()\[\]{}'\"*]*")
 _WRITABLE = re.compile(r"[A-Za-z_]\w*")
-_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
-_ROOT_ANNOTATIONS = {*_ANNOTATIONS, "$schema", "$defs", "definitions", "strict"}
-_FOREIGN_REFERENCE = re.compile(r'"\$ref": "(?!#/(\$defs|definitions)/)')
+_SPELLED = {"type", "properties", "required", "additionalProperties", "$defs"}
 _STRING = r"""/"([^"\\\x00-\x1f\x7f]|\\[nrtbf"'\\])*"/ | /'([^'\\\x00-\x1f\x7f]|\\[nrtbf"'\\])*'/"""
 _LITERALS = {True: "True", False: "False", None: "None"}
 
@@ -34,39 +34,34 @@ _LITERALS = {True: "True", False: "False", None: "None"}
 @dataclass(frozen=True)
 class _Pythonic:
     name: str
-    markers: tuple[str, ...]
-    triggers: tuple[str, ...]
-    """For the parser."""
-    opening: str
-    """The special token that begins calls; without it a bracket does."""
-    closing: str
-    template_words: str
+    markers: tuple[str, str]
+    bare: bool
+    """A bracket alone begins calls too, and does where the first marker is no token."""
+    template_words: tuple[str, ...]
 
     def matches(self, template: str, special: Mapping[str, int]) -> bool:
-        return self.template_words in template or (self.opening in special and self.triggers == (self.opening,))
+        return any(words in template for words in self.template_words) or (not self.bare and self.markers[0] in special)
 
     def parser(self, tools: Sequence[Tool]) -> Parser:
-        return CallReader(tools, self.triggers, self._read)
+        opening = self.markers[0]
+        return CallReader(tools, (opening, "[") if self.bare else (opening,), self._read)
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         writer = _Writer()
-        bodies = [f"{json.dumps(tool.name + '(')} {writer.arguments(tool)} {json.dumps(')')}" for tool in tools]
-        rules = [f"call_{number}: {body}" for number, body in enumerate(bodies)]
-        call = " | ".join(f"call_{number}" for number in range(len(tools)))
+        heads = [f"{tool.name}(" for tool in tools]
+        tails = [f'{writer.arguments(tool)} ")"' for tool in tools]
         more = ' (", " call)*' if parallel else ""
-        if self.triggers == (self.opening,) or self.opening in special:
-            trigger, first, closing = self.opening, '"[" call', "]" + self.closing
+        opening, closing = self.markers
+        rules = _alternatives("call", heads, tails)
+        if opening in special or not self.bare:
+            trigger, first, closing = opening, '"[" call', "]" + closing
         else:
-            # As much of the first call as every tool's name begins with.
-            common = os.path.commonprefix([f"{tool.name}(" for tool in tools])  # noqa: RUF071
+            # As much of the first call as every tool's begins with.
+            common = os.path.commonprefix(heads)  # noqa: RUF071
             trigger, first, closing = "[" + common, "call_first", "]"
-            rests = [f"{tool.name}("[len(common) :] for tool in tools]
-            heads = [f"{json.dumps(rest)} " if rest else "" for rest in rests]
-            firsts = [head + body.split(" ", 1)[1] for head, body in zip(heads, bodies, strict=True)]
-            rules += [f"call_first_{number}: {body}" for number, body in enumerate(firsts)]
-            rules.append("call_first: " + " | ".join(f"call_first_{number}" for number in range(len(tools))))
-        rules = [f"calls: {first}{more} {literal(closing, special)}", f"call: {call}", *rules, *writer.rules]
-        return Calls(trigger, "\n".join(rules) + "\n", at_start=not trigger.strip("["))
+            rules += _alternatives("call_first", [head[len(common) :] for head in heads], tails)
+        rules = [f"calls: {first}{more} {literal(closing, special)}", *rules, *writer.rules]
+        return Calls(trigger, "\n".join(rules) + "\n", at_start=trigger == "[")
 
     def _read(self, reader: CallReader, trigger: str) -> Steps[None]:
         source = reader.source
@@ -79,7 +74,7 @@ class _Pythonic:
             yield from read_items(reader)
         else:
             yield from _read_calls(reader, bare)
-        yield from reader.closing("" if bare else self.closing)
+        yield from reader.closing("" if bare else self.markers[1])
 
 
 def _read_calls(reader: CallReader, bare: bool) -> Steps[None]:
@@ -101,18 +96,22 @@ def _read_calls(reader: CallReader, bare: bool) -> Steps[None]:
 def _read_call(reader: CallReader, bare: bool) -> Steps[None]:
     """``bare``: nothing but a bracket says that it is a call, so its beginning must."""
     source = reader.source
-    reader.begin()
+    if not bare:
+        reader.begin()
     name = yield from source.run(_NAME)
     if not name or (yield from source.peek()) != "(":
         raise NoCall if bare else Broken("a call does not begin with name(")
     source.at += 1
+    bare = bare and name not in reader.names
+    if not bare:
+        reader.begin()
     key = ""
     try:
         yield from space(source)
         empty = (yield from source.peek()) == ")"
         whole = not empty and (yield from source.accept("**"))
         if not empty and not whole:
-            key = yield from _key(reader, bare and name not in reader.names)
+            key = yield from _key(reader, bare)
     except Cut:
         reader.start(name)
         raise
@@ -159,30 +158,43 @@ def _key(reader: CallReader, bare: bool) -> Steps[str]:
     return key
 
 
+def _alternatives(name: str, heads: Sequence[str], tails: Sequence[str]) -> list[str]:
+    rules = [f"{name}_{n}: {json.dumps(head)} {tails[n]}" for n, head in enumerate(heads)]
+    return [f"{name}: {' | '.join(f'{name}_{n}' for n in range(len(heads)))}", *rules]
+
+
 class _Writer:
-    """Makes the rules of arguments."""
+    """Makes the rules of arguments, from schemas that ``rewritten`` has made plain."""
 
     def __init__(self) -> None:
         self.rules: list[str] = []
+        self._definitions: Mapping[str, Any] = {}
 
     def arguments(self, tool: Tool) -> str:
         """What stands between the call's brackets."""
-        schema = tool.parameters
-        properties = schema.get("properties")
-        if properties is None and not set(schema) - {*_ROOT_ANNOTATIONS, "type"}:
-            return f'("**" {self._rule(json_rule(schema))})?'
-        if properties is None or not _spelled_by_keywords(schema):
-            return f'"**" {self._rule(json_rule(schema))}'
-        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required = schema.get("required", ())
+        parameters = closed(tool.parameters)
+        schema = _plain(json.dumps(parameters))
+        properties = {
+            name: admitted for name, admitted in schema.get("properties", {}).items() if admitted is not False
+        }
+        required: list[str] = schema.get("required", [])
+        if (
+            set(schema) - _SPELLED
+            or not all(map(_WRITABLE.fullmatch, properties))
+            or not properties.keys() >= set(required)
+        ):
+            return f'"**" {self._rule(json_rule(parameters))}'
+        if not properties and schema.get("additionalProperties"):
+            return f'("**" {self._rule(json_rule(parameters))})?'
+        self._definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
         first = rest = ""  # what may follow, as the first argument or behind another
-        for name, admitted in reversed(list(properties.items())):
-            written = self._rule(f"{json.dumps(name + '=')} {self._value(admitted, definitions)}")
-            one = f"{written} {rest}".rstrip()
+        for name, admitted in reversed(properties.items()):
+            written = self._rule(f"{json.dumps(name + '=')} {self._value(admitted)}")
+            one = f"{written} {rest}"
             if name in required:
                 first, rest = one, f'", " {one}'
             else:
-                first, rest = f"({one} | {first})" if first else f"({one})?", f'(", " {written})? {rest}'.rstrip()
+                first, rest = f"({one} | {first})" if first else f"({one})?", f'(", " {written})? {rest}'
             first, rest = self._rule(first), self._rule(rest)
         return first
 
@@ -191,60 +203,46 @@ class _Writer:
         self.rules.append(f"{name}: {expression}")
         return name
 
-    def _value(self, schema: Any, definitions: Mapping[str, Any]) -> str:
-        if not isinstance(schema, Mapping):
-            return self._json({}, definitions)
-        schema = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
-        kind = schema.get("type")
-        match sorted(schema):
-            case ["enum"] | ["enum", "type"] if words := _words(schema["enum"], kind):
+    def _value(self, schema: Mapping[str, Any]) -> str:
+        match schema:
+            case {"enum": values} if len(schema) == 1 and (words := _words(values)):
                 return f"({words})"
-            case ["const"] | ["const", "type"] if words := _words([schema["const"]], kind):
-                return f"({words})"
-            case ["type"] if kind == "boolean":
+            case {"type": "boolean"} if len(schema) == 1:
                 return '("True" | "False")'
-            case ["type"] if kind == "null":
+            case {"type": "null"} if len(schema) == 1:
                 return '"None"'
-            case ["type"] if kind == "string":
+            case {"type": "string"} if len(schema) == 1:
                 return f"({_STRING})"
-            case ["type"] if isinstance(kind, list) and kind:
-                return self._any([{"type": one} for one in kind], definitions)
-            case ["anyOf"] if isinstance(schema["anyOf"], list) and schema["anyOf"]:
-                return self._any(schema["anyOf"], definitions)
-            case ["items", "type"] if kind == "array":
-                item = self._rule(self._value(schema["items"], definitions))
+            case {"type": "array", "items": items} if len(schema) == 2 and isinstance(items, Mapping):
+                item = self._rule(self._value(items))
                 return f'("[" ({item} (", " {item})*)? "]")'
-        return self._json(schema, definitions)
-
-    def _any(self, schemas: Sequence[Any], definitions: Mapping[str, Any]) -> str:
-        return "(" + " | ".join(self._value(schema, definitions) for schema in schemas) + ")"
-
-    def _json(self, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-        expression = "%json " + json.dumps({**schema, **definitions, "x-guidance": LAYOUT})
-        return self._rule("%json {}" if complaint(f"start: {expression}") else expression)
+            case {"anyOf": schemas} if len(schema) == 1:
+                return f"({' | '.join(map(self._value, schemas))})"
+        return self._rule(_json(json.dumps({**schema, **self._definitions, "x-guidance": LAYOUT})))
 
 
-def _spelled_by_keywords(schema: Mapping[str, Any]) -> bool:
-    """Whether ``f(a=…)`` says all that there is to say of these arguments."""
-    properties = schema.get("properties", {})
-    return (
-        not set(schema) - {*_ROOT_ANNOTATIONS, "type", "properties", "required", "additionalProperties"}
-        and isinstance(properties, Mapping)
-        and (bool(properties) or schema.get("additionalProperties") in (None, False))
-        and all(_WRITABLE.fullmatch(name) and value is not False for name, value in properties.items())
-        and set(schema.get("required", ())) <= set(properties)
-        and not _FOREIGN_REFERENCE.search(json.dumps(schema))
-    )
+@lru_cache(maxsize=1024)
+def _plain(text: str) -> dict[str, Any]:
+    """The schema in few keywords, or, where it cannot be, with one that Python has no words for."""
+    try:
+        written = rewritten(json.loads(text), within=ANY_OBJECT, lenient=True)
+    except (Refused, TooComplex, RecursionError):
+        written = False
+    return written if isinstance(written, dict) else {"not": {}}
 
 
-def _words(values: Sequence[Any], kind: Any) -> str:
-    """The values as Python writes them, if they are simple and of the type ``kind``; "" otherwise."""
-    kinds = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": (int, float), None: (object,)}
+@lru_cache(maxsize=1024)
+def _json(schema: str) -> str:
+    """The value as JSON: any, where the schema cannot be compiled."""
+    expression = f"%json {schema}"
+    return f"%json {json.dumps({'x-guidance': LAYOUT})}" if complaint(f"start: {expression}") else expression
+
+
+def _words(values: Sequence[Any]) -> str:
+    """The values as Python writes them, if they are simple; "" otherwise."""
     words: list[str] = []
     for given in values:
-        if isinstance(given, (list, dict)) or not isinstance(given, kinds.get(kind, ())):
-            return ""
-        if isinstance(given, bool) and kind in ("integer", "number"):
+        if isinstance(given, (list, dict)):
             return ""
         if isinstance(given, str):
             quoted = json.dumps(given, ensure_ascii=False)
@@ -259,16 +257,12 @@ def _words(values: Sequence[Any], kind: Any) -> str:
 LFM2 = _Pythonic(
     name="lfm2",
     markers=("<|tool_call_start|>", "<|tool_call_end|>"),
-    triggers=("<|tool_call_start|>",),
-    opening="<|tool_call_start|>",
-    closing="<|tool_call_end|>",
-    template_words="<|tool_call_start|>",
+    bare=False,
+    template_words=("<|tool_call_start|>", "<|tool_list_start|>"),
 )
 PYTHONIC = _Pythonic(
     name="pythonic",
     markers=("<|python_start|>", "<|python_end|>"),
-    triggers=("<|python_start|>", "["),
-    opening="<|python_start|>",
-    closing="<|python_end|>",
-    template_words="[func_name1(",
+    bare=True,
+    template_words=("[func_name1(",),
 )
