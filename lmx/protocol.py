@@ -3,8 +3,9 @@
 Frames on a Unix socketpair: a 4-byte big-endian length, then a msgpack array ``[tag, field, ...]`` of one of the
 dataclasses below, fields in their order. The server sends ``Load`` first, then ``Submit`` (or, to an embedding model,
 ``Embed``), ``Cancel`` and the controls; the engine answers ``Ready`` (or ``Failed`` with ``seq == -1``), then one
-``Step`` for each engine step. Every ``Submit`` and ``Embed`` is answered by exactly one ``Freed``, whatever happens to it, or by the engine's death. No text and no
-JSON: token ids only, packed as little-endian uint32 in ``bytes`` where there are many.
+``Step`` for each engine step. Every ``Submit`` and ``Embed`` is answered by exactly one ``Freed``, whatever happens to
+it, or by the engine's death. No text and no JSON: token ids only, packed as little-endian uint32 in ``bytes`` where
+there are many.
 """
 
 import sys
@@ -68,7 +69,7 @@ class Pooling:
     """"mean", "cls", "last", "max", "weighted_mean" or "mean_sqrt_len", or several joined by "+", whose vectors follow
     each other; "": what is usual for the architecture, or what a GGUF file says."""
     dense: tuple[str, ...] = ()
-    """Folders of linear layers after the pooling, in their order."""
+    """Linear layers after the pooling, in their order: folder, "|", activation ("tanh" or "")."""
     normalize: bool = True
     """The last step: to length 1."""
 
@@ -150,6 +151,7 @@ class Embed:
     deadline_s: float | None = None
     pairs: bytes = b""
     """For a cross-encoder: where the second text of each input begins, packed."""
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ decision. Called by ``lmx.engine.embedding.loop`` on the engine's one thread.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +30,7 @@ class Facts:
     """How inputs become vectors, in words."""
     step_tokens: int
     """What a step may hold of several inputs together."""
+    probes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from lmx.engine.embedding import families
 from lmx.engine.embedding.backend import Facts, Input, MemoryFacts
-from lmx.engine.embedding.encoder import Encoder, Group
+from lmx.engine.embedding.encoder import Group
 from lmx.engine.embedding.pooling import Head
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Pooling
@@ -58,9 +58,9 @@ class MLXEmbedder:
             from lmx.engine.embedding.decoder import load_decoder
 
             decoder = load_decoder(folder)
-            head = Head(pooling, "last", decoder.width)
+            head, loaded = Head(pooling, "last", decoder.width), decoder.loaded
             facts = _facts(
-                config, options, head, decoder.context_length, decoder.vocab_size, decoder.weights_bytes, decoder.dtype
+                config, options, head, loaded.context_length, loaded.vocab_size, loaded.weights_bytes, loaded.dtype
             )
             embedder = cls(decoder.hidden, head, facts)
         gc.collect()
@@ -143,7 +143,8 @@ def _arrays(part: Any) -> Iterator[mx.array]:
 
 def _shares(lengths: list[int], count: int) -> list[tuple[int, int]]:
     """Ranges of ascending ``lengths`` of about the same work each."""
-    total, ranges, start, done = sum(lengths), [], 0, 0
+    total, start, done = sum(lengths), 0, 0
+    ranges: list[tuple[int, int]] = []
     for index, length in enumerate(lengths):
         done += length
         if done * count >= total * (len(ranges) + 1) or index == len(lengths) - 1:

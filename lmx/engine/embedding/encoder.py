@@ -5,6 +5,7 @@ attention goes group by group, inputs of (nearly) one length each. ``families`` 
 ``embedder`` on the engine's threads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +13,13 @@ import mlx.nn as nn
 import numpy as np
 
 from lmx.engine.embedding.kernels import attention, gelu
+
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": gelu,
+    "gelu_tanh": nn.gelu_approx,
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ class Shape:
     """Before attention and MLP (ModernBERT), or after what they are added to (BERT)."""
     gated: bool
     activation: str
-    """"gelu" (exact), "gelu_tanh", "silu" or "relu"."""
+    """One of _ACTIVATIONS."""
     first_position: int
     """Of a learned position: RoBERTa's stand behind its padding's."""
     context_length: int
@@ -149,15 +157,8 @@ class Encoder:
         return layer.down(self._activate(activated) * other)
 
     def _activate(self, x: mx.array) -> mx.array:
-        match self.shape.activation:
-            case "gelu":
-                return gelu(x)
-            case "gelu_tanh":
-                return nn.gelu_approx(x)
-            case "silu":
-                return nn.silu(x)
-            case _:
-                return nn.relu(x)
+        activated: mx.array = _ACTIVATIONS[self.shape.activation](x)
+        return activated
 
 
 def _rope(x: mx.array, base: float) -> mx.array:

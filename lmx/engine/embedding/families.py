@@ -33,7 +33,8 @@ class Weights:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         arrays: dict[str, mx.array] = {}
         for path in sorted(folder.glob("model*.safetensors")):
-            arrays.update(mx.load(str(path)))
+            loaded: Any = mx.load(str(path))
+            arrays.update(loaded)
         self._folder = folder
         self._config = config
         self._arrays = arrays

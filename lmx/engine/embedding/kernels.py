@@ -9,8 +9,8 @@ inside of what the models' own precision is. Pure functions of arrays; called by
 import mlx.core as mx
 import mlx.nn as nn
 
-# erf(x / √2) = x P(x²) / Q(x²) for |x| ≤ 4.8, beyond which it is ±1 to 2e-6; fitted (weighted least squares at Chebyshev
-# points, error 6e-8).
+# erf(x / √2) = x P(x²) / Q(x²) for |x| ≤ 4.8, beyond which it is ±1 to 2e-6; fitted (weighted least squares at
+# Chebyshev points, error 6e-8).
 _ERF_LIMIT = 4.8
 _ERF_P = (0.797884174, 0.0939592268, 0.0103265903, 0.000544006675, 7.48406195e-06, -2.56759145e-08)
 _ERF_Q = (1.0, 0.284423779, 0.0353529023, 0.00243378686, 9.12260403e-05)
@@ -26,7 +26,8 @@ _CACHED_ELEMENTS = 128 * 1024
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU, x Φ(x), of (T, D)."""
     if mx.default_device() != mx.cpu:
-        return nn.gelu(x)
+        exact: mx.array = nn.gelu(x)
+        return exact
     rows = max(1, _CACHED_ELEMENTS // x.shape[1])
     if x.shape[0] <= rows:
         return _gelu(x)
@@ -47,10 +48,8 @@ def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
     return result
 
 
-def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | None
-) -> mx.array:
-    """(B, H, L, D) each, over all positions at once; ``mask`` (broadcast to (B, H, L, L)) is true where one may look."""
+def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | None) -> mx.array:
+    """Of (B, H, L, D), over all positions at once; ``mask`` (broadcast to (B, H, L, L)) is true where one may look."""
     if mx.default_device() != mx.cpu:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     count, heads, length, _ = queries.shape

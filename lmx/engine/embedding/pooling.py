@@ -6,6 +6,7 @@ In float32 whatever the model's precision. Padding never counts. Called by ``emb
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -105,7 +106,7 @@ def _read_dense(spec: str) -> Dense:
     folder, activation = spec.rsplit("|", 1)
     path = Path(folder) / "model.safetensors"
     try:
-        arrays = mx.load(str(path))
+        arrays: Any = mx.load(str(path))
         bias = arrays.get("linear.bias")
         weight = arrays["linear.weight"].astype(mx.float32)
     except (RuntimeError, KeyError) as error:
