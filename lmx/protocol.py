@@ -67,11 +67,11 @@ class Pooling:
 
     mode: str = ""
     """"mean", "cls", "last", "max", "weighted_mean" or "mean_sqrt_len", or several joined by "+", whose vectors follow
-    each other; "": what is usual for the architecture, or what a GGUF file says."""
+    each other; "rank": a cross-encoder's score of a pair; "": what is usual, or what a GGUF file says."""
     dense: tuple[str, ...] = ()
     """Linear layers after the pooling, in their order: folder, "|", activation ("tanh" or "")."""
     normalize: bool = True
-    """The last step: to length 1."""
+    """The last step: to length 1; of a score, into 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

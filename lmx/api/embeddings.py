@@ -39,6 +39,10 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     async def embeddings() -> Response:
         """A vector of each text."""
         body, served, prepared = await receive_embedding(EmbeddingRequest, models, settings)
+        if served.ranks:
+            raise InvalidRequest(
+                f"The model {served.id!r} is a cross-encoder: it makes no vectors; ask it at /v1/rerank.", param="model"
+            )
         _check_dimensions(body.dimensions, served)
         pieces = await _run(body, served, prepared, settings)
         answer = {"object": "list", "model": body.model or served.id, "usage": _usage(prepared)}

@@ -67,9 +67,11 @@ def read_sentence(folder: Path) -> Sentence:
     config = _optional(folder / "config.json")
     texts = _optional(folder / "config_sentence_transformers.json")
     modules = folder / "modules.json"
-    pooling, transformer, prompts_count = (
-        _read_modules(folder, modules) if modules.is_file() else (Pooling(), folder, True)
-    )
+    pooling, transformer, prompts_count = Pooling(), folder, True
+    if _ranks(config):
+        pooling = Pooling("rank", normalize=_sigmoid(config))
+    elif modules.is_file():
+        pooling, transformer, prompts_count = _read_modules(folder, modules)
     sentence = _optional(transformer / "sentence_bert_config.json") or _optional(folder / "sentence_bert_config.json")
     prompts = texts.get("prompts")
     sizes = [source.get(name) for source in (texts, config) for name in ("matryoshka_dims", "matryoshka_dimensions")]
@@ -85,6 +87,24 @@ def read_sentence(folder: Path) -> Sentence:
         dimensions=tuple(sorted({size for some in sizes if isinstance(some, list) for size in some})),
         any_dimension=any(source.get("is_matryoshka") is True for source in (texts, config)),
     )
+
+
+def _ranks(config: dict[str, Any]) -> bool:
+    """A cross-encoder: a classifier of one class behind an encoder."""
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and str(architectures[:1]).find("ForSequenceClassification") >= 0
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+    return named and count == 1
+
+
+def _sigmoid(config: dict[str, Any]) -> bool:
+    """Whether scores are squeezed into 0 to 1, as is usual; some models' files say that they are not."""
+    texts = config.get("sentence_transformers")
+    name = (texts.get("activation_fn") if isinstance(texts, dict) else None) or config.get(
+        "sbert_ce_default_activation_function"
+    )
+    return not str(name or "").endswith("Identity")
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -4,12 +4,17 @@ An embedder knows inputs and vectors and keeps nothing between two calls; which 
 decision. Called by ``lmx.engine.embedding.loop`` on the engine's one thread.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "modernbert", "nomic_bert"})
+"""Those of config.json's model_type that ``families`` reads; all others are mlx-lm's."""
 
 Tokens = npt.NDArray[np.int32]
 
@@ -58,3 +63,9 @@ class Embedder(Protocol):
         is its own input's fault and reaches no other."""
 
     def memory(self) -> MemoryFacts: ...
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config

@@ -30,7 +30,7 @@ class Decoder:
 
 def load_decoder(folder: Path) -> Decoder:
     """Raises ModelInvalid, also for a model whose states before the head mlx-lm's code does not show."""
-    loaded = adapter.load(folder)
+    loaded = adapter.load(folder, headless=True)
     adapter.wire()
     trunk: Any = getattr(loaded.model, "model", None)
     if trunk is None:

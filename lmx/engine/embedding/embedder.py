@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmx.engine.embedding import families
-from lmx.engine.embedding.backend import Facts, Input, MemoryFacts
+from lmx.engine.embedding.backend import ENCODERS, Facts, Input, MemoryFacts, read_config
 from lmx.engine.embedding.encoder import Group
-from lmx.engine.embedding.pooling import Head
+from lmx.engine.embedding.pooling import Classifier, Head
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Pooling
 
@@ -36,51 +36,54 @@ _PADDING_SHARE = (0.0, 0.15)
 class MLXEmbedder:
     """Make it with ``load``."""
 
-    def __init__(self, hidden: Hidden, head: Callable[..., mx.array], facts: Facts) -> None:
+    def __init__(self, hidden: Hidden, head: Callable[..., mx.array], facts: Facts, *, threads: int = 1) -> None:
+        """``threads`` above 1: nothing that ``hidden`` and ``head`` use is left to be computed, or to be shared."""
         self._hidden = hidden
         self._head = head
         self.facts = facts
         self._on_gpu = mx.default_device() == mx.gpu
         self._local = threading.local()
-        shares = 1 if self._on_gpu else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self._threads = ThreadPoolExecutor(shares, initializer=self._start_thread) if shares > 1 else None
-        self._shares = shares
+        self._threads = ThreadPoolExecutor(threads, initializer=self._start_thread) if threads > 1 else None
+        self._shares = threads
 
     @classmethod
     def load(cls, options: Load) -> "MLXEmbedder":
         """Load ``options.path``. Raises ModelInvalid."""
         folder = Path(options.path)
-        config = families.read_config(folder)
+        config = read_config(folder)
         pooling = options.embedding or Pooling()
-        if config.get("model_type") in families.FAMILIES:
+        if config.get("model_type") in ENCODERS:
             embedder = cls._load_encoder(folder, config, pooling, options)
         else:
             from lmx.engine.embedding.decoder import load_decoder
 
+            # mlx-lm's code keeps arrays of its own, made by one thread and good for it alone.
             decoder = load_decoder(folder)
             head, loaded = Head(pooling, "last", decoder.width), decoder.loaded
             facts = _facts(
                 config, options, head, loaded.context_length, loaded.vocab_size, loaded.weights_bytes, loaded.dtype
             )
             embedder = cls(decoder.hidden, head, facts)
-        gc.collect()
-        gc.freeze()
         return embedder
 
     @classmethod
     def _load_encoder(cls, folder: Path, config: dict[str, Any], pooling: Pooling, options: Load) -> "MLXEmbedder":
         try:
-            encoder, _ = families.load_encoder(folder, config)
+            encoder, weights = families.load_encoder(folder, config)
+            head: Head | Classifier
+            if pooling.mode == "rank":
+                head = families.load_classifier(weights, config, sigmoid=pooling.normalize)
+            else:
+                head = Head(pooling, "mean", encoder.width)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelInvalid(f"{folder} cannot be loaded: {type(error).__name__}: {error}", param="model") from error
-        arrays = list(_arrays(encoder))
+        arrays = [*_arrays(encoder), *_arrays(tuple(head.layers))]
         mx.eval(arrays)
-        head = Head(pooling, "mean", encoder.width)
         size, dtype = sum(array.nbytes for array in arrays), str(encoder.words.dtype).removeprefix("mlx.core.")
         shape = encoder.shape
-        return cls(
-            encoder.hidden, head, _facts(config, options, head, shape.context_length, shape.vocab_size, size, dtype)
-        )
+        facts = _facts(config, options, head, shape.context_length, shape.vocab_size, size, dtype)
+        threads = 1 if mx.default_device() == mx.gpu else _cores()
+        return cls(encoder.hidden, head, facts, threads=threads)
 
     def _start_thread(self) -> None:
         self._local.stream = mx.new_stream(mx.cpu)
@@ -113,7 +116,13 @@ class MLXEmbedder:
 
 
 def _facts(
-    config: dict[str, Any], options: Load, head: Head, context: int, vocab_size: int, weights_bytes: int, dtype: str
+    config: dict[str, Any],
+    options: Load,
+    head: Head | Classifier,
+    context: int,
+    vocab_size: int,
+    weights_bytes: int,
+    dtype: str,
 ) -> Facts:
     gpu = mx.default_device() == mx.gpu
     return Facts(
@@ -139,6 +148,10 @@ def _arrays(part: Any) -> Iterator[mx.array]:
     elif is_dataclass(part):
         for field in fields(part):
             yield from _arrays(getattr(part, field.name))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shares(lengths: list[int], count: int) -> list[tuple[int, int]]:

@@ -123,7 +123,8 @@ class Encoder:
             places = [np.broadcast_to(np.arange(g.tokens.shape[1]), g.tokens.shape).ravel() for g in groups]
             x = x + self.positions[mx.array(np.concatenate(places) + self.shape.first_position)]
         if self.types is not None:
-            x = x + (self.types[0] if all(g.seconds is None for g in groups) else self.types[_types(groups)])
+            alike = self.types.shape[0] == 1 or all(group.seconds is None for group in groups)
+            x = x + (self.types[0] if alike else self.types[_types(groups)])
         return self.norm(x)
 
     def _attend(
@@ -144,7 +145,8 @@ class Encoder:
                 queries, keys = (_rope(x, layer.rope_base) for x in (queries, keys))
             if layer.window is not None and layer.window < length:
                 window = near.setdefault((length, layer.window), _near(length, layer.window))
-                mask = window if mask is None else window & mask
+                # Padding looks everywhere: what sees nothing is no number, and would spread.
+                mask = window if mask is None else (window & mask) | ~mask.swapaxes(-1, -2)
             found = attention(queries, keys, values, scale=scale, mask=mask)
             parts.append(found.transpose(0, 2, 1, 3).reshape(count * length, width))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)

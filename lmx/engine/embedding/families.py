@@ -4,7 +4,6 @@ Hugging Face's files and in MLX's conversions of them (quantised ones are unpack
 Called once, at load. Raises ModelInvalid for what is not there or not built.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from lmx.engine.embedding.encoder import Encoder, Layer, Linear, Norm, Shape
+from lmx.engine.embedding.kernels import gelu
+from lmx.engine.embedding.pooling import Classifier
 from lmx.errors import ModelInvalid
 
 _PREFIXES = ("bert.", "roberta.", "nomic_bert.", "model.")
@@ -79,6 +80,23 @@ def load_encoder(folder: Path, config: dict[str, Any]) -> tuple[Encoder, Weights
     """The encoder, and its weights for what stands behind it (a classifier). Raises ModelInvalid."""
     weights = Weights(folder, config)
     return FAMILIES[config["model_type"]](weights, config), weights
+
+
+def load_classifier(weights: Weights, config: dict[str, Any], *, sigmoid: bool) -> Classifier:
+    """The head of a cross-encoder. Raises ModelInvalid."""
+    layers: list[Callable[[mx.array], mx.array]]
+    match config["model_type"]:
+        case "bert":
+            layers = [weights.linear("pooler.dense"), mx.tanh, weights.linear("classifier")]
+        case "roberta" | "xlm-roberta" | "camembert":
+            layers = [weights.linear("classifier.dense"), mx.tanh, weights.linear("classifier.out_proj")]
+        case "modernbert":
+            norm = weights.norm("head.norm", config.get("norm_eps", 1e-5))
+            layers = [weights.linear("head.dense"), gelu, norm, weights.linear("classifier")]
+        case other:
+            raise ModelInvalid(f"cross-encoders of {other} are not built.", param="model.embedding")
+    mean = config["model_type"] == "modernbert" and config.get("classifier_pooling") == "mean"
+    return Classifier(layers, mean=mean, sigmoid=sigmoid)
 
 
 def _activation(config: dict[str, Any], name: str, default: str) -> str:
@@ -241,8 +259,3 @@ FAMILIES: dict[str, Callable[[Weights, dict[str, Any]], Encoder]] = {
     "modernbert": _modernbert,
     "nomic_bert": _nomic,
 }
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

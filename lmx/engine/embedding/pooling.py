@@ -3,7 +3,7 @@
 In float32 whatever the model's precision. Padding never counts. Called by ``embedder``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,23 +82,45 @@ class Head:
         """Raises ModelInvalid."""
         self.modes = (pooling.mode or default_mode).split("+")
         self._normalize = pooling.normalize
-        self._dense = [_read_dense(spec) for spec in pooling.dense]
-        self.dimension = self._dense[-1].weight.shape[0] if self._dense else width * len(self.modes)
+        self.layers = [_read_dense(spec) for spec in pooling.dense]
+        self.dimension = self.layers[-1].weight.shape[0] if self.layers else width * len(self.modes)
 
     @property
     def words(self) -> str:
-        steps = [f"{' + '.join(self.modes)} pooling", *["a linear layer"] * len(self._dense)]
+        steps = [f"{' + '.join(self.modes)} pooling", *["a linear layer"] * len(self.layers)]
         return ", ".join(steps + ["normalised"] * self._normalize)
 
     def __call__(self, hidden: mx.array, lengths: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> mx.array:
         """(B, L, D) → (B, dimension)."""
         hidden, places = hidden.astype(mx.float32), mx.array(lengths)
         vectors = mx.concatenate([MODES[mode](hidden, places) for mode in self.modes], axis=-1)
-        for dense in self._dense:
+        for dense in self.layers:
             vectors = dense(vectors)
         if self._normalize:
             vectors = vectors / mx.maximum(mx.linalg.norm(vectors, axis=-1, keepdims=True), _EPS)
         return vectors
+
+
+class Classifier:
+    """A cross-encoder's head: one score for each input."""
+
+    dimension = 1
+
+    def __init__(self, layers: Sequence[Callable[[mx.array], mx.array]], *, mean: bool, sigmoid: bool) -> None:
+        self.layers = layers
+        self._pool = _mean if mean else _cls
+        self._sigmoid = sigmoid
+
+    @property
+    def words(self) -> str:
+        return "scores of pairs" + (" from 0 to 1" if self._sigmoid else "")
+
+    def __call__(self, hidden: mx.array, lengths: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> mx.array:
+        """(B, L, D) → (B, 1)."""
+        x = self._pool(hidden, mx.array(lengths))
+        for layer in self.layers:
+            x = layer(x)
+        return mx.sigmoid(x.astype(mx.float32)) if self._sigmoid else x.astype(mx.float32)
 
 
 def _read_dense(spec: str) -> Dense:
