@@ -14,7 +14,7 @@ from quart import Blueprint, Response, request
 
 from lmx import __version__
 from lmx.serving.metrics import Metrics
-from lmx.serving.models import Models, Served
+from lmx.serving.models import AnyServed, Models
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
@@ -70,10 +70,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _model_status(served: Served) -> dict[str, Any]:
+def _model_status(served: AnyServed) -> dict[str, Any]:
     folder, engine = served.folder, served.engine
     return {
         "id": served.id,
+        "type": served.kind,
         "state": engine.state,
         "format": folder.format,
         "backend": folder.backend,

@@ -8,7 +8,7 @@ from quart_schema import document_request
 from lmx.api.body import receive
 from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
 from lmx.config import Settings
-from lmx.serving.models import Models, Served
+from lmx.serving.models import AnyServed, Models
 
 
 def blueprint(models: Models, settings: Settings) -> Blueprint:
@@ -23,7 +23,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @routes.get("/v1/models/<path:model_id>")
     async def get_model(model_id: str) -> dict[str, Any]:
         """One model, by id or alias."""
-        return _model_object(models.resolve(model_id))
+        return _model_object(models.find(model_id))
 
     @routes.post("/tokenize")
     @document_request(TokenizeRequest)
@@ -42,12 +42,13 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     return routes
 
 
-def _model_object(served: Served) -> dict[str, Any]:
+def _model_object(served: AnyServed) -> dict[str, Any]:
     return {
         "id": served.id,
         "object": "model",
         "created": served.created,
         "owned_by": "lmx",
+        "type": served.kind,
         "max_model_len": served.context_length,
         "backend": served.folder.backend,
         "backend_reason": served.folder.backend_reason,

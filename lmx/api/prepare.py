@@ -31,6 +31,8 @@ class Prepared:
     """Token ids, four bytes each."""
     texts: list[str] = field(default_factory=list)
     """Each prompt as text, for ``echo``."""
+    seconds: list[int] = field(default_factory=list)
+    """Of pairs of texts: where the second one of each begins."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 

@@ -24,8 +24,10 @@ from typing import Any
 
 import psutil
 
+from lmx.api import prepare_embeddings
 from lmx.api.parse import parse_object, validate
 from lmx.api.prepare import KINDS, prepare, slimmed
+from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel
 from lmx.errors import InvalidRequest, LmxError
 
@@ -41,7 +43,8 @@ class Reader:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._incoming = sock.makefile("rb")
-        self._chats: dict[str, ChatModel] = {}
+        self._words: dict[tuple[str, bool], ChatModel | TextEncoder] = {}
+        """By the model's folder, and whether it is to make embeddings."""
         self._limit_bytes = 0
         """Of memory, while a body is read."""
 
@@ -49,7 +52,7 @@ class Reader:
         """Until the server closes the socket. ``words``: of models that will be asked for."""
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         for folder in words:
-            self._chat(folder)
+            self._read(folder, embeds=False)
         while True:
             kind, raw = self._receive(), self._receive_bytes()
             self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
@@ -62,13 +65,18 @@ class Reader:
     def _answer(self, kind: str, raw: bytes) -> tuple[Any, ...] | None:
         try:
             given = parse_object(raw)
-            body = validate(KINDS[kind], given)
+            embeds = kind in prepare_embeddings.KINDS
+            body = validate((prepare_embeddings.KINDS if embeds else KINDS)[kind], given)
             self._send(("model", body.model))
             model = self._receive()
             if model is None:
                 return None
-            words, context = model
-            prepared = prepare(body, given, self._chat(words), context)
+            folder, context = model
+            words = self._read(folder, embeds=embeds)
+            if isinstance(words, TextEncoder):
+                prepared = prepare_embeddings.prepare_embeddings(body, words, context)
+                return "done", prepare_embeddings.slimmed(body), prepared
+            prepared = prepare(body, given, words, context)
             return "done", slimmed(body), prepared
         except LmxError as error:
             return "error", error
@@ -77,10 +85,10 @@ class Reader:
         except Exception:
             return "bug", traceback.format_exc()
 
-    def _chat(self, words: str) -> ChatModel:
-        if words not in self._chats:
-            self._chats[words] = ChatModel.load(Path(words))
-        return self._chats[words]
+    def _read(self, folder: str, *, embeds: bool) -> ChatModel | TextEncoder:
+        if (folder, embeds) not in self._words:
+            self._words[folder, embeds] = (TextEncoder if embeds else ChatModel).load(Path(folder))
+        return self._words[folder, embeds]
 
     def _receive(self) -> Any:
         return pickle.loads(self._receive_bytes())
