@@ -26,7 +26,7 @@ from lmx.api.errors import expected
 from lmx.api.http import BACKLOG, serve_http
 from lmx.config import Settings, load_settings
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
-from lmx.logs import flush, log_to_stderr
+from lmx.logs import Log, flush, log_to_stderr
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -41,13 +41,14 @@ logger = logging.getLogger("lmx")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    with log_to_stderr():
-        return _run(options)
+    with log_to_stderr() as log:
+        return _run(options, log)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, log: Log) -> int:
     try:
         settings = _settings(options)
+        log.use(settings.server.log_format)
         logger.setLevel(settings.server.log_level.upper())
         _raise_open_files()
         return trio.run(_Server(settings, _bind(settings.server.host, settings.server.port)).run)

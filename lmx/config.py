@@ -46,6 +46,8 @@ class ServerSettings(_Section):
     inference_keys: dict[str, Key] = {}
     admin_keys: dict[str, Key] = {}
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+    log_prompts: bool = False
 
 
 class ModelSettings(_Section):

@@ -1,19 +1,25 @@
-"""The server's log on standard error, written by a thread of its own.
+"""The server's log on standard error, as lines for people or as JSON, formatted and written by a thread of its own.
 
 Whoever reads it slowly, or not at all (a pipe that nobody empties, a stopped terminal), must never hold the event loop:
 what does not fit into the queue is dropped and counted, and the count is told when somebody reads again. Called by
-``lmx.cli``; everybody else uses ``logging`` as ever.
+``lmx.cli``; everybody else uses ``logging`` as ever, or structlog for lines with fields.
 """
 
+import copy
 import logging
 import os
 import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from queue import Full, Queue
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 QUEUE_RECORDS = 10_000
@@ -23,13 +29,43 @@ _LOOK_S = 0.1
 _STDERR = 2
 
 
+def _formatter(form: Literal["console", "json"]) -> logging.Formatter:
+    """For records of ``logging`` and of structlog alike."""
+    json: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        _add_time,
+        ProcessorFormatter.remove_processors_meta,
+        structlog.processors.EventRenamer("message"),
+        structlog.processors.JSONRenderer(ensure_ascii=False),
+    ]
+    console: list[Processor] = [ProcessorFormatter.remove_processors_meta, _as_line]
+    return ProcessorFormatter(fmt=FORMAT if form == "console" else None, processors=json if form == "json" else console)
+
+
+def _add_time(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    record: logging.LogRecord = event["_record"]
+    created = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    # Where JSON is written the record's traceback is a field; ``logging`` itself would print it below the line.
+    trace, record.exc_text = record.exc_text, None
+    return {"time": created, **event} | ({"exception": trace} if trace else {})
+
+
+_as_fields = structlog.processors.LogfmtRenderer(bool_as_flag=False)
+
+
+def _as_line(logger: WrappedLogger, name: str, event: EventDict) -> str:
+    text = str(event.pop("event"))
+    return f"{text} {_as_fields(logger, name, event)}" if event else text
+
+
 class _Writer(logging.Handler):
     """Runs in the listener's thread only, and is never inside a write that can block: ``logging`` and the interpreter
     wait for such a thread at their end."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_formatter("console"))
         self.deadline = float("inf")
         self._descriptor = descriptor
 
@@ -64,6 +100,17 @@ class _Queueing(QueueHandler):
         except Full:
             self._dropped += 1
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """What can change is read now; the fields of structlog's records are our own and are formatted by the
+        writer."""
+        record = copy.copy(record)
+        if isinstance(record.msg, str):
+            record.msg, record.args = record.getMessage(), None
+        if record.exc_info:
+            record.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+            record.exc_info = None
+        return record
+
     def handleError(self, record: logging.LogRecord) -> None:
         """A record that cannot be formatted; the original prints it to standard error."""
         self._dropped += 1
@@ -74,9 +121,25 @@ class _Listener(QueueListener):
         cast("Queue[Any]", self.queue).put(None)  # may wait: the writer gives up at its deadline
 
 
+class Log:
+    """The log while it is written."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
+
+    def use(self, form: Literal["console", "json"]) -> None:
+        """From now on lines are written so; "console" is where it starts."""
+        self._writer.setFormatter(_formatter(form))
+
+
 @contextmanager
-def log_to_stderr() -> Iterator[None]:
+def log_to_stderr() -> Iterator["Log"]:
     """The root logger's records go to standard error inside the block, the last of them before it is left."""
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
     queue: Queue[Any] = Queue(QUEUE_RECORDS)
     writer, handler = _Writer(_STDERR), _Queueing(queue)
     listener = _Listener(queue, writer)
@@ -84,7 +147,7 @@ def log_to_stderr() -> Iterator[None]:
     root.addHandler(handler)
     listener.start()
     try:
-        yield
+        yield Log(writer)
     finally:
         root.removeHandler(handler)
         writer.deadline = time.monotonic() + LAST_WORDS_S

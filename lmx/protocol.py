@@ -114,6 +114,8 @@ class Submit:
     """No end token is drawn before so many tokens."""
     prompt_logprobs: int = -1
     """As ``Sampling.logprobs``, for the prompt's tokens but the first; answered by ``PromptLogprobs``."""
+    request_id: str = ""
+    """The client's x-request-id or ours, for the engine's own lines in the log."""
     parent: int = -1
     """A sequence submitted before with the same prompt, whose KV of it this one takes over; -1: none."""
 

@@ -64,7 +64,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return self.line(r"lmx: listening on (http://\S+)")[1]
+        return self.line(r"listening on (http://[^\s\"]+)")[1]
 
     @property
     def address(self) -> tuple[str, int]:

@@ -1,6 +1,7 @@
 """The log of a server whose standard error nobody reads."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import httpx
 import tomlkit
 
-from tests.server import PATIENCE_S, ROOT
+from tests.server import PATIENCE_S, ROOT, serve
 
 ASK = {"prompt": "x", "max_tokens": 2}
 
@@ -90,3 +91,38 @@ def test_lines_that_were_dropped_are_counted(tmp_path: Path) -> None:
     assert notices
     dropped = sum(int(notice.split("lmx: ")[1].split()[0]) for notice in notices)
     assert dropped + len(lines) - len(notices) == 5001
+
+
+def test_each_request_has_its_line(tiny_model: Path, tmp_path: Path) -> None:
+    """As JSON: with what it asked, what it got and how it ended; the prompt only when that is asked for."""
+    settings = {"server": {"log_format": "json"}}
+    with serve(tmp_path, "--model", str(tiny_model), settings=settings, null={"step_ms": 1}) as server:
+        headers = {"x-request-id": "mine-1"}
+        body = {"prompt": "Top secret", "max_tokens": 5, "user": "bot", "ignore_eos": True}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == 200
+        line = json.loads(server.line('.*"request_id": ?"mine-1".*')[0])
+        assert line["message"] == "POST /v1/completions"
+        assert (line["level"], line["logger"], line["status"]) == ("info", "lmx.requests", 200)
+        assert (line["client"], line["model"], line["route"]) == ("bot", "tiny-llama", "default")
+        assert (line["completion_tokens"], line["cached_tokens"], line["finish"]) == (5, 0, "length")
+        assert line["prompt_tokens"] > 0
+        assert 0 < line["ttft_ms"] <= line["duration_ms"]
+        assert line["itl_ms"] > 0
+        assert "prompt" not in line
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": 5}, headers={"x-request-id": "mine-2"})
+        assert refused.status_code == 400
+        line = json.loads(server.line('.*"request_id": ?"mine-2".*')[0])
+        assert (line["status"], line["duration_ms"] > 0) == (400, True)
+        assert all(json.loads(line) for line in server.lines)
+
+
+def test_a_client_that_left_has_its_line_too(tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"server": {"log_prompts": True}}
+    with serve(tmp_path, "--model", str(tiny_model), settings=settings, null={"step_ms": 1}) as server:
+        body = {"prompt": "Not so secret", "max_tokens": 1_000_000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            next(line for line in response.iter_lines() if line.startswith("data:"))
+        line = server.line(r"lmx.requests: POST /v1/completions (.*)")[1]
+        assert "status=499" in line
+        assert "finish=none" in line
+        assert 'prompt="Not so secret"' in line

@@ -67,7 +67,8 @@ def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Me
     @app.before_request
     async def admit() -> None:
         address = request.remote_addr or ""
-        g.call = Call(request_id(), trio.current_time(), address)
+        # At the request, too, for its line in the log, which is written when this context is gone.
+        g.call = request.call = Call(request_id(), trio.current_time(), address)  # type: ignore[attr-defined]
         if not _is_preflight(settings):
             g.call.key_name = authorize(settings, request.path, request.headers, address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
@@ -96,6 +97,7 @@ def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Me
 
 
 def _count(metrics: Metrics, call: Call, face: str, status: int) -> None:
+    call.status = status
     metrics.requests.labels(call.model, face, str(status), call.finish).inc()
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quart import g, request
@@ -23,10 +24,33 @@ class Call:
     model: str = ""
     """Whose answer it is, and how that ended, for the metrics; "" until it is known."""
     finish: str = ""
+    status: int = 0
+    """Of the response, or of the error that ended its stream; 0 while there is none."""
+    asker: str = ""
+    """Whom fair scheduling counted the tokens for."""
+    route: str = ""
+    """How the model was chosen; "" where none is needed."""
+    prompt: Callable[[], str] | None = None
+    """Its text, for the log when that is asked for."""
+    choices: int = 1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_at: float | None = None
+    """Of all choices, like the next; on Trio's clock."""
+    last_token_at: float = 0.0
+
+    def took(self, tokens: int, now: float) -> None:
+        """A choice got so many tokens."""
+        self.completion_tokens += tokens
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
 
     def client(self, user: str | None) -> str:
         """Whom fair scheduling counts the tokens for."""
-        return self.key_name or user or self.address
+        self.asker = self.key_name or user or self.address
+        return self.asker
 
     def deadline(self, timeout_s: float | None, settings: ServerSettings) -> float:
         """On Trio's clock: the request's own field, else its x-request-timeout header, else the setting; or inf.

@@ -16,6 +16,7 @@ from quart.utils import encode_headers
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from lmx.api.errors import contained, error_event, error_response, expected
+from lmx.api.request_log import log_request
 
 COMMENT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -108,9 +109,13 @@ class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
     """Quart-Trio's request runner, for which an EventStream writes itself."""
 
     async def handle_request(self, nursery: trio.Nursery, request: Any, send: Send) -> None:
-        response = await self.app.handle_request(request)
-        if isinstance(response, EventStream):
-            await response.send_to(send)
-        else:
-            await self._send_response(send, response)
+        try:
+            response = await self.app.handle_request(request)
+            if isinstance(response, EventStream):
+                await response.send_to(send)
+            else:
+                await self._send_response(send, response)
+        finally:
+            if (call := getattr(request, "call", None)) is not None:
+                log_request(request.method, request.path, call)
         nursery.cancel_scope.cancel()

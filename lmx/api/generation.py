@@ -136,6 +136,7 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
             "The request's time (field `timeout`, header x-request-timeout or the server's limit) is up."
         )
     job.call.finish = choices[0].finish or ""
+    job.call.cached_tokens = sum(choice.cached_tokens for choice in choices[:: job.n])
     return choices
 
 
@@ -146,7 +147,9 @@ async def _run_choice(
         task_status.started()
         await leased.wait()
         while choice.finish is None:
-            delta = choice.feed(await tokens.receive())
+            chunk = await tokens.receive()
+            job.call.took(len(chunk.tokens), trio.current_time())
+            delta = choice.feed(chunk)
             choice.cached_tokens = tokens.cached_tokens
             if choice.stopped:
                 break
@@ -175,7 +178,11 @@ def make_job(
     bias = _logit_bias(fields, served.chat.vocab_size)
     deadline = call.deadline(fields.timeout, settings)
     remaining_s = deadline - trio.current_time()
-    call.model = served.id
+    call.model, call.route = served.id, fields.model or "default"
+    call.choices = n * len(prompts)
+    call.prompt_tokens = sum(map(len, prompts))
+    if settings.log_prompts:
+        call.prompt = lambda: "\n".join(map(served.chat.spelled, prompts))
     requests = []
     for prompt in prompts:
         room = _room(served, len(prompt), prompt_param)
@@ -191,6 +198,7 @@ def make_job(
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
+                    request_id=call.id,
                 )
             )
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())

@@ -140,6 +140,10 @@ class ChatModel:
         stream = self.text_stream()
         return stream.feed(tokens) + stream.finish()
 
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """The same with special tokens spelled out."""
+        return b"".join(self.token_bytes(token) for token in tokens).decode(errors="replace")
+
     def token_name(self, token: int) -> str:
         """A token as the vocabulary spells it ("Ġthere"); "" outside it."""
         return self._tokenizer.id_to_token(token) or ""

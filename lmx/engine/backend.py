@@ -30,6 +30,8 @@ class Sequence:
     max_tokens: int
     sampling: Sampling
     ignore_eos: bool
+    request_id: str = ""
+    """For the log."""
     computed_tokens: int = 0
     """Prompt positions prefilled, over all prefills."""
     ended: bool = False

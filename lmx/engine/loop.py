@@ -228,7 +228,7 @@ class StepLoop:
             self._refuse(message.seq, error)
             return
         self._sequences[message.seq] = Sequence(
-            message.seq, prompt, len(prompt), max_tokens, message.sampling, message.ignore_eos
+            message.seq, prompt, len(prompt), max_tokens, message.sampling, message.ignore_eos, message.request_id
         )
 
     def _refuse(self, seq: int, error: ValueError) -> None:

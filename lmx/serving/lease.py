@@ -33,6 +33,8 @@ class GenerateRequest:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     prompt_logprobs: int = -1
+    request_id: str = ""
+    """The client's or ours, for logs."""
 
 
 @dataclass(frozen=True, slots=True)

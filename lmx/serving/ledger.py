@@ -147,6 +147,9 @@ class Ledger:
         running = self._running()
         guilty = None if failure.cause == "shutdown" else self._accuse(running, failure)
         self.blamed = guilty is not None
+        if running and failure.cause != "shutdown":
+            ids = ", ".join(lease.request.request_id for lease in running)
+            logger.warning("%s: its engine died while it ran %s", self._name, ids)
         now, waiting = trio.current_time(), []
         for lease in self.submitted.values():
             lease.submitted = False
@@ -266,6 +269,7 @@ class Ledger:
                     request.stop_ids,
                     request.min_tokens,
                     request.prompt_logprobs,
+                    request.request_id,
                 )
             )
             lease.submitted = True
@@ -361,7 +365,13 @@ class Ledger:
         elif message.code == "invalid_request":
             lease.fail(InvalidRequest(message.message))
         else:
-            logger.warning("%s: sequence %d failed (%s): %s", self._name, message.seq, message.code, message.message)
+            logger.warning(
+                "%s: request %s failed (%s): %s",
+                self._name,
+                lease.request.request_id,
+                message.code,
+                message.message,
+            )
             lease.fail(SequenceFailed(f"The model could not answer this request ({message.code}): {message.message}."))
             if self._send is not None and not self._canary_due:
                 self._send_canary(self._send)

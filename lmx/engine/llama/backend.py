@@ -305,7 +305,7 @@ class LlamaBackend:
             return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
         except Exception:
             # Arithmetic on one request's own values: nobody else's business, whatever is wrong with them.
-            traceback.print_exc()
+            print(f"request {row.sequence.request_id}: its draw failed: {traceback.format_exc()}", file=sys.stderr)
             return Draw(row.sequence, 0, True)
 
     def free(self, sequence: Sequence) -> None:
