@@ -31,6 +31,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class GrammarTooComplex(InvalidRequest):
+    """A schema or grammar that would take longer than a request may."""
+
+    code = "grammar_too_complex"
+
+
 class Unauthorized(LmxError):
     status = 401
     type = "invalid_request_error"
