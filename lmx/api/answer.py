@@ -11,6 +11,7 @@ from quart import Response
 
 from lmx import __version__
 from lmx.api.generation import Choice, Delta, Job
+from lmx.chat.events import Content, Event
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served
 
@@ -54,6 +55,7 @@ class Collected:
 
     def __init__(self, job: Job, format_logprobs: FormatLogprobs) -> None:
         self._texts: list[list[str]] = [[] for _ in job.requests]
+        self._events: list[list[Event]] = [[] for _ in job.requests]
         self._format_logprobs = format_logprobs
         self._logprobs: list[dict[str, list[bytes]]] = [{} for _ in job.requests]
 
@@ -62,6 +64,7 @@ class Collected:
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
         self._texts[choice.index].append(delta.text)
+        self._events[choice.index] += delta.events
         if delta.logprobs:
             for name, values in self._format_logprobs(choice.index, delta.logprobs).items():
                 if isinstance(values, list):
@@ -69,6 +72,10 @@ class Collected:
 
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
+
+    def events(self, choice: Choice) -> list[Event]:
+        """The same where more than text is told apart."""
+        return self._events[choice.index] or [Content(self.text(choice))]
 
     def response(self, answer: dict[str, Any], choices: list[dict[str, Any]], *, with_logprobs: bool) -> Response:
         """``answer`` with ``choices``, each with its ``logprobs``."""

@@ -11,10 +11,11 @@ from typing import Any
 from lmx.api.answer import to_json
 from lmx.api.events import DONE, EventWriter
 from lmx.api.generation import Choice, Delta, Job, usage
+from lmx.chat.events import CallArguments, CallStart, Content, Event, Reasoning
 from lmx.protocol import Logprobs
 
-ChoiceObject = Callable[[int, str | None, dict[str, Any] | None, str | None], dict[str, Any]]
-"""(index, text or None for none, logprobs, finish_reason) to the face's entry of ``choices``."""
+ChoiceObject = Callable[[int, str | Event | None, dict[str, Any] | None, str | None], dict[str, Any]]
+"""(index, text or event or None for nothing new, logprobs, finish_reason) to the face's entry of ``choices``."""
 
 PLACEHOLDER = "\0"
 
@@ -44,9 +45,14 @@ class ChunkStream:
         self._first = dict(first)
         self._with_usage = with_usage
         self._format_logprobs = format_logprobs
-        # Split at the last placeholder: the heading holds the client's word for the model, whatever that is.
-        frames = [self._chunk(choice_object(i, PLACEHOLDER, None, None)) for i in range(len(job.requests))]
-        self._frames = [frame.rsplit(to_json(PLACEHOLDER), 1) for frame in frames]
+        self._frames = [self._frame(index, PLACEHOLDER, 1) for index in range(len(job.requests))]
+        self._event_frames: dict[tuple[int, type[Event], int], list[bytes]] = {}
+
+    def _frame(self, index: int, piece: str | Event, places: int) -> list[bytes]:
+        """The chunk around ``places`` placeholders, the last ones: the heading holds the client's word for the model,
+        whatever that is.
+        """
+        return self._chunk(self._choice_object(index, piece, None, None)).rsplit(to_json(PLACEHOLDER), places)
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         return self._event({"choices": [choice]} | ({"usage": None} if self._with_usage else {}))
@@ -61,9 +67,12 @@ class ChunkStream:
         index = choice.index
         first = self._first.pop(index, None)
         events = self._chunk(first) if first else b""
-        if delta.logprobs:
+        if delta.events:
+            events += self._told(index, delta)
+        elif delta.logprobs:
             logprobs = self._format_logprobs(index, delta.logprobs)
-            events += self._chunk(self._choice_object(index, delta.text, logprobs, None))
+            text = None if choice.reader is not None else delta.text
+            events += self._chunk(self._choice_object(index, text, logprobs, None))
         elif delta.text:
             before, after = self._frames[index]
             events += before + json.dumps(delta.text).encode() + after
@@ -71,6 +80,32 @@ class ChunkStream:
             events += self._chunk(self._choice_object(index, None, None, delta.finish))
         if events:
             await self._writer.write(events)
+
+    def _told(self, index: int, delta: Delta) -> bytes:
+        """A chunk for each of the events, the log-probabilities with the first."""
+        logprobs = self._format_logprobs(index, delta.logprobs) if delta.logprobs else None
+        chunks = []
+        for event in delta.events:
+            match event:
+                case Content(text) if logprobs is None:
+                    chunks.append(json.dumps(text).encode().join(self._frames[index]))
+                case Reasoning(text) | CallArguments(json=text) if logprobs is None:
+                    chunks.append(json.dumps(text).encode().join(self._event_frame(index, event)))
+                case Content() | Reasoning() | CallStart() | CallArguments():
+                    chunks.append(self._chunk(self._choice_object(index, event, logprobs, None)))
+                    logprobs = None
+        if logprobs is not None:
+            chunks.append(self._chunk(self._choice_object(index, None, logprobs, None)))
+        return b"".join(chunks)
+
+    def _event_frame(self, index: int, event: Reasoning | CallArguments) -> list[bytes]:
+        call = event.index if isinstance(event, CallArguments) else 0
+        key = (index, type(event), call)
+        if key not in self._event_frames:
+            empty = CallArguments(call, PLACEHOLDER) if isinstance(event, CallArguments) else Reasoning(PLACEHOLDER)
+            places = 1 if isinstance(event, CallArguments) else 2
+            self._event_frames[key] = self._frame(index, empty, places)
+        return self._event_frames[key]
 
     async def end(self, choices: Sequence[Choice]) -> None:
         """The usage chunk when it was asked for, and [DONE]."""

@@ -14,6 +14,7 @@ from lmx.api.events import EventStream, EventWriter
 from lmx.api.generation import Job, make_job, run, usage
 from lmx.api.logprobs import CompletionLogprobs
 from lmx.api.schemas import CompletionRequest
+from lmx.chat.events import Event
 from lmx.config import Settings
 from lmx.serving.models import Models
 
@@ -39,6 +40,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             prompt_param="prompt",
             call=current_call(),
             settings=settings.server,
+            plan=prepared.plan,
         )
         echoes = [text if body.echo else "" for text in prepared.texts for _ in range(job.n)]
         model = body.model or served.id
@@ -76,5 +78,8 @@ async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[st
     await chunks.end(await run(job, chunks))
 
 
-def _choice_object(index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+def _choice_object(
+    index: int, text: str | Event | None, logprobs: dict[str, Any] | None, finish: str | None
+) -> dict[str, Any]:
+    assert text is None or isinstance(text, str)  # a completion is nothing but text
     return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": finish}

@@ -10,12 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
 import trio
 
 from lmx.api.call import Call
 from lmx.api.errors import raise_single
+from lmx.api.message import merged
 from lmx.api.schemas import GenerationFields
-from lmx.chat.text import TextStream
+from lmx.chat.events import CallStart, Content, Event, Malformed, Reasoning
+from lmx.chat.plan import Plan
+from lmx.chat.text import StopStrings, TextStream
+from lmx.chat.tools.base import Parser
 from lmx.config import ServerSettings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from lmx.protocol import Logprobs, Sampling
@@ -37,6 +42,8 @@ RANDOM_SEED = -1
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
+logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("lmx.api")
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -50,6 +57,7 @@ class Job:
     deadline: float
     """On Trio's clock."""
     call: Call
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,8 @@ class Delta:
     logprobs: tuple[tuple[int, Logprobs], ...]
     """Of each token that counts into the text, when asked for."""
     finish: str | None
+    events: Sequence[Event] = ()
+    """Instead of ``text``, of an answer in which more than text is told apart."""
 
 
 @dataclass(slots=True)
@@ -75,8 +85,16 @@ class Choice:
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
+    reader: "Reader | None" = None
+    """Of an answer in which more than text is told apart."""
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self.reader.reasoning_tokens if self.reader is not None else 0
 
     def feed(self, chunk: Chunk) -> Delta:
+        if self.reader is not None:
+            return self._feed_reader(self.reader, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
         if self.has_stop or self.wants_logprobs:
             text, logprobs = self._feed_each(chunk)
@@ -102,6 +120,81 @@ class Choice:
                 break
         return text, tuple(logprobs)
 
+    def _feed_reader(self, reader: "Reader", chunk: Chunk) -> Delta:
+        """Token by token, too."""
+        events: list[Event] = []
+        logprobs = []
+        for position, token in enumerate(chunk.tokens):
+            is_end = chunk.finish == "stop" and position == len(chunk.tokens) - 1
+            self.completion_tokens += 1
+            if self.wants_logprobs and not is_end:
+                logprobs.append((token, chunk.logprobs[position]))
+            events += reader.feed(self.text.feed((token,)))
+            if reader.stopped:
+                self.stopped, self.finish = True, "stop"
+                break
+        if chunk.finish and not self.stopped:
+            events += reader.finish(self.text.finish())
+            self.finish = "stop" if reader.stopped or chunk.finish == "complete" else chunk.finish
+        if self.finish == "stop" and reader.calls:
+            self.finish = "tool_calls"
+        return Delta("", tuple(logprobs), self.finish, merged(events))
+
+
+class Reader:
+    """An answer's text as events: reasoning, calls and content, which alone is cut at stop strings."""
+
+    def __init__(self, parser: Parser, stop: Sequence[str], plan: Plan) -> None:
+        self.stopped = False
+        self.calls = 0
+        self.reasoning_tokens = 0
+        self._parser = parser
+        self._strings = stop
+        self._stop = StopStrings(stop)
+        self._thoughts = plan.thoughts
+
+    def feed(self, text: str) -> list[Event]:
+        """The events of one token's text."""
+        events = self._parser.feed(text) if text else []
+        return self._cut(events) if events else events
+
+    def finish(self, text: str) -> list[Event]:
+        """The sequence ended: ``text`` and what was held back."""
+        events = self._cut([*self._parser.feed(text), *self._parser.finish()])
+        return events if self.stopped else [*events, *self._release()]
+
+    def _cut(self, events: Sequence[Event]) -> list[Event]:
+        result: list[Event] = []
+        for event in events:
+            if isinstance(event, Reasoning) and self._thoughts != "apart":
+                if self._thoughts == "hidden":
+                    continue
+                event = Content(event.text)
+            if isinstance(event, Content):
+                text = self._stop.feed(event.text) if self._strings else event.text
+                if text:
+                    result.append(Content(text))
+            elif isinstance(event, Malformed):
+                result.append(event)
+            else:
+                result += self._release()
+                if not self.stopped:
+                    self.calls += isinstance(event, CallStart)
+                    result.append(event)
+            if self.stopped or self._stop.stopped:
+                self.stopped = True
+                break
+        return result
+
+    def _release(self) -> list[Event]:
+        """What is held back for a stop string that does not come: the content is over, or something else follows."""
+        if not self._strings:
+            return []
+        text = self._stop.feed("", final=True)
+        self.stopped = self._stop.stopped
+        self._stop = StopStrings(self._strings)
+        return [Content(text)] if text else []
+
 
 class Sink(Protocol):
     """Where a job's pieces go. All methods may be cancelled; ``delta`` runs concurrently for n > 1."""
@@ -124,8 +217,7 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
                 for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
-                    text = job.served.chat.text_stream(job.stop)
-                    choices.append(Choice(index, text, bool(job.stop), request.sampling.logprobs >= 0))
+                    choices.append(_choice(job, index, request))
                     await nursery.start(_run_choice, job, choices[-1], sink, leased)
                 await sink.begin()
                 leased.set()
@@ -140,6 +232,16 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
     return choices
 
 
+def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
+    chat, plan = job.served.chat, job.plan
+    wants_logprobs = request.sampling.logprobs >= 0
+    parser = chat.parser(plan)
+    if parser is None:
+        return Choice(index, chat.text_stream(job.stop), bool(job.stop), wants_logprobs)
+    text = chat.text_stream(markers=chat.markers(plan))
+    return Choice(index, text, bool(job.stop), wants_logprobs, reader=Reader(parser, job.stop, plan))
+
+
 async def _run_choice(
     job: Job, choice: Choice, sink: Sink, leased: trio.Event, *, task_status: trio.TaskStatus[None]
 ) -> None:
@@ -151,6 +253,9 @@ async def _run_choice(
             job.call.took(len(chunk.tokens), trio.current_time())
             delta = choice.feed(chunk)
             choice.cached_tokens = tokens.cached_tokens
+            for event in delta.events:
+                if isinstance(event, Malformed):
+                    logger.info("what looked like a tool call is none", request_id=job.call.id, reason=event.reason)
             if choice.stopped:
                 break
             await sink.delta(choice, delta)
@@ -168,6 +273,7 @@ def make_job(
     prompt_param: str,
     call: Call,
     settings: ServerSettings,
+    plan: Plan,
 ) -> Job:
     """The engine requests for n choices of each prompt. ``max_tokens`` -1: as many as there is room for.
 
@@ -198,11 +304,12 @@ def make_job(
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
+                    grammar=plan.grammar,
                     request_id=call.id,
                 )
             )
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    return Job(served, tuple(requests), n, stop, seed, deadline, call)
+    return Job(served, tuple(requests), n, stop, seed, deadline, call, plan)
 
 
 def _room(served: Served, prompt_tokens: int, param: str) -> int:
@@ -265,4 +372,5 @@ def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }

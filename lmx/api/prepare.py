@@ -13,7 +13,9 @@ from pydantic_core import to_json
 
 from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
 from lmx.api.shorten import shorten
+from lmx.api.tools import tool_use
 from lmx.chat.model import ChatModel
+from lmx.chat.plan import PLAIN, Plan
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -31,6 +33,7 @@ class Prepared:
     """Token ids, four bytes each."""
     texts: list[str] = field(default_factory=list)
     """Each prompt as text, for ``echo``."""
+    plan: Plan = PLAIN
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -84,22 +87,15 @@ def slimmed(body: Request) -> Request:
 
 def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
     _check_messages(given["messages"], chat, context)
+    use = tool_use(given)
     ids = chat.encode_chat(
         given["messages"],
-        tools=_tools(body, given),
+        tools=use.shown or None,
         template_kwargs=_template_kwargs(body),
         add_generation_prompt=body.add_generation_prompt is not False,
         context=context,
     )
-    return Prepared([array("I", ids)], [""])
-
-
-def _tools(body: ChatRequest, given: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = given.get("tools") or [{"type": "function", "function": old} for old in given.get("functions") or ()]
-    allowed = body.allowed_tools()
-    if allowed is not None:
-        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
-    return tools or None
+    return Prepared([array("I", ids)], [""], Plan(tools=use.callable, old_calls=use.old))
 
 
 def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:
@@ -210,7 +206,7 @@ def _tokenize(body: TokenizeRequest, given: dict[str, Any], chat: ChatModel, con
         _check_messages(given["messages"], chat, context)
         ids = chat.encode_chat(
             given["messages"],
-            tools=given.get("tools") or None,
+            tools=[tool for tool in given.get("tools") or () if tool["type"] == "function"] or None,
             template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special=bool(body.add_special_tokens),

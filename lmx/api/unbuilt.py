@@ -132,14 +132,6 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ("lora lora_path lora_request adapters adapter adapter_id", NOTHING, "this server loads no adapters"),
     ("vllm_xargs", NOTHING, "this server knows none of them"),
     # Reasoning
-    (
-        "thinking_budget thinking_token_budget thinking_budget_tokens reasoning_budget reasoning_budget_tokens "
-        "max_thinking_tokens max_reasoning_tokens",
-        (-1,),
-        "this server does not limit reasoning",
-    ),
-    ("include_reasoning separate_reasoning", TRUE, "the answer is sent as it comes"),
-    ("reasoning_format", ("none", "auto"), "the answer is sent as it comes"),
     ("prompt_mode", (), "reasoning_effort is the field for that"),
 )
 _FIELDS = {name: (neutral, why) for names, neutral, why in _GROUPS for name in names.split()}

@@ -5,29 +5,50 @@ The API faces call it, ``encode_*`` from worker threads (a long prompt takes man
 engines and never needs the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
 from lmx.chat.messages import normalise
 from lmx.chat.pieces import read_pieces
+from lmx.chat.plan import Plan
 from lmx.chat.special import SpecialTokens
 from lmx.chat.text import TextStream
-from lmx.errors import ContextLengthExceeded, InvalidRequest, ModelInvalid
+from lmx.chat.tools import find as find_tool_format
+from lmx.chat.tools.base import Format, Parser
+from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
+
+
+class Source(NamedTuple):
+    """From what a ``ChatModel`` is made, here or in another process."""
+
+    folder: str
+    tool_format: str = ""
+    """The name of the one to take; "": the one that fits."""
+    reasoning_format: str = ""
 
 
 class ChatModel:
-    """Nothing in it changes after it was made, so threads may share it."""
+    """Nothing that can be seen of it changes after it was made, so threads may share it."""
+
+    source: Source
 
     eos_ids: frozenset[int]
     vocab_size: int
     """One more than the largest token id; the engine's output matrix may have more rows, as padding."""
+    special: Mapping[str, int]
+    """Tokens that are no part of a text, by their names."""
+    tool_format: Format
+    tool_format_reason: str
+    """Why we think that the model writes calls so."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        folder = Path(source.folder)
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
@@ -40,10 +61,18 @@ class ChatModel:
             tokenizer.no_padding()
         self._literal.encode_special_tokens = True  # that is: as ordinary text
         self._special = SpecialTokens(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special = {token.content: index for index, token in added if token.special}
         settings = read_settings(folder)
         self._template = read_template(folder, settings)
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
+        template = self._template.source if self._template is not None else ""
+        try:
+            self.tool_format, self.tool_format_reason = find_tool_format(template, self.special, source.tool_format)
+        except ValueError as error:
+            raise ConfigError(f"[model] {error}", param="model.tool_format") from None
+        self._marked: dict[tuple[str, ...], Sequence[bytes]] = {}
         self._longest_token_bytes = max(map(len, self._pieces.all))
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
@@ -52,9 +81,9 @@ class ChatModel:
             self._bos = [] if bos is None else [bos]
 
     @classmethod
-    def load(cls, folder: Path) -> "ChatModel":
-        """Read the tokenizer's files, config.json and the chat template. Blocks. Raises ModelInvalid."""
-        return cls(folder)
+    def load(cls, folder: Path | str, tool_format: str = "", reasoning_format: str = "") -> "ChatModel":
+        """Read the tokenizer's files, config.json and the chat template. Blocks. Raises ModelInvalid, ConfigError."""
+        return cls(Source(str(folder), tool_format, reasoning_format))
 
     def encode_chat(
         self,
@@ -152,9 +181,32 @@ class ChatModel:
         """A token's bytes (perhaps part of a character), a special token's name; empty outside the vocabulary."""
         return self._pieces.all[token] if 0 <= token < self.vocab_size else b""
 
-    def text_stream(self, stop: Sequence[str] = (), *, continues: bool = False) -> TextStream:
-        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts."""
-        return TextStream(self._pieces.text, stop, strip_space=self._pieces.strip_space and not continues)
+    def text_stream(
+        self, stop: Sequence[str] = (), *, continues: bool = False, markers: tuple[str, ...] = ()
+    ) -> TextStream:
+        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts. ``markers``:
+        special tokens that are spelled out.
+        """
+        pieces = self._pieces_with(markers) if markers else self._pieces.text
+        return TextStream(pieces, stop, strip_space=self._pieces.strip_space and not continues)
+
+    def _pieces_with(self, markers: tuple[str, ...]) -> Sequence[bytes]:
+        """One table for each of a model's few sets of markers."""
+        if markers not in self._marked:
+            pieces = list(self._pieces.text)
+            for marker in markers:
+                if marker in self.special:
+                    pieces[self.special[marker]] = marker.encode()
+            self._marked[markers] = tuple(pieces)
+        return self._marked[markers]
+
+    def parser(self, plan: Plan) -> Parser | None:
+        """For one answer; None: it is nothing but text."""
+        return self.tool_format.parser(plan.tools) if plan.tools else None
+
+    def markers(self, plan: Plan) -> tuple[str, ...]:
+        """What ``parser`` must see of the special tokens."""
+        return self.tool_format.markers if plan.tools else ()
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:

@@ -43,6 +43,8 @@ class ChatTemplate:
         environment.globals.update(special_tokens)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = sources.get("tool_use") or sources.get("default") or next(iter(sources.values()))
+        """Of the one that tells of tools, for those who look what it knows."""
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def render(

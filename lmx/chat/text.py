@@ -17,16 +17,16 @@ class TextStream:
     """
 
     def __init__(self, pieces: Sequence[bytes], stop: Sequence[str] = (), *, strip_space: bool = False) -> None:
-        self.stopped = False
-        """A stop string was met; it and everything after it is dropped."""
         self._pieces = pieces
         self._strip_space = strip_space
         # UTF-8 with U+FFFD for each maximal invalid part (Unicode's "substitution of maximal subparts").
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = [_Matcher(string) for string in filter(None, stop)]
-        self._held = ""
-        self._found: int | None = None
-        """Where in what is held back a stop string begins, while one that begins earlier is still possible."""
+        self._stop = StopStrings(stop) if any(stop) else None
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met; it and everything after it is dropped."""
+        return self._stop is not None and self._stop.stopped
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens make safe to send; "" once ``stopped``. Unknown ids give no text."""
@@ -40,7 +40,7 @@ class TextStream:
         return self._take((), final=True)
 
     def _take(self, tokens: Sequence[int], *, final: bool) -> str:
-        if self.stopped:
+        if self._stop is not None and self._stop.stopped:
             return ""
         pieces = self._pieces
         size = len(pieces)
@@ -49,10 +49,24 @@ class TextStream:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._utf8.decode(data, final)
-        return self._cut(text, final=final) if self._stop else text
+        return self._stop.feed(text, final=final) if self._stop is not None else text
 
-    def _cut(self, new: str, *, final: bool) -> str:
-        """The stop string that begins first in the whole text wins, so the result is the same for every chunking."""
+
+class StopStrings:
+    """Cuts a text that comes in pieces at the stop string that begins first in it, whatever the pieces."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.stopped = False
+        """One was met; it and everything after it is dropped."""
+        self._stop = [_Matcher(string) for string in filter(None, strings)]
+        self._held = ""
+        self._found: int | None = None
+        """Where in what is held back a stop string begins, while one that begins earlier is still possible."""
+
+    def feed(self, new: str, *, final: bool = False) -> str:
+        """What is safe to send; with ``final`` all of it, once, last. "" once ``stopped``."""
+        if self.stopped:
+            return ""
         text = self._held + new
         found, keep = self._found, len(text)
         for matcher in self._stop:
