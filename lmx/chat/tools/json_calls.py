@@ -129,7 +129,8 @@ def _read_objects(reader: CallReader, bare: bool) -> Steps[None]:
 def _read_call(reader: CallReader, bare: bool) -> Steps[None]:
     """One object. ``bare``: nothing but a bracket says that it is a call, so its first key must."""
     source = reader.source
-    reader.begin()
+    if not bare:
+        reader.begin()
     name: str | None = None
     held: list[str] = []
     """Arguments that came before the name."""
@@ -143,7 +144,9 @@ def _read_call(reader: CallReader, bare: bool) -> Steps[None]:
             key = yield from text(source)
             if bare and key not in _KEYS:
                 raise NoCall
-            bare = False
+            if bare:
+                bare = False
+                reader.begin()
             yield from space(source)
             yield from source.expect(":")
             yield from space(source)

@@ -55,14 +55,16 @@ def _value(source: Source, out: Out, python: bool, tuples: int) -> Steps[None]:
         yield from string(source, out)
         out((yield from space(source)))
         yield from source.expect(":")
-        out(":" + (yield from space(source)))
+        out(":")
+        out((yield from space(source)))
 
     while True:
         character = yield from source.peek()
         if character in _CLOSERS:
             source.at += 1
             closers.append(_CLOSERS[character])
-            out(character + (yield from space(source)))
+            out(character)
+            out((yield from space(source)))
             if (yield from source.peek()) != closers[-1]:
                 if character == "{":
                     yield from key()

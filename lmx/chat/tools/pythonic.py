@@ -11,6 +11,7 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lmx.chat.grammar import literal
@@ -34,19 +35,17 @@ _LITERALS = {True: "True", False: "False", None: "None"}
 @dataclass(frozen=True)
 class _Pythonic:
     name: str
-    markers: tuple[str, ...]
-    triggers: tuple[str, ...]
-    """For the parser."""
-    opening: str
-    """The special token that begins calls; without it a bracket does."""
-    closing: str
-    template_words: str
+    markers: tuple[str, str]
+    bare: bool
+    """A bracket alone begins calls too, and does where the first marker is no token."""
+    template_words: tuple[str, ...]
 
     def matches(self, template: str, special: Mapping[str, int]) -> bool:
-        return self.template_words in template or (self.opening in special and self.triggers == (self.opening,))
+        return any(words in template for words in self.template_words) or (not self.bare and self.markers[0] in special)
 
     def parser(self, tools: Sequence[Tool]) -> Parser:
-        return CallReader(tools, self.triggers, self._read)
+        opening = self.markers[0]
+        return CallReader(tools, (opening, "[") if self.bare else (opening,), self._read)
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         writer = _Writer()
@@ -54,8 +53,9 @@ class _Pythonic:
         rules = [f"call_{number}: {body}" for number, body in enumerate(bodies)]
         call = " | ".join(f"call_{number}" for number in range(len(tools)))
         more = ' (", " call)*' if parallel else ""
-        if self.triggers == (self.opening,) or self.opening in special:
-            trigger, first, closing = self.opening, '"[" call', "]" + self.closing
+        opening, closing = self.markers
+        if opening in special or not self.bare:
+            trigger, first, closing = opening, '"[" call', "]" + closing
         else:
             # As much of the first call as every tool's name begins with.
             common = os.path.commonprefix([f"{tool.name}(" for tool in tools])  # noqa: RUF071
@@ -79,7 +79,7 @@ class _Pythonic:
             yield from read_items(reader)
         else:
             yield from _read_calls(reader, bare)
-        yield from reader.closing("" if bare else self.closing)
+        yield from reader.closing("" if bare else self.markers[1])
 
 
 def _read_calls(reader: CallReader, bare: bool) -> Steps[None]:
@@ -101,18 +101,22 @@ def _read_calls(reader: CallReader, bare: bool) -> Steps[None]:
 def _read_call(reader: CallReader, bare: bool) -> Steps[None]:
     """``bare``: nothing but a bracket says that it is a call, so its beginning must."""
     source = reader.source
-    reader.begin()
+    if not bare:
+        reader.begin()
     name = yield from source.run(_NAME)
     if not name or (yield from source.peek()) != "(":
         raise NoCall if bare else Broken("a call does not begin with name(")
     source.at += 1
+    bare = bare and name not in reader.names
+    if not bare:
+        reader.begin()
     key = ""
     try:
         yield from space(source)
         empty = (yield from source.peek()) == ")"
         whole = not empty and (yield from source.accept("**"))
         if not empty and not whole:
-            key = yield from _key(reader, bare and name not in reader.names)
+            key = yield from _key(reader, bare)
     except Cut:
         reader.start(name)
         raise
@@ -220,8 +224,14 @@ class _Writer:
         return "(" + " | ".join(self._value(schema, definitions) for schema in schemas) + ")"
 
     def _json(self, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-        expression = "%json " + json.dumps({**schema, **definitions, "x-guidance": LAYOUT})
-        return self._rule("%json {}" if complaint(f"start: {expression}") else expression)
+        return self._rule(_json(json.dumps({**schema, **definitions, "x-guidance": LAYOUT})))
+
+
+@lru_cache(maxsize=1024)
+def _json(schema: str) -> str:
+    """The value as JSON: any, where the schema cannot be compiled."""
+    expression = f"%json {schema}"
+    return f"%json {json.dumps({'x-guidance': LAYOUT})}" if complaint(f"start: {expression}") else expression
 
 
 def _spelled_by_keywords(schema: Mapping[str, Any]) -> bool:
@@ -259,16 +269,12 @@ def _words(values: Sequence[Any], kind: Any) -> str:
 LFM2 = _Pythonic(
     name="lfm2",
     markers=("<|tool_call_start|>", "<|tool_call_end|>"),
-    triggers=("<|tool_call_start|>",),
-    opening="<|tool_call_start|>",
-    closing="<|tool_call_end|>",
-    template_words="<|tool_call_start|>",
+    bare=False,
+    template_words=("<|tool_call_start|>", "<|tool_list_start|>"),
 )
 PYTHONIC = _Pythonic(
     name="pythonic",
     markers=("<|python_start|>", "<|python_end|>"),
-    triggers=("<|python_start|>", "["),
-    opening="<|python_start|>",
-    closing="<|python_end|>",
-    template_words="[func_name1(",
+    bare=True,
+    template_words=("[func_name1(",),
 )

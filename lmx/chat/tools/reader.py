@@ -60,7 +60,7 @@ class CallReader:
     # What a format's reading calls, in this order for each call.
 
     def begin(self) -> None:
-        """A call is about to be read."""
+        """What follows looks like a call: if it is none, that is worth a word."""
         self.between, self._begun = False, True
 
     def start(self, name: str) -> None:
@@ -101,7 +101,7 @@ class CallReader:
         while trigger := (yield from self._text()):
             self.source.keep()
             self.source.at += len(trigger)
-            self.between, self._begun = False, True
+            self.between = self._begun = False
             try:
                 yield from self._read(self, trigger)
                 self._say(self.source.kept())
@@ -162,12 +162,11 @@ class CallReader:
 
     def _cut(self) -> None:
         source = self.source
-        unread = source.text[source.at :]
+        text = source.kept() + source.text[source.at :]
         source.at = len(source.text)
-        read = source.kept() + unread
         if self._open or self.between:  # half an escape, half a closing marker
             return
-        self._say(read)
+        self._say(text)
         if self._begun:
             self._refuse(self._refused or "the answer ended inside a call")
 
