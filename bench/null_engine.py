@@ -20,8 +20,8 @@ Environment, all optional:
     LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with the code
     LMX_NULL_FAIL_CODE=CODE      (default "non_finite")
     LMX_NULL_KEEP_TOKEN=10       such a sequence is never freed
-    LMX_NULL_SCRIPT=PATH         what each sequence that comes from now on says, while PATH exists: {"steps": [[5, 6], [7],
-                                 …], "finish": "stop"}, the tokens of each step and how it ends ("stop": with an EOS)
+    LMX_NULL_SCRIPT=PATH         what each sequence that comes from now on says, while PATH exists: {"steps": [[5, 6],
+                                 [7]], "finish": "stop"}, the tokens of each step and how it ends ("stop": with an EOS)
     LMX_NULL_SUBMITS=PATH        each Submit adds a line of JSON to it: its grammar
 """
 

@@ -13,9 +13,11 @@ from pydantic_core import to_json
 
 from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
 from lmx.api.shorten import shorten
-from lmx.api.tools import tool_use
+from lmx.api.tools import ToolUse, tool_use
+from lmx.chat.grammar import answer_grammar, check
 from lmx.chat.model import ChatModel
 from lmx.chat.plan import PLAIN, Plan
+from lmx.chat.structured import FIELDS, body_of
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -25,6 +27,10 @@ TOKENIZED_CHARACTERS = 4_000_000
 """Of /tokenize, which counts the tokens of texts that are too long for the model, too."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _PREFILL = ("prefix", "partial")
+_ONLY_PREPARED = FIELDS | {
+    *("messages", "tools", "tool_choice", "functions", "function_call"),
+    *("prompt", "tokens", "chat_template_kwargs", "metadata"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ def prepare(body: Request, given: dict[str, Any], chat: ChatModel, context: int)
             case ChatRequest():
                 return _chat(body, given, chat, context)
             case CompletionRequest():
-                return _completion(body, chat, context)
+                return _completion(body, given, chat, context)
             case TokenizeRequest():
                 return Prepared(answer=_tokenize(body, given, chat, context))
             case DetokenizeRequest():
@@ -81,8 +87,7 @@ def check_length(body: Request, given: dict[str, Any], chat: ChatModel, context:
 
 def slimmed(body: Request) -> Request:
     """``body`` without what only ``prepare`` reads: what is left is small."""
-    gone = {"messages", "tools", "functions", "prompt", "chat_template_kwargs", "metadata", "tokens", "tool_choice"}
-    return body.model_copy(update=dict.fromkeys(gone & type(body).model_fields.keys()))
+    return body.model_copy(update=dict.fromkeys(_ONLY_PREPARED & type(body).model_fields.keys()))
 
 
 def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
@@ -95,7 +100,20 @@ def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: in
         add_generation_prompt=body.add_generation_prompt is not False,
         context=context,
     )
-    return Prepared([array("I", ids)], [""], Plan(tools=use.callable, old_calls=use.old))
+    return Prepared([array("I", ids)], [""], _plan(given, use, chat))
+
+
+def _plan(given: dict[str, Any], use: ToolUse, chat: ChatModel) -> Plan:
+    grammar = answer_grammar(
+        special=chat.special,
+        format=chat.tool_format,
+        tools=use.callable,
+        choice=use.mode,
+        parallel=use.parallel,
+        body=body_of(given),
+    )
+    check(grammar)
+    return Plan(grammar, use.callable, old_calls=use.old)
 
 
 def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:
@@ -164,19 +182,19 @@ def _thinking(body: ChatRequest) -> bool | None:
     return {"enabled": True, "disabled": False}.get(body.thinking.type)
 
 
-def _completion(body: CompletionRequest, chat: ChatModel, context: int) -> Prepared:
-    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if given and isinstance(given[0], int):
-        given = [given]
+def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
+    listed: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if listed and isinstance(listed[0], int):
+        listed = [listed]
     # All of them first: no work for a request that is refused in the end.
-    for prompt in given:
+    for prompt in listed:
         if isinstance(prompt, str):
             chat.check_length(len(prompt), context, "prompt")
         else:
             chat.check_tokens(len(prompt), context, "prompt")
             _check_ids(prompt, chat, "prompt")
     texts, prompts = [], []
-    for prompt in given:
+    for prompt in listed:
         tokens = prompt
         if isinstance(prompt, str):
             add_special = body.add_special_tokens is not False
@@ -185,7 +203,9 @@ def _completion(body: CompletionRequest, chat: ChatModel, context: int) -> Prepa
             raise InvalidRequest(f"prompt {shorten(prompt)} has no tokens; give at least one.", param="prompt")
         prompts.append(array("I", tokens))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else chat.decode(prompt))
-    return Prepared(prompts, texts)
+    grammar = answer_grammar(special=chat.special, body=body_of(given))
+    check(grammar)
+    return Prepared(prompts, texts, Plan(grammar))
 
 
 def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:

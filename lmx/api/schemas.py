@@ -52,21 +52,12 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(None, description="Send a last chunk with `usage` and empty `choices`.")
 
 
-class JsonSchema(BaseModel):
-    """``schema`` may be false, true or an object; ``lmx.chat.structured`` reads it."""
-
-    model_config = ConfigDict(strict=True)
-
-    name: str | None = None
-    description: str | None = None
-    strict: Strict | None = None
-
-
 class ResponseFormat(BaseModel):
+    """``lmx.chat.structured`` reads what else belongs to the type."""
+
     model_config = ConfigDict(strict=True)
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    type: str = Field(description="text, json_object, json_schema, grammar or regex")
 
 
 def _few_biases(value: Any) -> Any:
@@ -108,6 +99,16 @@ class GenerationFields(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(None, description="What the answer must be: enforced.")
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's name for it.")
+    guided_json: dict[str, Any] | str | bool | None = Field(None, description="vLLM's older names, and others' ones.")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = Field(None, description="In llama.cpp's GBNF, or llguidance's Lark.")
+    json_schema: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    format: dict[str, Any] | str | None = None
     user: str | None = Field(None, description="Whom fair scheduling counts the tokens for, when no API key does.")
     metadata: dict[str, Any] | None = None
     priority: int | None = Field(None, ge=-1000, le=1000)
@@ -195,7 +196,7 @@ class OtherTool(BaseModel):
 
 def _tool_kind(tool: Any) -> str:
     kind = tool.get("type", "function") if isinstance(tool, dict) else getattr(tool, "type", "function")
-    return "function" if kind == "function" or not isinstance(kind, str) else "other"
+    return "a function" if kind == "function" or not isinstance(kind, str) else "another tool"
 
 
 class Reasoning(BaseModel):
@@ -216,7 +217,7 @@ class Thinking(BaseModel):
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 AnyTool = Annotated[
-    Annotated[Tool, Tag("function")] | Annotated[OtherTool, Tag("other")],
+    Annotated[Tool, Tag("a function")] | Annotated[OtherTool, Tag("another tool")],
     Discriminator(_tool_kind),
 ]
 Tools = Annotated[list[AnyTool], Field(fail_fast=True, max_length=MAX_TOOLS)]

@@ -24,11 +24,10 @@ TRUE: Neutral = (True,)
 _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     # Constrained output
     (
-        "grammar json_schema structured_outputs structured_output guided_json guided_regex guided_choice "
-        "guided_grammar guided_whitespace_pattern guided_decoding structural_tag regex ebnf bnf choice format "
+        "structured_output guided_whitespace_pattern guided_decoding guided_json_object structural_tag bnf choice "
         "grammar_triggers grammar_lazy grammar_string gbnf_grammar json_mode json_object regex_pattern",
         NOTHING,
-        "this server does not constrain output yet; ask for the format in a message",
+        "response_format and structured_outputs are the fields for that",
     ),
     # Which tokens may come, and what ends an answer
     (
