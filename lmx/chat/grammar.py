@@ -8,13 +8,15 @@ Whatever comes without end is text or the client's own wish: white space between
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from lmx.chat.rewrite import TooComplex
 from lmx.chat.schema import complaint, said
 from lmx.chat.structured import Body, with_sub_grammar
-from lmx.chat.tools.base import Calls, Format, Tool
 from lmx.errors import GrammarTooComplex, InvalidRequest
+
+if TYPE_CHECKING:  # the formats import `literal` from here
+    from lmx.chat.tools.base import Calls, Format, Tool
 
 Choice = Literal["none", "auto", "required"]
 """A named choice is "required" with that one tool, allowed_tools the choice with those."""
@@ -27,8 +29,8 @@ def answer_grammar(
     special: Mapping[str, int],
     reasoning_rules: str = "",
     limits_reasoning: bool = False,
-    format: Format | None = None,
-    tools: Sequence[Tool] = (),
+    format: "Format | None" = None,
+    tools: "Sequence[Tool]" = (),
     choice: Choice = "auto",
     parallel: bool = True,
     body: Body | None = None,
@@ -71,13 +73,13 @@ def answer_grammar(
     return with_sub_grammar(lark, body.grammar if body else "")
 
 
-def _text_or_calls(calls: Calls, trigger: str, rules: list[str]) -> list[str]:
+def _text_or_calls(calls: "Calls", trigger: str, rules: list[str]) -> list[str]:
     """Free text, which the trigger ends wherever it comes up; behind it there are calls."""
+    if trigger.startswith("<["):  # a special token is no text
+        return ["ANSWER_GAP? answer_calls" if calls.at_start else "ANSWER_TEXT answer_calls", "ANSWER_TEXT"]
     if calls.at_start:
         rules.append(f"ANSWER_PLAIN: /(?s:.*)/ & ~(/[ \\t\\r\\n]*/ {trigger} /(?s:.*)/)")
         return ["ANSWER_GAP? answer_calls", "ANSWER_PLAIN"]
-    if trigger.startswith("<["):  # a special token is no text
-        return ["ANSWER_TEXT", "ANSWER_TEXT answer_calls"]
     plain, _, rest = trigger.partition(" <[")
     rules.append(f"answer_head[lazy]: ANSWER_TEXT {plain}")
     rules.append(f"answer_begun: answer_head {'<[' + rest if rest else ''} calls ANSWER_GAP?".replace("  ", " "))
@@ -110,8 +112,12 @@ def literal(text: str, special: Mapping[str, int]) -> str:
         if not found:
             pending, text = pending + text[0], text[1:]
             continue
-        parts += [json.dumps(pending)] if pending else []
+        parts += [_quoted(pending)] if pending else []
         parts.append(f"<[{special[found]}]>")
         pending, text = "", text[len(found) :]
-    parts += [json.dumps(pending)] if pending else []
+    parts += [_quoted(pending)] if pending else []
     return " ".join(parts) or '""'
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Lark's strings know no \\u

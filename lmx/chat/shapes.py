@@ -136,7 +136,8 @@ def identity(value: Any) -> Hashable:
         return "array", tuple(map(identity, value))
     if isinstance(value, dict):
         return "object", frozenset((key, identity(member)) for key, member in value.items())
-    return value  # a text or None
+    hashable: Hashable = value  # a text or None
+    return hashable
 
 
 def kind(value: Any) -> type[Shape]:

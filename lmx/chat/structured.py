@@ -192,7 +192,7 @@ def choice_body(choices: Any, param: str) -> Body:
 def regex_body(pattern: Any, param: str) -> Body:
     """Text that the regular expression describes from its first character to its last."""
     text = _text(pattern, param)
-    return _checked(Body(f"body: BODY\nBODY: /{regex_to_lark(text)}/\n"), param)
+    return _checked(Body(f"body: BODY\nBODY: /{regex_to_lark(text, 'd')}/\n"), param)
 
 
 def grammar_body(grammar: Any, param: str) -> Body:
@@ -253,7 +253,7 @@ def with_sub_grammar(lark: str, own: str) -> str:
 
 def _layout(given: Mapping[str, Any], param: str) -> Mapping[str, Any] | None:
     if given.get("disable_any_whitespace"):
-        return {"whitespace_flexible": False}
+        return {"whitespace_pattern": None, "whitespace_flexible": False}
     pattern = given.get("whitespace_pattern")
     if pattern is None:
         return None
