@@ -362,4 +362,3 @@ async def test_a_client_that_goes_in_a_call_leaves_nothing(server: Server) -> No
             await server.until(lambda engine: engine["kv_sequence_bytes"] > 0)
         await client.aclose()
         await server.free()
-

@@ -5,9 +5,9 @@ can abort the process that runs it. Here all of that ends one request: the serve
 or that takes too long (``lmx.serving.readers``, which starts it as ``python -m lmx.api.reader``). It must end when the
 server does, and when it takes more memory than the body can explain.
 
-The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); where that
-model's words are (``ChatModel.source``) and its context, or None; ("done", body, Prepared). Instead of an answer ("error", LmxError) or
-("bug", text).
+The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); what that
+model's words are made from (``ChatModel.source``) and its context, or None; ("done", body, Prepared). Instead of an
+answer ("error", LmxError) or ("bug", text).
 """
 
 import json
