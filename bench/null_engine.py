@@ -275,8 +275,10 @@ class NullEngine:
     def draw(self, row: Row) -> protocol.Tokens:
         token = self.cycle[row.drawn % len(self.cycle)]
         row.drawn += 1
-        row.ended = row.drawn >= row.submit.max_tokens
-        return protocol.Tokens(row.submit.seq, (token,), "length" if row.ended else None, row.logprobs)
+        stopped = token in row.submit.stop_ids and row.drawn > row.submit.min_tokens
+        row.ended = stopped or row.drawn >= row.submit.max_tokens
+        finish = "stop" if stopped else "length" if row.ended else None
+        return protocol.Tokens(row.submit.seq, (token,), finish, row.logprobs)
 
     def misbehave(self, row: Row) -> None:
         if self.crash in row.prompt and self.crash_after == 0:

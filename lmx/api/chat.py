@@ -14,7 +14,7 @@ from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, make_job, run, usage
+from lmx.api.generation import Job, best, make_job, run, usage
 from lmx.api.logprobs import chat_logprobs
 from lmx.api.schemas import ChatRequest
 from lmx.config import Settings
@@ -39,6 +39,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             prompt_param="messages",
             call=current_call(),
             settings=settings.server,
+            continues=prepared.continues,
         )
         model = body.model or served.id
         if body.stream:
@@ -51,17 +52,21 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
 async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
     collected = Collected(job, lambda _, logprobs: chat_logprobs(job.served.chat, logprobs))
     choices = await run(job, collected)
+    made = best(job, choices)
     objects = [
         {
-            "index": choice.index,
+            "index": index,
             "message": {"role": "assistant", "content": collected.text(choice), "refusal": None},
             "logprobs": None,
             "finish_reason": choice.finish,
+            **collected.ids(choice),
         }
-        for choice in choices
+        for index, choice in enumerate(made)
     ]
     answer = heading("chatcmpl", "chat.completion", model, job) | {"choices": [], "usage": usage(job, choices)}
-    return collected.response(answer, objects, with_logprobs=bool(body.logprobs))
+    if job.returns_ids:
+        answer["prompt_token_ids"] = list(job.requests[0].prompt)
+    return collected.response(answer, made, objects, with_logprobs=bool(body.logprobs))
 
 
 async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) -> None:
@@ -71,6 +76,7 @@ async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) 
         heading("chatcmpl", "chat.completion.chunk", model, job),
         _delta_object,
         first={index: _delta_object(index, "", None, None, role="assistant") for index in range(job.n)},
+        first_fields={"prompt_token_ids": list(job.requests[0].prompt)} if job.returns_ids else {},
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )

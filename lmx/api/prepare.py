@@ -22,7 +22,6 @@ KINDS: dict[str, type[Request]] = {
 TOKENIZED_CHARACTERS = 4_000_000
 """Of /tokenize, which counts the tokens of texts that are too long for the model, too."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_PREFILL = ("prefix", "partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,10 @@ class Prepared:
     """Token ids, four bytes each."""
     texts: list[str] = field(default_factory=list)
     """Each prompt as text, for ``echo``."""
+    continues: bool = False
+    """The answers go on with a text, and begin no turn."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answers, besides the model's own and the request's."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -89,9 +92,10 @@ def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: in
         tools=_tools(body, given),
         template_kwargs=_template_kwargs(body),
         add_generation_prompt=body.add_generation_prompt is not False,
+        continues=body.continues,
         context=context,
     )
-    return Prepared([array("I", ids)], [""])
+    return Prepared([array("I", ids)], [""], body.continues)
 
 
 def _tools(body: ChatRequest, given: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -113,13 +117,6 @@ def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: in
 def _check_message(message: dict[str, Any], where: str) -> int:
     """How many characters its content has."""
     content = message.get("content")
-    for name in _PREFILL:
-        if message.get(name):
-            raise InvalidRequest(
-                f"{where}.{name} {shorten(message[name])}: this server always starts a new turn; use /v1/completions "
-                "to go on with a text.",
-                param=f"{where}.{name}",
-            )
     if message.get("audio") is not None:
         raise InvalidRequest(
             f"{where}.audio: this model reads text only (got {shorten(message['audio'])}).", param=f"{where}.audio"
@@ -180,16 +177,20 @@ def _completion(body: CompletionRequest, chat: ChatModel, context: int) -> Prepa
             chat.check_tokens(len(prompt), context, "prompt")
             _check_ids(prompt, chat, "prompt")
     texts, prompts = [], []
+    stop_ids: tuple[int, ...] = ()
+    add_special = body.add_special_tokens is not False
     for prompt in given:
         tokens = prompt
-        if isinstance(prompt, str):
-            add_special = body.add_special_tokens is not False
+        if body.suffix:
+            chat.check_length(len(body.suffix), context, "suffix")
+            tokens, stop_ids = chat.encode_middle(prompt, body.suffix, add_special=add_special)
+        elif isinstance(prompt, str):
             tokens = chat.tokenize(prompt, add_special=add_special, parse_special=True)
         if not tokens:
             raise InvalidRequest(f"prompt {shorten(prompt)} has no tokens; give at least one.", param="prompt")
         prompts.append(array("I", tokens))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else chat.decode(prompt))
-    return Prepared(prompts, texts)
+    return Prepared(prompts, texts, True, stop_ids)
 
 
 def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:

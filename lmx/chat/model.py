@@ -12,12 +12,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lmx.chat import fim
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
 from lmx.chat.messages import normalise
 from lmx.chat.pieces import read_pieces
-from lmx.chat.special import SpecialTokens
+from lmx.chat.special import SpecialTokens, unused_character
 from lmx.chat.text import TextStream
 from lmx.errors import ContextLengthExceeded, InvalidRequest, ModelInvalid
+
+_ANY = "☺"
+"""A character that merges with no other into a token."""
 
 
 class ChatModel:
@@ -45,6 +49,7 @@ class ChatModel:
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
         self._longest_token_bytes = max(map(len, self._pieces.all))
+        self._middle = fim.find_format(self._tokenizer.token_to_id)
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
         if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
@@ -63,10 +68,12 @@ class ChatModel:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continues: bool = False,
         add_special: bool = False,
         context: int = 0,
     ) -> list[int]:
-        """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn.
+        """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn; or,
+        if the answer ``continues`` the last message, up to the end of that one's content.
 
         A special token spelled out in a message stays text. Raises InvalidRequest when a message cannot be rendered,
         when the template refuses, and when the model has no template; ContextLengthExceeded, before tokenising, for a
@@ -78,7 +85,7 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
-        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt)
+        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt, continues)
         try:
             text, breaker = render(normalise(messages))
         except InvalidRequest:
@@ -100,12 +107,29 @@ class ChatModel:
         tools: list[dict[str, Any]] | None,
         kwargs: dict[str, Any],
         add_generation_prompt: bool,
+        continues: bool,
         messages: list[dict[str, Any]],
     ) -> tuple[str, str]:
         """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
         assert self._template is not None
+        end = ""
+        if continues:
+            # What templates do to a content (trim it, take its reasoning out) they do before its last character.
+            end = unused_character((messages, tools, kwargs))
+            *before, last = messages
+            messages = [*before, last | {"content": last["content"] + end}]
         conversation, breaker = self._special.break_up((messages, tools, kwargs))
-        return self._template.render(*conversation, add_generation_prompt=add_generation_prompt), breaker
+        text = self._template.render(*conversation, add_generation_prompt=add_generation_prompt and not continues)
+        if end:
+            text, found, _ = text.rpartition(end)
+            if not found:
+                raise InvalidRequest(
+                    "The model's chat template leaves the last message's content out, so that nothing can go on from "
+                    "there. Ask for a new turn, or use /v1/completions.",
+                    param="messages",
+                )
+            text = text.replace(end, "")
+        return text, breaker
 
     def _tokenizer_bos(self, param: str) -> list[int]:
         return self._bos or _encode(self._tokenizer, "", param, add_special=True)
@@ -135,6 +159,26 @@ class ChatModel:
         tokenizer = self._tokenizer if parse_special else self._literal
         return (self._bos if add_special else []) + _encode(tokenizer, text, "prompt", add_special=add_special)
 
+    def encode_middle(
+        self, prefix: str | list[int], suffix: str, *, add_special: bool
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The prompt for what stands between two texts, and the tokens that end it. Raises InvalidRequest."""
+        if self._middle is None:
+            raise InvalidRequest(
+                f"suffix {suffix[:40]!r}: this model's tokenizer has no tokens for filling in the middle (such as "
+                "<|fim_prefix|>). Put everything into prompt, or use a code model that was trained on it.",
+                param="suffix",
+            )
+        if isinstance(prefix, str):
+            prefix = self.tokenize(prefix, add_special=False, parse_special=True)
+        # Some tokenizers put a space before a text; the suffix begins in mid-text.
+        before = self.tokenize(_ANY, add_special=False, parse_special=True)
+        after = self.tokenize(_ANY + suffix, add_special=False, parse_special=True)
+        if after[: len(before)] != before:
+            before, after = [], self.tokenize(suffix, add_special=False, parse_special=True)
+        tokens, ends = fim.arrange(self._middle, self._tokenizer.token_to_id, prefix, after[len(before) :])
+        return (self._tokenizer_bos("prompt") if add_special else []) + tokens, ends
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The whole text; invalid UTF-8 as U+FFFD, special tokens left out."""
         stream = self.text_stream()
@@ -152,9 +196,11 @@ class ChatModel:
         """A token's bytes (perhaps part of a character), a special token's name; empty outside the vocabulary."""
         return self._pieces.all[token] if 0 <= token < self.vocab_size else b""
 
-    def text_stream(self, stop: Sequence[str] = (), *, continues: bool = False) -> TextStream:
-        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts."""
-        return TextStream(self._pieces.text, stop, strip_space=self._pieces.strip_space and not continues)
+    def text_stream(self, stop: Sequence[str] = (), *, continues: bool = False, keep_stop: bool = False) -> TextStream:
+        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts. ``keep_stop``:
+        the stop string that ends it is part of it."""
+        strip_space = self._pieces.strip_space and not continues
+        return TextStream(self._pieces.text, stop, strip_space=strip_space, keep_stop=keep_stop)
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:
