@@ -31,6 +31,10 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class GrammarTooComplex(InvalidRequest):
+    code = "grammar_too_complex"
+
+
 class Unauthorized(LmxError):
     status = 401
     type = "invalid_request_error"

@@ -103,7 +103,7 @@ class Choice:
             self.completion_tokens += len(tokens)
         if chunk.finish and not self.stopped:
             text += self.text.finish()
-            self.finish = "stop" if self.text.stopped else chunk.finish
+            self.finish = "stop" if self.text.stopped or chunk.finish == "complete" else chunk.finish
         return Delta(text, logprobs, self.finish, tokens)
 
     def _hides_end(self, chunk: Chunk) -> bool:
