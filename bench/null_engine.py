@@ -298,8 +298,10 @@ class NullEngine:
             return self.speak(row, row.script)
         token = self.cycle[row.drawn % len(self.cycle)]
         row.drawn += 1
-        row.ended = row.drawn >= row.submit.max_tokens
-        return protocol.Tokens(row.submit.seq, (token,), "length" if row.ended else None, row.logprobs)
+        stopped = token in row.submit.stop_ids and row.drawn > row.submit.min_tokens
+        row.ended = stopped or row.drawn >= row.submit.max_tokens
+        finish = "stop" if stopped else "length" if row.ended else None
+        return protocol.Tokens(row.submit.seq, (token,), finish, row.logprobs)
 
     def speak(self, row: Row, script: deque[tuple[int, ...]]) -> protocol.Tokens:
         tokens = script.popleft()[: row.submit.max_tokens - row.drawn]

@@ -54,6 +54,8 @@ class Collected:
     """
 
     def __init__(self, job: Job, format_logprobs: FormatLogprobs) -> None:
+        self._returns_ids = job.returns_ids
+        self._ids: list[list[int]] = [[] for _ in job.requests]
         self._texts: list[list[str]] = [[] for _ in job.requests]
         self._events: list[list[Event]] = [[] for _ in job.requests]
         self._format_logprobs = format_logprobs
@@ -65,6 +67,8 @@ class Collected:
     async def delta(self, choice: Choice, delta: Delta) -> None:
         self._texts[choice.index].append(delta.text)
         self._events[choice.index] += delta.events
+        if self._returns_ids:
+            self._ids[choice.index] += delta.tokens
         if delta.logprobs:
             for name, values in self._format_logprobs(choice.index, delta.logprobs).items():
                 if isinstance(values, list):
@@ -77,15 +81,26 @@ class Collected:
         """The same where more than text is told apart."""
         return self._events[choice.index] or [Content(self.text(choice))]
 
-    def response(self, answer: dict[str, Any], choices: list[dict[str, Any]], *, with_logprobs: bool) -> Response:
-        """``answer`` with ``choices``, each with its ``logprobs``."""
+    def ids(self, choice: Choice) -> dict[str, list[int]]:
+        """vLLM's field of a choice for them, where they are wanted."""
+        return {"token_ids": self._ids[choice.index]} if self._returns_ids else {}
+
+    def response(
+        self,
+        answer: dict[str, Any],
+        made: Sequence[Choice],
+        choices: list[dict[str, Any]],
+        *,
+        with_logprobs: bool,
+    ) -> Response:
+        """``answer`` with ``choices``, the objects of those ``made``, each with its ``logprobs``."""
         mark = uuid.uuid4().hex
         if with_logprobs:
             choices = [choice | {"logprobs": mark} for choice in choices]
         first, *others = to_json(answer | {"choices": choices}).split(b'"%s"' % mark.encode())
         pieces = [first]
-        for index, other in enumerate(others):
-            pieces += [*self._logprobs_json(index), other]
+        for choice, other in zip(made, others, strict=False):
+            pieces += [*self._logprobs_json(choice.index), other]
         return Response(b"".join(pieces), content_type="application/json")
 
     def _logprobs_json(self, index: int) -> Iterator[bytes]:

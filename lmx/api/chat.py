@@ -14,7 +14,7 @@ from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, make_job, run, usage
+from lmx.api.generation import Job, best, make_job, run, usage
 from lmx.api.logprobs import chat_logprobs
 from lmx.api.message import delta_fields, message
 from lmx.api.schemas import ChatRequest
@@ -42,6 +42,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             call=current_call(),
             settings=settings.server,
             plan=prepared.plan,
+            continues=prepared.continues,
         )
         model = body.model or served.id
         if body.stream:
@@ -54,17 +55,21 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
 async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
     collected = Collected(job, lambda _, logprobs: chat_logprobs(job.served.chat, logprobs))
     choices = await run(job, collected)
+    made = best(job, choices)
     objects = [
         {
-            "index": choice.index,
+            "index": index,
             "message": message(collected.events(choice), old_calls=job.plan.old_calls),
             "logprobs": None,
             "finish_reason": _finish(choice.finish, job),
+            **collected.ids(choice),
         }
-        for choice in choices
+        for index, choice in enumerate(made)
     ]
     answer = heading("chatcmpl", "chat.completion", model, job) | {"choices": [], "usage": usage(job, choices)}
-    return collected.response(answer, objects, with_logprobs=bool(body.logprobs))
+    if job.returns_ids:
+        answer["prompt_token_ids"] = list(job.requests[0].prompt)
+    return collected.response(answer, made, objects, with_logprobs=bool(body.logprobs))
 
 
 async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) -> None:
@@ -76,6 +81,7 @@ async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) 
         heading("chatcmpl", "chat.completion.chunk", model, job),
         partial(_delta_object, job),
         first={index: _choice_object(index, role) for index in range(job.n)},
+        first_fields={"prompt_token_ids": list(job.requests[0].prompt)} if job.returns_ids else {},
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )

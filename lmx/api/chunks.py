@@ -6,6 +6,7 @@ An event is built from bytes made once for the stream and the JSON of its text; 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lmx.api.answer import to_json
@@ -21,7 +22,8 @@ PLACEHOLDER = "\0"
 
 
 class ChunkStream:
-    """``heading`` is what every chunk repeats; ``first`` is by index what a choice begins with.
+    """``heading`` is what every chunk repeats; ``first`` is by index what a choice begins with, in a chunk with
+    ``first_fields``.
 
     A choice begins with its first token and never before: benchmark clients take the first chunk with ``choices`` as
     the end of prefill.
@@ -35,6 +37,7 @@ class ChunkStream:
         choice_object: ChoiceObject,
         *,
         first: Mapping[int, dict[str, Any]],
+        first_fields: Mapping[str, Any] = MappingProxyType({}),
         with_usage: bool,
         format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]],
     ) -> None:
@@ -43,6 +46,7 @@ class ChunkStream:
         self._heading = heading
         self._choice_object = choice_object
         self._first = dict(first)
+        self._first_fields = dict(first_fields)
         self._with_usage = with_usage
         self._format_logprobs = format_logprobs
         self._frames = [self._frame(index, PLACEHOLDER, 1) for index in range(len(job.requests))]
@@ -54,8 +58,8 @@ class ChunkStream:
         """
         return self._chunk(self._choice_object(index, piece, None, None)).rsplit(to_json(PLACEHOLDER), places)
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return self._event({"choices": [choice]} | ({"usage": None} if self._with_usage else {}))
+    def _chunk(self, choice: dict[str, Any], fields: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+        return self._event({"choices": [choice], **({"usage": None} if self._with_usage else {}), **fields})
 
     def _event(self, fields: dict[str, Any]) -> bytes:
         return b"data: " + to_json(self._heading | fields) + b"\n\n"
@@ -66,13 +70,11 @@ class ChunkStream:
     async def delta(self, choice: Choice, delta: Delta) -> None:
         index = choice.index
         first = self._first.pop(index, None)
-        events = self._chunk(first) if first else b""
+        events = self._chunk(first, self._first_fields) if first else b""
         if delta.events:
             events += self._told(index, delta)
-        elif delta.logprobs:
-            logprobs = self._format_logprobs(index, delta.logprobs)
-            text = None if choice.reader is not None else delta.text
-            events += self._chunk(self._choice_object(index, text, logprobs, None))
+        elif (details := self._details(index, delta)) is not None:
+            events += self._detailed(index, None if choice.reader is not None else delta.text, details)
         elif delta.text:
             before, after = self._frames[index]
             events += before + json.dumps(delta.text).encode() + after
@@ -82,21 +84,37 @@ class ChunkStream:
             await self._writer.write(events)
 
     def _told(self, index: int, delta: Delta) -> bytes:
-        """A chunk for each of the events, the log-probabilities with the first."""
-        logprobs = self._format_logprobs(index, delta.logprobs) if delta.logprobs else None
+        """A chunk for each of the events, what is told of the tokens with the first."""
+        details = self._details(index, delta)
         chunks = []
         for event in delta.events:
             match event:
-                case Content(text) if logprobs is None:
+                case Content(text) if details is None:
                     chunks.append(json.dumps(text).encode().join(self._frames[index]))
-                case Reasoning(text) | CallArguments(json=text) if logprobs is None:
+                case Reasoning(text) | CallArguments(json=text) if details is None:
                     chunks.append(json.dumps(text).encode().join(self._event_frame(index, event)))
                 case Content() | Reasoning() | CallStart() | CallArguments():
-                    chunks.append(self._chunk(self._choice_object(index, event, logprobs, None)))
-                    logprobs = None
-        if logprobs is not None:
-            chunks.append(self._chunk(self._choice_object(index, None, logprobs, None)))
+                    chunks.append(self._detailed(index, event, details))
+                    details = None
+        if details is not None:
+            chunks.append(self._detailed(index, None, details))
         return b"".join(chunks)
+
+    def _details(self, index: int, delta: Delta) -> tuple[dict[str, Any] | None, dict[str, Any]] | None:
+        """The log-probabilities and ids of the new tokens, as far as they are wanted."""
+        ids = {"token_ids": delta.tokens} if self._job.returns_ids and delta.tokens else {}
+        if not delta.logprobs and not ids:
+            return None
+        return self._format_logprobs(index, delta.logprobs) if delta.logprobs else None, ids
+
+    def _detailed(
+        self,
+        index: int,
+        piece: str | Event | None,
+        details: tuple[dict[str, Any] | None, dict[str, Any]] | None,
+    ) -> bytes:
+        logprobs, ids = details or (None, {})
+        return self._chunk(self._choice_object(index, piece, logprobs, None) | ids)
 
     def _event_frame(self, index: int, event: Reasoning | CallArguments) -> list[bytes]:
         call = event.index if isinstance(event, CallArguments) else 0

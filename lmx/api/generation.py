@@ -6,7 +6,7 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class Job:
     requests: tuple[GenerateRequest, ...]
     """One for each choice: n for the first prompt, then n for the next."""
     n: int
+    """Choices made of each prompt."""
+    best: int
+    """As many of them are sent: those of the highest mean log-probability."""
     stop: tuple[str, ...]
     seed: int
     """What the client gave or we drew; choice i of a prompt samples with a seed derived from it."""
@@ -58,6 +61,11 @@ class Job:
     """On Trio's clock."""
     call: Call
     plan: Plan
+    keeps_stop: bool = False
+    """What ends an answer (a stop string, a stop token's text) stays at its end."""
+    continues: bool = False
+    """The answer goes on with a text."""
+    returns_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,8 @@ class Delta:
     finish: str | None
     events: Sequence[Event] = ()
     """Instead of ``text``, of an answer in which more than text is told apart."""
+    tokens: tuple[int, ...] = ()
+    """All that count, an end token too."""
 
 
 @dataclass(slots=True)
@@ -80,7 +90,13 @@ class Choice:
     text: TextStream
     has_stop: bool
     wants_logprobs: bool
+    min_tokens: int = 0
+    """No stop string begins in so many tokens."""
+    keeps_stop: bool = False
+    """The text of a token that ends the answer counts."""
     completion_tokens: int = 0
+    logprob: float = 0.0
+    """Of all its tokens, where log-probabilities come."""
     cached_tokens: int = 0
     finish: str | None = None
     stopped: bool = False
@@ -96,25 +112,33 @@ class Choice:
         if self.reader is not None:
             return self._feed_reader(self.reader, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
+        before, tokens = self.completion_tokens, chunk.tokens
         if self.has_stop or self.wants_logprobs:
             text, logprobs = self._feed_each(chunk)
+            tokens = tokens[: self.completion_tokens - before]
         else:
-            text = self.text.feed(chunk.tokens)
-            self.completion_tokens += len(chunk.tokens)
+            text = self.text.feed(tokens[:-1] if self._hides_end(chunk) else tokens)
+            self.completion_tokens += len(tokens)
         if chunk.finish and not self.stopped:
             text += self.text.finish()
             self.finish = "stop" if self.text.stopped or chunk.finish == "complete" else chunk.finish
-        return Delta(text, logprobs, self.finish)
+        return Delta(text, logprobs, self.finish, tokens=tokens)
+
+    def _hides_end(self, chunk: Chunk) -> bool:
+        """The last token is an end token, which is no part of the answer."""
+        return chunk.finish == "stop" and not self.keeps_stop
 
     def _feed_each(self, chunk: Chunk) -> tuple[str, tuple[tuple[int, Logprobs], ...]]:
         """Token by token: what follows a stop string in the same chunk must not count, however tokens were merged."""
         text, logprobs = "", []
         for position, token in enumerate(chunk.tokens):
-            text += self.text.feed((token,))
+            is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
+            text += self.text.feed(() if is_end else (token,), stops=self.completion_tokens >= self.min_tokens)
             self.completion_tokens += 1
-            is_end = chunk.finish == "stop" and position == len(chunk.tokens) - 1
-            if self.wants_logprobs and not is_end:
-                logprobs.append((token, chunk.logprobs[position]))
+            if self.wants_logprobs:
+                self.logprob += chunk.logprobs[position].drawn
+                if not is_end:
+                    logprobs.append((token, chunk.logprobs[position]))
             if self.text.stopped:
                 self.stopped, self.finish = True, "stop"
                 break
@@ -124,12 +148,16 @@ class Choice:
         """Token by token, too."""
         events: list[Event] = []
         logprobs = []
+        before = self.completion_tokens
         for position, token in enumerate(chunk.tokens):
-            is_end = chunk.finish == "stop" and position == len(chunk.tokens) - 1
+            is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
+            text = self.text.feed((token,) if not is_end or token in reader.end_markers else ())
+            events += reader.feed(text, stops=self.completion_tokens >= self.min_tokens)
             self.completion_tokens += 1
-            if self.wants_logprobs and not is_end:
-                logprobs.append((token, chunk.logprobs[position]))
-            events += reader.feed(self.text.feed((token,)))
+            if self.wants_logprobs:
+                self.logprob += chunk.logprobs[position].drawn
+                if not is_end:
+                    logprobs.append((token, chunk.logprobs[position]))
             if reader.stopped:
                 self.stopped, self.finish = True, "stop"
                 break
@@ -138,32 +166,38 @@ class Choice:
             self.finish = "stop" if reader.stopped or chunk.finish == "complete" else chunk.finish
         if self.finish == "stop" and reader.calls:
             self.finish = "tool_calls"
-        return Delta("", tuple(logprobs), self.finish, merged(events))
+        tokens = chunk.tokens[: self.completion_tokens - before]
+        return Delta("", tuple(logprobs), self.finish, merged(events), tokens)
 
 
 class Reader:
     """An answer's text as events: reasoning, calls and content, which alone is cut at stop strings."""
 
-    def __init__(self, parser: Parser, stop: Sequence[str], plan: Plan) -> None:
+    def __init__(
+        self, parser: Parser, stop: Sequence[str], plan: Plan, *, keep_stop: bool, end_markers: Container[int]
+    ) -> None:
         self.stopped = False
         self.calls = 0
         self.reasoning_tokens = 0
         self._parser = parser
         self._strings = stop
-        self._stop = StopStrings(stop)
+        self._keep_stop = keep_stop
+        self._stop = StopStrings(stop, keep=keep_stop)
         self._thoughts = plan.thoughts
+        self.end_markers = end_markers
+        """Tokens that the parser is to see even where they end the answer."""
 
-    def feed(self, text: str) -> list[Event]:
-        """The events of one token's text."""
+    def feed(self, text: str, *, stops: bool = True) -> list[Event]:
+        """The events of one token's text. Without ``stops`` no stop string begins in it, as in ``TextStream``."""
         events = self._parser.feed(text) if text else []
-        return self._cut(events) if events else events
+        return self._cut(events, stops=stops) if events else events
 
     def finish(self, text: str) -> list[Event]:
         """The sequence ended: ``text`` and what was held back."""
         events = self._cut([*self._parser.feed(text), *self._parser.finish()])
         return events if self.stopped else [*events, *self._release()]
 
-    def _cut(self, events: Sequence[Event]) -> list[Event]:
+    def _cut(self, events: Sequence[Event], *, stops: bool = True) -> list[Event]:
         result: list[Event] = []
         for event in events:
             if isinstance(event, Reasoning) and self._thoughts != "apart":
@@ -171,7 +205,7 @@ class Reader:
                     continue
                 event = Content(event.text)
             if isinstance(event, Content):
-                text = self._stop.feed(event.text) if self._strings else event.text
+                text = self._stop.feed(event.text) if self._strings and stops else event.text
                 if text:
                     result.append(Content(text))
             elif isinstance(event, Malformed):
@@ -192,7 +226,7 @@ class Reader:
             return []
         text = self._stop.feed("", final=True)
         self.stopped = self._stop.stopped
-        self._stop = StopStrings(self._strings)
+        self._stop = StopStrings(self._strings, keep=self._keep_stop)
         return [Content(text)] if text else []
 
 
@@ -236,10 +270,14 @@ def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
     chat, plan = job.served.chat, job.plan
     wants_logprobs = request.sampling.logprobs >= 0
     parser = chat.parser(plan)
+    reader = None
     if parser is None:
-        return Choice(index, chat.text_stream(job.stop), bool(job.stop), wants_logprobs)
-    text = chat.text_stream(markers=chat.markers(plan))
-    return Choice(index, text, bool(job.stop), wants_logprobs, reader=Reader(parser, job.stop, plan))
+        text = chat.text_stream(job.stop, continues=job.continues, keep_stop=job.keeps_stop)
+    else:
+        text = chat.text_stream(continues=job.continues, markers=chat.markers(plan))
+        ends = chat.special.values()
+        reader = Reader(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
+    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, reader=reader)
 
 
 async def _run_choice(
@@ -274,13 +312,18 @@ def make_job(
     call: Call,
     settings: ServerSettings,
     plan: Plan,
+    stop_ids: Sequence[int] = (),
+    continues: bool = False,
 ) -> Job:
     """The engine requests for n choices of each prompt. ``max_tokens`` -1: as many as there is room for.
 
     Raises ContextLengthExceeded, or InvalidRequest for a logit_bias outside the vocabulary or a bad x-request-timeout.
     """
     seed = secrets.randbits(SEED_BITS) if fields.seed in (None, RANDOM_SEED) else int(fields.seed or 0)
-    n = fields.n or 1
+    best = fields.n or 1
+    n = fields.best_of or best
+    if n > best:
+        logprobs = max(logprobs, 0)
     bias = _logit_bias(fields, served.chat.vocab_size)
     deadline = call.deadline(fields.timeout, settings)
     remaining_s = deadline - trio.current_time()
@@ -305,11 +348,36 @@ def make_job(
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
                     grammar=plan.grammar,
+                    stop_ids=(*stop_ids, *_stop_ids(fields, served.chat.vocab_size)),
+                    min_tokens=min(fields.least_tokens, room),
                     request_id=call.id,
                 )
             )
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    return Job(served, tuple(requests), n, stop, seed, deadline, call, plan)
+    return Job(
+        served,
+        tuple(requests),
+        n,
+        best,
+        stop,
+        seed,
+        deadline,
+        call,
+        plan,
+        keeps_stop=fields.keeps_stop,
+        continues=continues,
+        returns_ids=bool(fields.return_token_ids),
+    )
+
+
+def _stop_ids(fields: GenerationFields, vocab_size: int) -> Sequence[int]:
+    for token in fields.stop_token_ids or ():
+        if token >= vocab_size:
+            raise InvalidRequest(
+                f"stop_token_ids: {token} is not a token id of this model (0 to {vocab_size - 1}).",
+                param="stop_token_ids",
+            )
+    return fields.stop_token_ids or ()
 
 
 def _room(served: Served, prompt_tokens: int, param: str) -> int:
@@ -360,6 +428,20 @@ def _logit_bias(fields: GenerationFields, vocab_size: int) -> dict[int, float] |
             )
         bias[int(key)] = value
     return bias or None
+
+
+def best(job: Job, choices: Sequence[Choice]) -> list[Choice]:
+    """Those to be sent, of each prompt in order: with ``best_of``, the best first."""
+    if job.best == job.n:
+        return list(choices)
+
+    def mean_logprob(choice: Choice) -> float:
+        return choice.logprob / max(choice.completion_tokens, 1)
+
+    kept: list[Choice] = []
+    for start in range(0, len(choices), job.n):
+        kept += sorted(choices[start : start + job.n], key=mean_logprob, reverse=True)[: job.best]
+    return kept
 
 
 def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:

@@ -26,7 +26,6 @@ KINDS: dict[str, type[Request]] = {
 TOKENIZED_CHARACTERS = 4_000_000
 """Of /tokenize, which counts the tokens of texts that are too long for the model, too."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_PREFILL = ("prefix", "partial")
 _ONLY_PREPARED = FIELDS | {
     *("messages", "tools", "tool_choice", "functions", "function_call"),
     *("prompt", "tokens", "chat_template_kwargs", "metadata"),
@@ -40,6 +39,10 @@ class Prepared:
     texts: list[str] = field(default_factory=list)
     """Each prompt as text, for ``echo``."""
     plan: Plan = PLAIN
+    continues: bool = False
+    """The answers go on with a text, and begin no turn."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answers, besides the model's own and the request's."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -98,9 +101,10 @@ def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: in
         tools=use.shown or None,
         template_kwargs=_template_kwargs(body),
         add_generation_prompt=body.add_generation_prompt is not False,
+        continues=body.continues,
         context=context,
     )
-    return Prepared([array("I", ids)], [""], _plan(given, use, chat))
+    return Prepared([array("I", ids)], [""], _plan(given, use, chat), body.continues)
 
 
 def _plan(given: dict[str, Any], use: ToolUse, chat: ChatModel) -> Plan:
@@ -127,13 +131,6 @@ def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: in
 def _check_message(message: dict[str, Any], where: str) -> int:
     """How many characters its content has."""
     content = message.get("content")
-    for name in _PREFILL:
-        if message.get(name):
-            raise InvalidRequest(
-                f"{where}.{name} {shorten(message[name])}: this server always starts a new turn; use /v1/completions "
-                "to go on with a text.",
-                param=f"{where}.{name}",
-            )
     if message.get("audio") is not None:
         raise InvalidRequest(
             f"{where}.audio: this model reads text only (got {shorten(message['audio'])}).", param=f"{where}.audio"
@@ -194,10 +191,14 @@ def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel,
             chat.check_tokens(len(prompt), context, "prompt")
             _check_ids(prompt, chat, "prompt")
     texts, prompts = [], []
+    stop_ids: tuple[int, ...] = ()
+    add_special = body.add_special_tokens is not False
     for prompt in listed:
         tokens = prompt
-        if isinstance(prompt, str):
-            add_special = body.add_special_tokens is not False
+        if body.suffix:
+            chat.check_length(len(body.suffix), context, "suffix")
+            tokens, stop_ids = chat.encode_middle(prompt, body.suffix, add_special=add_special)
+        elif isinstance(prompt, str):
             tokens = chat.tokenize(prompt, add_special=add_special, parse_special=True)
         if not tokens:
             raise InvalidRequest(f"prompt {shorten(prompt)} has no tokens; give at least one.", param="prompt")
@@ -205,7 +206,7 @@ def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel,
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else chat.decode(prompt))
     grammar = answer_grammar(special=chat.special, body=body_of(given))
     check(grammar)
-    return Prepared(prompts, texts, Plan(grammar))
+    return Prepared(prompts, texts, Plan(grammar), True, stop_ids)
 
 
 def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:

@@ -24,6 +24,7 @@ MAX_BIASES = 1024
 MAX_SEQUENCES = 1024
 """Prompts times n, as many as may wait (``[engine] max_queue``)."""
 MAX_DETOKENIZED = 2**18
+MAX_STOP_TOKENS = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 TokenCount = Annotated[int, Field(ge=-1, le=INT64_MAX)]
@@ -93,6 +94,20 @@ class GenerationFields(Request):
         None, ge=INT64_MIN, le=INT64_MAX, description="Left out or -1: a fresh one, told in the answer."
     )
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="Tokens that end the answer, besides the model's own."
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, le=INT64_MAX, description="Nothing ends the answer before so many tokens but max_tokens."
+    )
+    min_new_tokens: int | None = Field(None, ge=0, le=INT64_MAX, description="Another name for min_tokens.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Leave the stop string, or the text of the stop token, at the answer's end."
+    )
+    no_stop_trim: bool | None = Field(None, description="SGLang's name for include_stop_str_in_output.")
+    return_token_ids: bool | None = Field(
+        None, description="`token_ids` in each choice or delta, and `prompt_token_ids`."
+    )
     n: int | None = Field(
         None, ge=1, le=16, description="How many answers; answer i has its own seed, derived from `seed`."
     )
@@ -114,7 +129,9 @@ class GenerationFields(Request):
     priority: int | None = Field(None, ge=-1000, le=1000)
     timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up with 504.")
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens whatever the model says; for measuring.")
-    best_of: int | None = Field(None, ge=1, le=16, description="Must equal n.")
+    best_of: int | None = Field(
+        None, ge=1, le=16, description="So many are made, and the n with the highest mean log-probability sent."
+    )
     ttl: float | None = Field(None, ge=0)
     draft_model: str | None = None
 
@@ -122,6 +139,16 @@ class GenerationFields(Request):
     def most_tokens(self) -> int | None:
         """``max_tokens`` under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def least_tokens(self) -> int:
+        """``min_tokens`` under either name."""
+        return self.min_tokens or self.min_new_tokens or 0
+
+    @property
+    def keeps_stop(self) -> bool:
+        """``include_stop_str_in_output`` under either name."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
 
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerationFields":
@@ -135,8 +162,20 @@ class GenerationFields(Request):
                 f"stream_options is only allowed with stream: true (got stream: {shorten(self.stream)}).",
                 param="stream_options",
             )
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest(f"best_of must equal n (got {self.best_of} and {self.n or 1}).", param="best_of")
+        if 0 < (self.most_tokens or 0) < self.least_tokens:
+            raise InvalidRequest(
+                f"min_tokens must not be more than max_tokens (got {self.least_tokens} and {self.most_tokens}).",
+                param="min_tokens",
+            )
+        n, best_of = self.n or 1, self.best_of
+        if best_of is not None and best_of < n:
+            raise InvalidRequest(f"best_of must be at least n (got {best_of} and {n}).", param="best_of")
+        if best_of is not None and best_of > n and self.stream:
+            raise InvalidRequest(
+                f"best_of must equal n with stream: true (got {best_of} and {n}): which answers are best is known when "
+                "all have ended.",
+                param="best_of",
+            )
         return self
 
 
@@ -168,6 +207,8 @@ class Message(BaseModel):
     function_call: CalledFunction | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
+    prefix: bool | None = None
+    partial: bool | None = None
 
 
 class Function(BaseModel):
@@ -229,7 +270,51 @@ class Conversation(Request):
     messages: Messages
     tools: Tools | None = Field(None, description="Functions that the model may call; other types are ignored.")
     add_generation_prompt: bool | None = Field(None, description="false: without the beginning of the answer.")
+    continue_final_message: bool | None = Field(
+        None, description="The answer goes on with the last message, which must be the assistant's."
+    )
+    continue_: bool | None = Field(None, description="text-generation-webui's name for continue_final_message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
+
+    @property
+    def continues(self) -> bool:
+        """The answer goes on with the last message: vLLM's field, or the message's own mark (DeepSeek's and Mistral's
+        ``prefix``, Moonshot's and Qwen's ``partial``)."""
+        last = self.messages[-1]
+        return bool(self.continue_final_message or self.continue_ or last.prefix or last.partial)
+
+    @model_validator(mode="after")
+    def _fit_a_continuation(self) -> "Conversation":
+        for index, message in enumerate(self.messages):
+            for name in ("prefix", "partial"):
+                last = index == len(self.messages) - 1
+                if getattr(message, name) and not (last and message.role == "assistant"):
+                    param = f"messages[{index}].{name}"
+                    raise InvalidRequest(
+                        f"{param}: only the last message can be gone on with, and only the assistant's (this is a "
+                        f"message of the {message.role}, {index + 1} of {len(self.messages)}).",
+                        param=param,
+                    )
+        if not self.continues:
+            return self
+        if self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message: the last message must be the assistant's (its role is "
+                f"{self.messages[-1].role!r}).",
+                param="continue_final_message",
+            )
+        if self.messages[-1].tool_calls:
+            raise InvalidRequest(
+                "continue_final_message: a message with tool_calls is whole and cannot be gone on with.",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true: one goes on with a turn, the "
+                "other begins one.",
+                param="add_generation_prompt",
+            )
+        return self
 
 
 class ChatRequest(GenerationFields, Conversation):
@@ -308,7 +393,9 @@ class CompletionRequest(GenerationFields):
             custom_error_message="Should be a text, a list of texts, of token ids, or of lists of token ids",
         ),
     ] = Field(description="Text, texts, token ids or lists of them.")
-    suffix: str | None = None
+    suffix: str | None = Field(
+        None, description="What follows the answer; for models that were trained to fill in the middle."
+    )
     echo: bool | None = Field(None, description="Repeat the prompt before the answer.")
     logprobs: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = Field(None, description="false: without the model's BOS.")
@@ -317,11 +404,6 @@ class CompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _fit_a_completion(self) -> "CompletionRequest":
-        if self.suffix:
-            raise InvalidRequest(
-                f"suffix {shorten(self.suffix)}: no model here can fill in the middle; put everything into prompt.",
-                param="suffix",
-            )
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(
                 f"echo with logprobs (got {self.logprobs}): this server gives log-probabilities of new tokens only.",
@@ -330,11 +412,12 @@ class CompletionRequest(GenerationFields):
         if self.prompt == []:
             raise InvalidRequest("prompt must not be an empty list (got []).", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        sequences = (1 if single else len(self.prompt)) * (self.n or 1)
+        each = max(self.n or 1, self.best_of or 1)
+        sequences = (1 if single else len(self.prompt)) * each
         if sequences > MAX_SEQUENCES:
             raise InvalidRequest(
-                f"prompt: {len(self.prompt)} prompts times n {self.n or 1} are {sequences} answers; this server makes "
-                f"{MAX_SEQUENCES} a request.",
+                f"prompt: {len(self.prompt)} prompts times n or best_of {each} are {sequences} answers; this server "
+                f"makes {MAX_SEQUENCES} a request.",
                 param="prompt",
             )
         return self

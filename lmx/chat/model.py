@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from lmx.chat import fim
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
 from lmx.chat.messages import normalise
 from lmx.chat.pieces import read_pieces
 from lmx.chat.plan import Plan
-from lmx.chat.special import SpecialTokens
+from lmx.chat.special import SpecialTokens, unused_character
 from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
 from lmx.chat.tools.base import Format, Parser
@@ -30,6 +31,10 @@ class Source(NamedTuple):
     tool_format: str = ""
     """The name of the one to take; "": the one that fits."""
     reasoning_format: str = ""
+
+
+_ANY = "☺"
+"""A character that merges with no other into a token."""
 
 
 class ChatModel:
@@ -74,6 +79,7 @@ class ChatModel:
             raise ConfigError(f"[model] {error}", param="model.tool_format") from None
         self._marked: dict[tuple[str, ...], Sequence[bytes]] = {}
         self._longest_token_bytes = max(map(len, self._pieces.all))
+        self._middle = fim.find_format(self._tokenizer.token_to_id)
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
         if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
@@ -92,10 +98,12 @@ class ChatModel:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continues: bool = False,
         add_special: bool = False,
         context: int = 0,
     ) -> list[int]:
-        """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn.
+        """The prompt of a conversation: OpenAI messages through the model's template, up to the assistant's turn; or,
+        if the answer ``continues`` the last message, up to the end of that one's content.
 
         A special token spelled out in a message stays text. Raises InvalidRequest when a message cannot be rendered,
         when the template refuses, and when the model has no template; ContextLengthExceeded, before tokenising, for a
@@ -107,7 +115,7 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
-        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt)
+        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt, continues)
         try:
             text, breaker = render(normalise(messages))
         except InvalidRequest:
@@ -129,12 +137,29 @@ class ChatModel:
         tools: list[dict[str, Any]] | None,
         kwargs: dict[str, Any],
         add_generation_prompt: bool,
+        continues: bool,
         messages: list[dict[str, Any]],
     ) -> tuple[str, str]:
         """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
         assert self._template is not None
+        end = ""
+        if continues:
+            # What templates do to a content (trim it, take its reasoning out) they do before its last character.
+            end = unused_character((messages, tools, kwargs))
+            *before, last = messages
+            messages = [*before, last | {"content": last["content"] + end}]
         conversation, breaker = self._special.break_up((messages, tools, kwargs))
-        return self._template.render(*conversation, add_generation_prompt=add_generation_prompt), breaker
+        text = self._template.render(*conversation, add_generation_prompt=add_generation_prompt and not continues)
+        if end:
+            text, found, _ = text.rpartition(end)
+            if not found:
+                raise InvalidRequest(
+                    "The model's chat template leaves the last message's content out, so that nothing can go on from "
+                    "there. Ask for a new turn, or use /v1/completions.",
+                    param="messages",
+                )
+            text = text.replace(end, "")
+        return text, breaker
 
     def _tokenizer_bos(self, param: str) -> list[int]:
         return self._bos or _encode(self._tokenizer, "", param, add_special=True)
@@ -164,6 +189,26 @@ class ChatModel:
         tokenizer = self._tokenizer if parse_special else self._literal
         return (self._bos if add_special else []) + _encode(tokenizer, text, "prompt", add_special=add_special)
 
+    def encode_middle(
+        self, prefix: str | list[int], suffix: str, *, add_special: bool
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The prompt for what stands between two texts, and the tokens that end it. Raises InvalidRequest."""
+        if self._middle is None:
+            raise InvalidRequest(
+                f"suffix {suffix[:40]!r}: this model's tokenizer has no tokens for filling in the middle (such as "
+                "<|fim_prefix|>). Put everything into prompt, or use a code model that was trained on it.",
+                param="suffix",
+            )
+        if isinstance(prefix, str):
+            prefix = self.tokenize(prefix, add_special=False, parse_special=True)
+        # Some tokenizers put a space before a text; the suffix begins in mid-text.
+        before = self.tokenize(_ANY, add_special=False, parse_special=True)
+        after = self.tokenize(_ANY + suffix, add_special=False, parse_special=True)
+        if after[: len(before)] != before:
+            before, after = [], self.tokenize(suffix, add_special=False, parse_special=True)
+        tokens, ends = fim.arrange(self._middle, self._tokenizer.token_to_id, prefix, after[len(before) :])
+        return (self._tokenizer_bos("prompt") if add_special else []) + tokens, ends
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The whole text; invalid UTF-8 as U+FFFD, special tokens left out."""
         stream = self.text_stream()
@@ -182,13 +227,19 @@ class ChatModel:
         return self._pieces.all[token] if 0 <= token < self.vocab_size else b""
 
     def text_stream(
-        self, stop: Sequence[str] = (), *, continues: bool = False, markers: tuple[str, ...] = ()
+        self,
+        stop: Sequence[str] = (),
+        *,
+        continues: bool = False,
+        keep_stop: bool = False,
+        markers: tuple[str, ...] = (),
     ) -> TextStream:
-        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts. ``markers``:
-        special tokens that are spelled out.
+        """A detokeniser for one answer. ``continues``: it goes on with a text, so a first space counts. ``keep_stop``:
+        the stop string that ends it is part of it. ``markers``: special tokens that are spelled out.
         """
         pieces = self._pieces_with(markers) if markers else self._pieces.text
-        return TextStream(pieces, stop, strip_space=self._pieces.strip_space and not continues)
+        strip_space = self._pieces.strip_space and not continues
+        return TextStream(pieces, stop, strip_space=strip_space, keep_stop=keep_stop)
 
     def _pieces_with(self, markers: tuple[str, ...]) -> Sequence[bytes]:
         """One table for each of a model's few sets of markers."""
