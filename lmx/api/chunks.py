@@ -74,7 +74,7 @@ class ChunkStream:
         if delta.events:
             events += self._told(index, delta)
         elif (details := self._details(index, delta)) is not None:
-            events += self._detailed(index, None if choice.reader is not None else delta.text, details)
+            events += self._detailed(index, None if choice.told is not None else delta.text, details)
         elif delta.text:
             before, after = self._frames[index]
             events += before + json.dumps(delta.text).encode() + after

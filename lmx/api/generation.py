@@ -13,6 +13,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from lmx.api.answer_events import AnswerEvents
 from lmx.api.call import Call
 from lmx.api.errors import raise_single
 from lmx.api.message import merged
@@ -101,16 +102,16 @@ class Choice:
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
-    reader: "Reader | None" = None
+    told: AnswerEvents | None = None
     """Of an answer in which more than text is told apart."""
 
     @property
     def reasoning_tokens(self) -> int:
-        return self.reader.reasoning_tokens if self.reader is not None else 0
+        return self.told.reasoning_tokens if self.told is not None else 0
 
     def feed(self, chunk: Chunk) -> Delta:
-        if self.reader is not None:
-            return self._feed_reader(self.reader, chunk)
+        if self.told is not None:
+            return self._feed_events(self.told, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
         before, tokens = self.completion_tokens, chunk.tokens
         if self.has_stop or self.wants_logprobs:
@@ -144,90 +145,40 @@ class Choice:
                 break
         return text, tuple(logprobs)
 
-    def _feed_reader(self, reader: "Reader", chunk: Chunk) -> Delta:
-        """Token by token, too."""
+    def _feed_events(self, told: AnswerEvents, chunk: Chunk) -> Delta:
         events: list[Event] = []
-        logprobs = []
+        logprobs: list[tuple[int, Logprobs]] = []
         before = self.completion_tokens
+        if self.has_stop or self.wants_logprobs or told.counts:
+            self._feed_each_event(told, chunk, events, logprobs)
+        else:
+            last = chunk.tokens[-1]
+            hidden = self._hides_end(chunk) and last not in told.end_markers
+            events += told.feed(self.text.feed(chunk.tokens[:-1] if hidden else chunk.tokens))
+            self.completion_tokens += len(chunk.tokens)
+        if chunk.finish and not self.stopped:
+            events += told.finish(self.text.finish())
+            self.finish = "stop" if told.stopped or chunk.finish == "complete" else chunk.finish
+        if self.finish == "stop" and told.calls:
+            self.finish = "tool_calls"
+        tokens = chunk.tokens[: self.completion_tokens - before]
+        return Delta("", tuple(logprobs), self.finish, merged(events), tokens)
+
+    def _feed_each_event(
+        self, told: AnswerEvents, chunk: Chunk, events: list[Event], logprobs: list[tuple[int, Logprobs]]
+    ) -> None:
         for position, token in enumerate(chunk.tokens):
             is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
-            text = self.text.feed((token,) if not is_end or token in reader.end_markers else ())
-            events += reader.feed(text, stops=self.completion_tokens >= self.min_tokens)
+            text = self.text.feed((token,) if not is_end or token in told.end_markers else ())
+            events += told.feed(text, stops=self.completion_tokens >= self.min_tokens)
             self.completion_tokens += 1
             if self.wants_logprobs:
                 self.logprob += chunk.logprobs[position].drawn
                 if not is_end:
                     logprobs.append((token, chunk.logprobs[position]))
-            if reader.stopped:
+            if told.stopped:
                 self.stopped, self.finish = True, "stop"
                 break
-        if chunk.finish and not self.stopped:
-            events += reader.finish(self.text.finish())
-            self.finish = "stop" if reader.stopped or chunk.finish == "complete" else chunk.finish
-        if self.finish == "stop" and reader.calls:
-            self.finish = "tool_calls"
-        tokens = chunk.tokens[: self.completion_tokens - before]
-        return Delta("", tuple(logprobs), self.finish, merged(events), tokens)
-
-
-class Reader:
-    """An answer's text as events: reasoning, calls and content, which alone is cut at stop strings."""
-
-    def __init__(
-        self, parser: Parser, stop: Sequence[str], plan: Plan, *, keep_stop: bool, end_markers: Container[int]
-    ) -> None:
-        self.stopped = False
-        self.calls = 0
-        self.reasoning_tokens = 0
-        self._parser = parser
-        self._strings = stop
-        self._keep_stop = keep_stop
-        self._stop = StopStrings(stop, keep=keep_stop)
-        self._thoughts = plan.thoughts
-        self.end_markers = end_markers
-        """Tokens that the parser is to see even where they end the answer."""
-
-    def feed(self, text: str, *, stops: bool = True) -> list[Event]:
-        """The events of one token's text. Without ``stops`` no stop string begins in it, as in ``TextStream``."""
-        events = self._parser.feed(text) if text else []
-        return self._cut(events, stops=stops) if events else events
-
-    def finish(self, text: str) -> list[Event]:
-        """The sequence ended: ``text`` and what was held back."""
-        events = self._cut([*self._parser.feed(text), *self._parser.finish()])
-        return events if self.stopped else [*events, *self._release()]
-
-    def _cut(self, events: Sequence[Event], *, stops: bool = True) -> list[Event]:
-        result: list[Event] = []
-        for event in events:
-            if isinstance(event, Reasoning) and self._thoughts != "apart":
-                if self._thoughts == "hidden":
-                    continue
-                event = Content(event.text)
-            if isinstance(event, Content):
-                text = self._stop.feed(event.text) if self._strings and stops else event.text
-                if text:
-                    result.append(Content(text))
-            elif isinstance(event, Malformed):
-                result.append(event)
-            else:
-                result += self._release()
-                if not self.stopped:
-                    self.calls += isinstance(event, CallStart)
-                    result.append(event)
-            if self.stopped or self._stop.stopped:
-                self.stopped = True
-                break
-        return result
-
-    def _release(self) -> list[Event]:
-        """What is held back for a stop string that does not come: the content is over, or something else follows."""
-        if not self._strings:
-            return []
-        text = self._stop.feed("", final=True)
-        self.stopped = self._stop.stopped
-        self._stop = StopStrings(self._strings, keep=self._keep_stop)
-        return [Content(text)] if text else []
 
 
 class Sink(Protocol):
@@ -270,14 +221,14 @@ def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
     chat, plan = job.served.chat, job.plan
     wants_logprobs = request.sampling.logprobs >= 0
     parser = chat.parser(plan)
-    reader = None
+    told = None
     if parser is None:
         text = chat.text_stream(job.stop, continues=job.continues, keep_stop=job.keeps_stop)
     else:
         text = chat.text_stream(continues=job.continues, markers=chat.markers(plan))
         ends = chat.special.values()
-        reader = Reader(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
-    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, reader=reader)
+        told = AnswerEvents(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
+    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, told=told)
 
 
 async def _run_choice(

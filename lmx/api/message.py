@@ -10,8 +10,10 @@ from typing import Any
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed, Reasoning
 
 
-def merged(events: Iterable[Event]) -> list[Event]:
+def merged(events: list[Event]) -> list[Event]:
     """The same with neighbours of one kind as one: an event to send each."""
+    if len(events) < 2:
+        return events
     result: list[Event] = []
     for event in events:
         last = result[-1] if result else None

@@ -24,6 +24,8 @@ class Plan:
     reasons: bool = False
     """Reasoning is told from the rest of the answer."""
     thoughts: Thoughts = "apart"
+    thought_markers: tuple[str, str] = ("", "")
+    """What stands around the reasoning where it is part of the content."""
     old_calls: bool = False
     """A call is told as ``function_call``, OpenAI's older word."""
 
