@@ -5,7 +5,7 @@ The API faces call it, ``encode_*`` from worker threads (a long prompt takes man
 engines and never needs the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,19 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
-from lmx.chat.messages import normalise
+from lmx.chat.history import Habits, candidates, probe, shaped, with_tools
+from lmx.chat.messages import Message
 from lmx.chat.pieces import read_pieces
+from lmx.chat.reasoning import ReasoningFormat
+from lmx.chat.reasoning import find as find_reasoning
 from lmx.chat.special import SpecialTokens
+from lmx.chat.switches import Switches, template_variables
 from lmx.chat.text import TextStream
+from lmx.chat.tools.generic import instructions
 from lmx.errors import ContextLengthExceeded, InvalidRequest, ModelInvalid
+
+_MARKER_TOKENS = 64
+"""The longest marker of reasoning, spelled out byte by byte, and white space behind it."""
 
 
 class ChatModel:
@@ -26,6 +34,12 @@ class ChatModel:
     eos_ids: frozenset[int]
     vocab_size: int
     """One more than the largest token id; the engine's output matrix may have more rows, as padding."""
+    habits: Habits
+    """What its template does with conversations. ``habits.tools`` false: it says nothing of tools, so calls are those
+    of the generic format, which ``encode_chat`` explains in the system message."""
+    reasoning: ReasoningFormat | None
+    reasoning_reason: str
+    """Why we think that the model thinks so."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -40,11 +54,16 @@ class ChatModel:
             tokenizer.no_padding()
         self._literal.encode_special_tokens = True  # that is: as ordinary text
         self._special = SpecialTokens(self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder().items()
         settings = read_settings(folder)
         self._template = read_template(folder, settings)
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
         self._longest_token_bytes = max(map(len, self._pieces.all))
+        template = self._template.source if self._template is not None else ""
+        special = {token.content: index for index, token in added if token.special}
+        self.reasoning, self.reasoning_reason = find_reasoning(template, special)
+        self.habits = self._probe()
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
         if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
@@ -78,15 +97,11 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
+        if tools and self.habits.tools_in_system:
+            messages, tools = with_tools(messages, tools), None
+        told = "" if self.habits.tools or not tools else instructions(tools)
         render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt)
-        try:
-            text, breaker = render(normalise(messages))
-        except InvalidRequest:
-            if not any(message.get("tool_calls") for message in messages):
-                raise
-            # A model once wrote arguments that are no object, and its template asks for their items: the conversation
-            # would be refused for ever.
-            text, breaker = render(normalise(messages, only_objects=True))
+        text, breaker = self._first_taken(render, candidates(messages, self.habits, told))
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
@@ -94,6 +109,26 @@ class ChatModel:
         for part, literal in self._special.segments(text, breaker):
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
+
+    def _first_taken(
+        self, render: Callable[[list[Message]], tuple[str, str]], forms: Iterable[list[Message]]
+    ) -> tuple[str, str]:
+        refused: InvalidRequest | None = None
+        for form in forms:
+            try:
+                return render(form)
+            except InvalidRequest as error:
+                if error.param != "messages":
+                    raise
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _probe(self) -> Habits:
+        template = self._template
+        if template is None:
+            return Habits()
+        return probe(lambda messages, tools: template.render(messages, tools, {}), template.names)
 
     def _render(
         self,
@@ -104,8 +139,27 @@ class ChatModel:
     ) -> tuple[str, str]:
         """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
         assert self._template is not None
-        conversation, breaker = self._special.break_up((messages, tools, kwargs))
+        conversation, breaker = self._special.break_up((shaped(messages, self.habits), tools, kwargs))
         return self._template.render(*conversation, add_generation_prompt=add_generation_prompt), breaker
+
+    def thinking_opened(self, prompt: Sequence[int], prefill: str = "") -> bool:
+        """Whether an answer to this prompt begins within the reasoning. ``prefill``: the answer's beginning, if the
+        prompt ends with one.
+        """
+        return self.reasoning is not None and self.reasoning.opened(self._end(prompt, prefill), prefill)
+
+    def thinking_closed(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt says that there is nothing to think."""
+        return self.reasoning is not None and self.reasoning.closed(self._end(prompt, ""))
+
+    def _end(self, prompt: Sequence[int], prefill: str) -> str:
+        return self.spelled(prompt[-(_MARKER_TOKENS + len(prefill)) :])
+
+    def template_variables(self, switches: Switches) -> dict[str, Any]:
+        """How the model's template wants to be told how much to think."""
+        if self._template is None:
+            return {}
+        return template_variables(switches, self._template.variables, self._template.names)
 
     def _tokenizer_bos(self, param: str) -> list[int]:
         return self._bos or _encode(self._tokenizer, "", param, add_special=True)
