@@ -280,9 +280,9 @@ async def test_every_choice_has_calls_of_its_own(server: Server) -> None:
 
 @with_server()
 async def test_a_large_body_is_answered_the_same(server: Server) -> None:
-    large = WRITE | {"function": WRITE["function"] | {"description": "x" * 70_000}}
+    large = {"metadata": {"x": "x" * 70_000}}
     server.say(*TWO)
-    message = await both(server, TOOLS | {"tools": [WEATHER, large], "tool_choice": "required"})
+    message = await both(server, TOOLS | large | {"tool_choice": "required"})
     assert message == await both(server, TOOLS | {"tool_choice": "required"})
     one, _, other, _ = server.grammars()
     assert one == other
@@ -298,8 +298,8 @@ async def test_the_format_can_be_set_and_is_told(server: Server) -> None:
     status = (await server.http.get("/admin/status")).json()
     assert status["models"][0]["tool_format"] == "mistral"
     server.say('[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}]')
-    body = TOOLS | {"tools": [WEATHER | {"function": WEATHER["function"] | {"description": "x" * 70_000}}]}
-    for request in (TOOLS, body):  # read by the server, and by the process for large bodies
+    # Read by the server, and by the process for large bodies
+    for request in (TOOLS, TOOLS | {"metadata": {"x": "x" * 70_000}}):
         message = await both(server, request)
         assert json.loads(message["tool_calls"][0]["arguments"]) == PARIS
 

@@ -6,7 +6,7 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 """
 
 import secrets
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +18,9 @@ from lmx.api.call import Call
 from lmx.api.errors import raise_single
 from lmx.api.message import merged
 from lmx.api.schemas import GenerationFields
-from lmx.chat.events import CallStart, Content, Event, Malformed, Reasoning
+from lmx.chat.events import Event, Malformed
 from lmx.chat.plan import Plan
-from lmx.chat.text import StopStrings, TextStream
-from lmx.chat.tools.base import Parser
+from lmx.chat.text import TextStream
 from lmx.config import ServerSettings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from lmx.protocol import Logprobs, Sampling

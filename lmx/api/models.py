@@ -48,6 +48,8 @@ def formats(chat: ChatModel) -> dict[str, str]:
     return {
         "tool_format": chat.tool_format.name,
         "tool_format_reason": chat.tool_format_reason,
+        "reasoning_format": chat.reasoning.name if chat.reasoning is not None else "none",
+        "reasoning_format_reason": chat.reasoning_reason,
     }
 
 

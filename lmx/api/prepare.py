@@ -16,8 +16,10 @@ from lmx.api.shorten import shorten
 from lmx.api.tools import ToolUse, tool_use
 from lmx.chat.grammar import answer_grammar, check
 from lmx.chat.model import ChatModel
-from lmx.chat.plan import PLAIN, Plan
+from lmx.chat.plan import PLAIN, Plan, Thoughts
+from lmx.chat.reasoning import rules as reasoning_rules
 from lmx.chat.structured import FIELDS, body_of
+from lmx.chat.switches import Switches
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -95,21 +97,39 @@ def slimmed(body: Request) -> Request:
 
 def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
     _check_messages(given["messages"], chat, context)
-    use = tool_use(given)
+    use, switches = tool_use(given), _switches(body)
     ids = chat.encode_chat(
         given["messages"],
         tools=use.shown or None,
-        template_kwargs=_template_kwargs(body),
+        template_kwargs=chat.template_variables(switches) | (body.chat_template_kwargs or {}),
         add_generation_prompt=body.add_generation_prompt is not False,
         continues=body.continues,
         context=context,
     )
-    return Prepared([array("I", ids)], [""], _plan(given, use, chat), body.continues)
+    return Prepared([array("I", ids)], [""], _plan(body, given, use, switches, chat, ids), body.continues)
 
 
-def _plan(given: dict[str, Any], use: ToolUse, chat: ChatModel) -> Plan:
+def _plan(
+    body: ChatRequest,
+    given: dict[str, Any],
+    use: ToolUse,
+    switches: Switches,
+    chat: ChatModel,
+    prompt: list[int],
+) -> Plan:
+    reasoning, opened, rules, limited = chat.reasoning, False, "", False
+    if reasoning is not None:
+        content = given["messages"][-1].get("content")
+        prefill = content if body.continues and isinstance(content, str) else ""
+        opened = chat.thinking_opened(prompt, prefill)
+        # Where the template has switched it off, nothing is to forbid.
+        forbidden = switches.on is False and not chat.thinking_closed(prompt)
+        limited = forbidden or switches.budget is not None
+        rules = reasoning_rules(reasoning, chat.special, opened, switches.budget, forbid=forbidden)
     grammar = answer_grammar(
         special=chat.special,
+        reasoning_rules=rules,
+        limits_reasoning=limited,
         format=chat.tool_format,
         tools=use.callable,
         choice=use.mode,
@@ -117,7 +137,15 @@ def _plan(given: dict[str, Any], use: ToolUse, chat: ChatModel) -> Plan:
         body=body_of(given),
     )
     check(grammar)
-    return Plan(grammar, use.callable, old_calls=use.old)
+    return Plan(
+        grammar,
+        use.callable,
+        opened,
+        reasons=reasoning is not None,
+        thoughts=_thoughts(body),
+        thought_markers=(reasoning.begin, reasoning.end) if reasoning is not None else ("", ""),
+        old_calls=use.old,
+    )
 
 
 def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:
@@ -157,20 +185,21 @@ def _check_message(message: dict[str, Any], where: str) -> int:
     return characters
 
 
-def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
-    """Templates know two switches: ``enable_thinking`` and, a few, ``reasoning_effort``."""
-    kwargs: dict[str, Any] = {}
+def _switches(body: ChatRequest) -> Switches:
+    """What the client says about thinking, in whatever spelling."""
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
     if isinstance(body.think, str):
         effort = effort or body.think
-    if effort is not None:
-        kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    switches = [body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body)]
-    for switch in switches:
-        if isinstance(switch, bool):
-            kwargs["enable_thinking"] = switch
-            break
-    return kwargs | (body.chat_template_kwargs or {})
+    switches = (body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body))
+    enabled = next((switch for switch in switches if isinstance(switch, bool)), None)
+    return Switches(enabled, effort, body.reasoning_budget_asked)
+
+
+def _thoughts(body: ChatRequest) -> Thoughts:
+    excluded = body.reasoning is not None and body.reasoning.exclude
+    if excluded or body.include_reasoning is False or body.reasoning_format == "hidden":
+        return "hidden"
+    return "within" if body.separate_reasoning is False or body.reasoning_format in ("none", "raw") else "apart"
 
 
 def _thinking(body: ChatRequest) -> bool | None:

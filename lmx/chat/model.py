@@ -5,7 +5,7 @@ The API faces call it, ``encode_*`` from worker threads (a long prompt takes man
 engines and never needs the weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +13,20 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from lmx.chat import fim
+from lmx.chat.answer import AnswerParser
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
-from lmx.chat.messages import normalise
+from lmx.chat.history import Habits, candidates, probe, shaped, with_tools
+from lmx.chat.messages import Message
 from lmx.chat.pieces import read_pieces
 from lmx.chat.plan import Plan
+from lmx.chat.reasoning import ReasoningFormat
+from lmx.chat.reasoning import find as find_reasoning
 from lmx.chat.special import SpecialTokens, unused_character
+from lmx.chat.switches import Switches, template_variables
 from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
-from lmx.chat.tools.base import Format, Parser
+from lmx.chat.tools.base import Format
+from lmx.chat.tools.generic import GENERIC, instructions
 from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
 
 
@@ -36,6 +42,9 @@ class Source(NamedTuple):
 _ANY = "☺"
 """A character that merges with no other into a token."""
 
+_MARKER_TOKENS = 64
+"""The longest marker of reasoning, spelled out byte by byte, and white space behind it."""
+
 
 class ChatModel:
     """Nothing that can be seen of it changes after it was made, so threads may share it."""
@@ -50,6 +59,12 @@ class ChatModel:
     tool_format: Format
     tool_format_reason: str
     """Why we think that the model writes calls so."""
+    habits: Habits
+    """What its template does with conversations. ``habits.tools`` false: it says nothing of tools, so calls are those
+    of the generic format, which ``encode_chat`` explains in the system message."""
+    reasoning: ReasoningFormat | None
+    reasoning_reason: str
+    """Why we think that the model thinks so."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -73,13 +88,11 @@ class ChatModel:
         self.eos_ids = read_eos_ids(folder, settings, self._tokenizer)
         self.vocab_size = len(self._pieces.all)
         template = self._template.source if self._template is not None else ""
-        try:
-            self.tool_format, self.tool_format_reason = find_tool_format(template, self.special, source.tool_format)
-        except ValueError as error:
-            raise ConfigError(f"[model] {error}", param="model.tool_format") from None
         self._marked: dict[tuple[str, ...], Sequence[bytes]] = {}
         self._longest_token_bytes = max(map(len, self._pieces.all))
         self._middle = fim.find_format(self._tokenizer.token_to_id)
+        self.habits = self._probe()
+        self._find_formats(template)
         # Some files leave adding BOS to the Python class that they name.
         self._bos: list[int] = []
         if settings.get("add_bos_token") is True and not self._tokenizer.encode("").ids:
@@ -115,15 +128,11 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
+        if tools and self.habits.tools_in_system:
+            messages, tools = with_tools(messages, tools), None
+        told = "" if self.habits.tools or not tools else instructions(tools)
         render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt, continues)
-        try:
-            text, breaker = render(normalise(messages))
-        except InvalidRequest:
-            if not any(message.get("tool_calls") for message in messages):
-                raise
-            # A model once wrote arguments that are no object, and its template asks for their items: the conversation
-            # would be refused for ever.
-            text, breaker = render(normalise(messages, only_objects=True))
+        text, breaker = self._first_taken(render, candidates(messages, self.habits, told))
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
@@ -131,6 +140,37 @@ class ChatModel:
         for part, literal in self._special.segments(text, breaker):
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
+
+    def _first_taken(
+        self, render: Callable[[list[Message]], tuple[str, str]], forms: Iterable[list[Message]]
+    ) -> tuple[str, str]:
+        refused: InvalidRequest | None = None
+        for form in forms:
+            try:
+                return render(form)
+            except InvalidRequest as error:
+                if error.param != "messages":
+                    raise
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _find_formats(self, template: str) -> None:
+        """Raises ConfigError for names that are none."""
+        source = self.source
+        try:
+            self.tool_format, self.tool_format_reason = find_tool_format(template, self.special, source.tool_format)
+            self.reasoning, self.reasoning_reason = find_reasoning(template, self.special, source.reasoning_format)
+        except ValueError as error:
+            raise ConfigError(f"[model] {error}", param="model") from None
+        if not self.habits.tools and not source.tool_format:
+            self.tool_format, self.tool_format_reason = GENERIC, "its chat template says nothing of tools"
+
+    def _probe(self) -> Habits:
+        template = self._template
+        if template is None:
+            return Habits()
+        return probe(lambda messages, tools: template.render(messages, tools, {}), template.names)
 
     def _render(
         self,
@@ -148,7 +188,7 @@ class ChatModel:
             end = unused_character((messages, tools, kwargs))
             *before, last = messages
             messages = [*before, last | {"content": last["content"] + end}]
-        conversation, breaker = self._special.break_up((messages, tools, kwargs))
+        conversation, breaker = self._special.break_up((shaped(messages, self.habits), tools, kwargs))
         text = self._template.render(*conversation, add_generation_prompt=add_generation_prompt and not continues)
         if end:
             text, found, _ = text.rpartition(end)
@@ -160,6 +200,25 @@ class ChatModel:
                 )
             text = text.replace(end, "")
         return text, breaker
+
+    def thinking_opened(self, prompt: Sequence[int], prefill: str = "") -> bool:
+        """Whether an answer to this prompt begins within the reasoning. ``prefill``: the answer's beginning, if the
+        prompt ends with one.
+        """
+        return self.reasoning is not None and self.reasoning.opened(self._end(prompt, prefill), prefill)
+
+    def thinking_closed(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt says that there is nothing to think."""
+        return self.reasoning is not None and self.reasoning.closed(self._end(prompt, ""))
+
+    def _end(self, prompt: Sequence[int], prefill: str) -> str:
+        return self.spelled(prompt[-(_MARKER_TOKENS + len(prefill)) :])
+
+    def template_variables(self, switches: Switches) -> dict[str, Any]:
+        """How the model's template wants to be told how much to think."""
+        if self._template is None:
+            return {}
+        return template_variables(switches, self._template.variables, self._template.names)
 
     def _tokenizer_bos(self, param: str) -> list[int]:
         return self._bos or _encode(self._tokenizer, "", param, add_special=True)
@@ -251,13 +310,18 @@ class ChatModel:
             self._marked[markers] = tuple(pieces)
         return self._marked[markers]
 
-    def parser(self, plan: Plan) -> Parser | None:
+    def parser(self, plan: Plan) -> AnswerParser | None:
         """For one answer; None: it is nothing but text."""
-        return self.tool_format.parser(plan.tools) if plan.tools else None
+        if not plan.tools and not plan.reasons:
+            return None
+        reasoning = self.reasoning if plan.reasons else None
+        calls = self.tool_format.parser(plan.tools) if plan.tools else None
+        return AnswerParser(reasoning, opened=plan.opened, calls=calls)
 
     def markers(self, plan: Plan) -> tuple[str, ...]:
         """What ``parser`` must see of the special tokens."""
-        return self.tool_format.markers if plan.tools else ()
+        reasoning = self.reasoning.markers if self.reasoning is not None and plan.reasons else ()
+        return reasoning + (self.tool_format.markers if plan.tools else ())
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:
