@@ -13,6 +13,7 @@ import psutil
 from quart import Blueprint, Response, request
 
 from lmx import __version__
+from lmx.api.models import formats
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
 
@@ -79,6 +80,7 @@ def _model_status(served: AnyServed) -> dict[str, Any]:
         "format": folder.format,
         "backend": folder.backend,
         "backend_reason": folder.backend_reason,
+        **formats(served),
         "quantization": folder.quantization,
         "size_bytes": folder.size_bytes,
         "ready": asdict(engine.ready) if engine.ready else None,

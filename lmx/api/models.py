@@ -8,7 +8,7 @@ from quart_schema import document_request
 from lmx.api.body import receive
 from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
 from lmx.config import Settings
-from lmx.serving.models import AnyServed, Models
+from lmx.serving.models import AnyServed, Models, Served
 
 
 def blueprint(models: Models, settings: Settings) -> Blueprint:
@@ -42,6 +42,19 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     return routes
 
 
+def formats(served: AnyServed) -> dict[str, str]:
+    """How the model writes what is more than text, and why we think so."""
+    if not isinstance(served, Served):
+        return {}
+    chat = served.chat
+    return {
+        "tool_format": chat.tool_format.name,
+        "tool_format_reason": chat.tool_format_reason,
+        "reasoning_format": chat.reasoning.name if chat.reasoning is not None else "none",
+        "reasoning_format_reason": chat.reasoning_reason,
+    }
+
+
 def _model_object(served: AnyServed) -> dict[str, Any]:
     return {
         "id": served.id,
@@ -52,4 +65,5 @@ def _model_object(served: AnyServed) -> dict[str, Any]:
         "max_model_len": served.context_length,
         "backend": served.folder.backend,
         "backend_reason": served.folder.backend_reason,
+        **formats(served),
     }

@@ -74,7 +74,7 @@ def _rerank_inputs(body: RerankRequest, encoder: TextEncoder, context: int) -> P
             raise InvalidRequest(f"documents[{index}] must not be empty (got '').", param=f"documents[{index}]")
     pairs = encoder.encode_pairs(body.query, documents)
     _check_lengths([ids for ids, _ in pairs], context)
-    return Prepared([array("I", ids) for ids, _ in pairs], documents, [second for _, second in pairs])
+    return Prepared([array("I", ids) for ids, _ in pairs], documents, seconds=[second for _, second in pairs])
 
 
 def _prompt(body: EmbeddingRequest, encoder: TextEncoder) -> str:

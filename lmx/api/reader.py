@@ -5,11 +5,12 @@ can abort the process that runs it. Here all of that ends one request: the serve
 or that takes too long (``lmx.serving.readers``, which starts it as ``python -m lmx.api.reader``). It must end when the
 server does, and when it takes more memory than the body can explain.
 
-The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); where that
-model's words are and its context, or None; ("done", body, Prepared). Instead of an answer ("error", LmxError) or
-("bug", text).
+The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); what that
+model's words are made from (``ChatModel.source``) and its context, or None; ("done", body, Prepared). Instead of an
+answer ("error", LmxError) or ("bug", text).
 """
 
+import json
 import os
 import pickle
 import signal
@@ -28,7 +29,7 @@ from lmx.api import prepare_embeddings
 from lmx.api.parse import parse_object, validate
 from lmx.api.prepare import KINDS, prepare, slimmed
 from lmx.chat.encoder import TextEncoder
-from lmx.chat.model import ChatModel
+from lmx.chat.model import ChatModel, Source
 from lmx.errors import InvalidRequest, LmxError
 
 WATCH_S = 0.1
@@ -43,16 +44,16 @@ class Reader:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._incoming = sock.makefile("rb")
-        self._words: dict[tuple[str, bool], ChatModel | TextEncoder] = {}
-        """By the model's folder, and whether it is to make embeddings."""
+        self._words: dict[tuple[Source, bool], ChatModel | TextEncoder] = {}
+        """By what they are made from, and whether that is to make embeddings."""
         self._limit_bytes = 0
         """Of memory, while a body is read."""
 
-    def run(self, words: Sequence[str]) -> None:
-        """Until the server closes the socket. ``words``: of models that will be asked for."""
+    def run(self, sources: Sequence[Source]) -> None:
+        """Until the server closes the socket. ``sources``: of models that will be asked for."""
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
-        for folder in words:
-            self._read(folder, embeds=False)
+        for source in sources:
+            self._read(source, embeds=False)
         while True:
             kind, raw = self._receive(), self._receive_bytes()
             self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
@@ -71,8 +72,8 @@ class Reader:
             model = self._receive()
             if model is None:
                 return None
-            folder, context = model
-            words = self._read(folder, embeds=embeds)
+            source, context = model
+            words = self._read(source, embeds=embeds)
             if isinstance(words, TextEncoder):
                 prepared = prepare_embeddings.prepare_embeddings(body, words, context)
                 return "done", prepare_embeddings.slimmed(body), prepared
@@ -85,10 +86,11 @@ class Reader:
         except Exception:
             return "bug", traceback.format_exc()
 
-    def _read(self, folder: str, *, embeds: bool) -> ChatModel | TextEncoder:
-        if (folder, embeds) not in self._words:
-            self._words[folder, embeds] = (TextEncoder if embeds else ChatModel).load(Path(folder))
-        return self._words[folder, embeds]
+    def _read(self, source: Source, *, embeds: bool) -> ChatModel | TextEncoder:
+        if (source, embeds) not in self._words:
+            made = TextEncoder.load(Path(source.folder)) if embeds else ChatModel.load(*source)
+            self._words[source, embeds] = made
+        return self._words[source, embeds]
 
     def _receive(self) -> Any:
         return pickle.loads(self._receive_bytes())
@@ -121,11 +123,11 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    number, *words = sys.argv[1:]
+    number, *sources = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which lets requests finish
     # Behind the server and the engines: whoever sends much can wait a little.
     os.nice(5)
-    Reader(socket.socket(fileno=int(number))).run(words)
+    Reader(socket.socket(fileno=int(number))).run([Source(*json.loads(source)) for source in sources])
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ class ChatTemplate:
         environment.globals.update(special_tokens)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = sources.get("tool_use") or sources.get("default") or next(iter(sources.values()))
+        """Of the one that tells of tools, for those who look what it knows."""
+        trees = [environment.parse(source) for source in sources.values()]
+        self.variables = frozenset(
+            node.name for tree in trees for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load"
+        )
+        """Names that it looks up, its own among them."""
+        strings = {node.value for tree in trees for node in tree.find_all(jinja2.nodes.Const)}
+        attributes = {node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)}
+        self.names = frozenset(name for name in strings | attributes if isinstance(name, str))
+        """Every field that it may read, and every other string in it."""
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def render(

@@ -21,7 +21,7 @@ import trio
 
 from lmx import protocol
 from lmx.chat.encoder import TextEncoder
-from lmx.chat.model import ChatModel
+from lmx.chat.model import ChatModel, Source
 from lmx.config import Settings
 from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelNotFound, ModelOverloaded
 from lmx.hub.conversion import ConversionNeeded
@@ -56,6 +56,11 @@ class Served:
     kind: ClassVar = "llm"
 
     @property
+    def source(self) -> Source:
+        """Of its words, for another process."""
+        return self.chat.source
+
+    @property
     def context_length(self) -> int:
         """Longest prompt plus answer. While the model loads only its folder can tell; 0 where that does not."""
         ready = self.engine.ready
@@ -72,6 +77,11 @@ class ServedEmbedding:
     engine: Engine
     created: int
     kind: ClassVar = "embeddings"
+
+    @property
+    def source(self) -> Source:
+        """Of its words, for another process."""
+        return Source(str(self.folder.words))
 
     @property
     def dimension(self) -> int:
@@ -106,7 +116,7 @@ class Models:
         self._metrics = metrics
         self._served: Served | None = None
         self._embedding: ServedEmbedding | None = None
-        self.readers = Readers(lambda: [served.folder.words for served in self.listing() if isinstance(served, Served)])
+        self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
         self._loading = trio.CancelScope()
         self.settled = trio.Event()
@@ -288,7 +298,7 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
             "and a model that writes as [model] default.",
             param="model.default",
         )
-    chat = ChatModel.load(folder.words)
+    chat = ChatModel.load(folder.words, settings.model.tool_format, settings.model.reasoning_format)
     load = protocol.Load(
         path=str(folder.path),
         backend=folder.backend,
