@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
 from lmx.api.shorten import shorten
 from lmx.chat.model import ChatModel
+from lmx.chat.switches import Switches
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -87,7 +88,7 @@ def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: in
     ids = chat.encode_chat(
         given["messages"],
         tools=_tools(body, given),
-        template_kwargs=_template_kwargs(body),
+        template_kwargs=_template_kwargs(body, chat),
         add_generation_prompt=body.add_generation_prompt is not False,
         context=context,
     )
@@ -146,20 +147,14 @@ def _check_message(message: dict[str, Any], where: str) -> int:
     return characters
 
 
-def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
-    """Templates know two switches: ``enable_thinking`` and, a few, ``reasoning_effort``."""
-    kwargs: dict[str, Any] = {}
+def _template_kwargs(body: ChatRequest, chat: ChatModel) -> dict[str, Any]:
+    """What the client says about thinking, under the names that the template reads; and its own words for it."""
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
     if isinstance(body.think, str):
         effort = effort or body.think
-    if effort is not None:
-        kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    switches = [body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body)]
-    for switch in switches:
-        if isinstance(switch, bool):
-            kwargs["enable_thinking"] = switch
-            break
-    return kwargs | (body.chat_template_kwargs or {})
+    switches = (body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body))
+    enabled = next((switch for switch in switches if isinstance(switch, bool)), None)
+    return chat.template_variables(Switches(enabled, effort)) | (body.chat_template_kwargs or {})
 
 
 def _thinking(body: ChatRequest) -> bool | None:

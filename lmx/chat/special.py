@@ -6,12 +6,12 @@ own, and the stretches between them that were broken up are to be encoded litera
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from lmx.chat.messages import map_strings
+from lmx.chat.messages import collector, map_strings
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
@@ -33,7 +33,7 @@ class SpecialTokens:
     def break_up(self, conversation: Any) -> tuple[Any, str]:
         """``conversation`` with spelled-out tokens broken up, and the character put in: "" if there are none."""
         strings: list[str] = []
-        map_strings(conversation, _collector(strings))
+        map_strings(conversation, collector(strings))
         if not any(map(self._spelled.search, strings)):
             return conversation, ""
         used = set().union(*strings)
@@ -63,11 +63,3 @@ class SpecialTokens:
             start = end
         if pending < len(text):
             yield text[pending:], False
-
-
-def _collector(strings: list[str]) -> Callable[[str], str]:
-    def collect(string: str) -> str:
-        strings.append(string)
-        return string
-
-    return collect
