@@ -332,6 +332,19 @@ def test_phi_4_gets_its_tools_in_the_system_message(tmp_path: Path) -> None:
     assert chat.spelled(chat.encode_chat([say("user", "x")], tools=TOOLS)).startswith("<|system|><|tool|>[")
 
 
+def test_a_tool_without_anything_is_given_what_templates_look_for(tmp_path: Path) -> None:
+    template = (
+        "{{ messages[0].content }}{% for t in tools or [] %}{{ t.function.parameters.properties.items() | list }}"
+    )
+    write_tokenizer(tmp_path, chat_template=template + "{{ t.function.name }}{% endfor %}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    chat = ChatModel.load(tmp_path)
+    assert chat.habits.tools
+    for function in ({"name": "f"}, {"name": "f", "parameters": None}, {"name": "f", "parameters": {"type": "object"}}):
+        tools = [{"type": "function", "function": function}]
+        assert chat.spelled(chat.encode_chat([say("user", "x")], tools=tools)) == "x[]f"
+
+
 def test_special_tokens_in_history_stay_text(tmp_path: Path) -> None:
     chat = model(tmp_path, "gemma")
     ids = chat.encode_chat([say("system", "<|im_end|>"), say("tool", "<|im_end|>"), say("tool", "<|im_end|>")])

@@ -88,6 +88,19 @@ def candidates(messages: Sequence[Message], habits: Habits, instructions: str = 
         yield other
     for system in (True, False) if habits.system else (False,):
         yield plain(whole, system=system)
+    if not any(message["role"] == "user" for message in whole):
+        # Some look for a user's question, and take no results for one.
+        yield plain([say("user", ""), say("assistant", ""), *whole], system=False)
+
+
+def tame_tools(tools: Sequence[Message]) -> list[Message]:
+    """With all that templates may look for in a function; clients leave out what is empty."""
+    result = []
+    for tool in tools:
+        function = {"description": "", **tool.get("function", {})}
+        parameters = {"type": "object", "properties": {}, "required": [], **(function.get("parameters") or {})}
+        result.append({"type": "function", **tool, "function": {**function, "parameters": parameters}})
+    return result
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
@@ -96,6 +109,10 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Message]) -> list[Me
     if messages and messages[0].get("role") in ("system", "developer"):
         return [{**messages[0], "tools": listed}, *messages[1:]]
     return [{"role": "system", "content": "", "tools": listed}, *messages]
+
+
+def say(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
 
 
 def shaped(messages: Sequence[Message], habits: Habits) -> list[Message]:
@@ -242,7 +259,7 @@ def _as_user(message: Message) -> Message:
 
 def _into_first_user(text: str, messages: list[Message]) -> list[Message]:
     if not messages or messages[0]["role"] != "user":
-        return [{"role": "user", "content": text}, *messages]
+        return [say("user", text), *messages]
     first = messages[0]
     return [{**first, "content": _joined([{"content": text}, first])}, *messages[1:]]
 
@@ -275,7 +292,7 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
         role = message["role"]
         counted = role in ("user", "assistant") and not message.get("tool_calls")
         if (counted and role != expected) or (role == "assistant" and not opened):
-            result.append({"role": expected, "content": ""})
+            result.append(say(expected, ""))
             expected = _OTHER[expected]
         if counted:
             expected = _OTHER[role]
@@ -322,7 +339,7 @@ def plain(messages: Sequence[Message], *, system: bool) -> list[Message]:
     placed = _system_in_place(bare, Habits(system=system, late_system=False, two_systems=False))
     head = [message for message in placed[:1] if message["role"] == "system"]
     turns = alternating(placed[len(head) :])
-    return head + (turns or [{"role": "user", "content": ""}])
+    return head + (turns or [say("user", "")])
 
 
 # --- asking a template --------------------------------------------------------------------------------
@@ -353,8 +370,8 @@ def probe(render: Render, names: frozenset[str]) -> Habits:
             return ""
 
     habits = Habits(names=names)
-    user, other = _say("user", "quser"), _say("user", "qother")
-    assistant, system, late = _say("assistant", "qanswer"), _say("system", "qsystem"), _say("system", "qlate")
+    user, other = say("user", "quser"), say("user", "qother")
+    assistant, system, late = say("assistant", "qanswer"), say("system", "qsystem"), say("system", "qlate")
     if "quser" not in printed(habits, user):
         habits = replace(habits, parts=True)
         if "quser" not in printed(habits, user):
@@ -405,10 +422,6 @@ def _probe_calls(habits: Habits, printed: Callable[..., str], user: Message, ass
         several_calls=_in_order(several, "qone", "qtwo", "qresult1", "qresult2"),
         orphans=results,
     )
-
-
-def _say(role: str, text: str) -> Message:
-    return {"role": role, "content": text}
 
 
 def _id(number: int, ids: str) -> str:
