@@ -11,7 +11,7 @@ import pytest
 from lmx.chat.answer import AnswerParser
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from lmx.chat.grammar import literal
-from lmx.chat.reasoning import FORMATS, ReasoningFormat, find, no_answer, rules
+from lmx.chat.reasoning import FORMATS, ReasoningFormat, find, rules
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.hermes import HERMES
 from tests.chat_templates import ALL
@@ -236,11 +236,9 @@ EXTRA = '{"a": 1}'
 
 
 def grammar(form: ReasoningFormat, answer: str, *, opened: bool, budget: int | None, forbid: bool = False) -> str:
-    guard = no_answer(form, WORDS.special, opened)
-    text = f"TEXT: /(?s:.*)/{f' & ~{guard}' if guard else ''}"
-    return f"start: reasoning {answer}\nobject: /\\s*/ %json {{}}\n{text}\n" + rules(
-        form, WORDS.special, opened, budget, forbid=forbid
-    )
+    before = rules(form, WORDS.special, opened, budget, forbid=forbid)
+    text = "/(?s:.*)/" + (" & ~REASONING_BEGUN" if "REASONING_BEGUN" in before else "")
+    return f"start: reasoning {answer}\nobject: /\\s*/ %json {{}}\nTEXT: {text}\n{before}"
 
 
 def taken(lark: str, text: str) -> tuple[int, bool]:
@@ -301,7 +299,10 @@ def test_no_thinking_means_the_end_marker_or_nothing(form: ReasoningFormat) -> N
         assert taken(opened, "the")[0] == 0
         closed = grammar(form, "object", opened=False, budget=budget, forbid=forbid)
         assert taken(closed, EXTRA)[1]
-        assert taken(closed, f"{form.begin}the")[0] < tokens(form.begin)
+        free = grammar(form, "TEXT", opened=False, budget=budget, forbid=forbid)
+        for lark in (closed, free):
+            assert taken(lark, f"{form.begin}the")[0] < tokens(form.begin)
+        assert taken(free, "the answer")[1]
 
 
 @pytest.mark.parametrize("form", [THINK, MARKED], ids=lambda form: form.name)
