@@ -48,9 +48,14 @@ def formats(chat: ChatModel) -> dict[str, str]:
     return {
         "tool_format": chat.tool_format.name,
         "tool_format_reason": chat.tool_format_reason,
-        "reasoning_format": chat.reasoning.name if chat.reasoning is not None else "none",
+        "reasoning_format": _reasoning(chat),
         "reasoning_format_reason": chat.reasoning_reason,
     }
+
+
+def _reasoning(chat: ChatModel) -> str:
+    known = chat.reasoning or chat.whole_format
+    return known.name if known is not None else "none"
 
 
 def _model_object(served: Served) -> dict[str, Any]:

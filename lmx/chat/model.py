@@ -25,7 +25,7 @@ from lmx.chat.special import SpecialTokens, unused_character
 from lmx.chat.switches import Switches, template_variables
 from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
-from lmx.chat.tools.base import Format
+from lmx.chat.tools.base import Format, WholeFormat
 from lmx.chat.tools.generic import GENERIC, instructions
 from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
 
@@ -57,6 +57,8 @@ class ChatModel:
     special: Mapping[str, int]
     """Tokens that are no part of a text, by their names."""
     tool_format: Format
+    whole_format: WholeFormat | None
+    """The same where all of an answer is one."""
     tool_format_reason: str
     """Why we think that the model writes calls so."""
     habits: Habits
@@ -165,6 +167,9 @@ class ChatModel:
             raise ConfigError(f"[model] {error}", param="model") from None
         if not self.habits.tools and not source.tool_format:
             self.tool_format, self.tool_format_reason = GENERIC, "its chat template says nothing of tools"
+        self.whole_format = self.tool_format if isinstance(self.tool_format, WholeFormat) else None
+        if self.whole_format is not None:
+            self.reasoning, self.reasoning_reason = None, f"{self.whole_format.name} has it on a channel of its own"
 
     def _probe(self) -> Habits:
         template = self._template
@@ -315,13 +320,13 @@ class ChatModel:
         if not plan.tools and not plan.reasons:
             return None
         reasoning = self.reasoning if plan.reasons else None
-        calls = self.tool_format.parser(plan.tools) if plan.tools else None
+        calls = self.tool_format.parser(plan.tools) if plan.tools or self.whole_format is not None else None
         return AnswerParser(reasoning, opened=plan.opened, calls=calls)
 
     def markers(self, plan: Plan) -> tuple[str, ...]:
         """What ``parser`` must see of the special tokens."""
         reasoning = self.reasoning.markers if self.reasoning is not None and plan.reasons else ()
-        return reasoning + (self.tool_format.markers if plan.tools else ())
+        return reasoning + (self.tool_format.markers if plan.tools or self.whole_format is not None else ())
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:
