@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from lmx.chat import fim
 from lmx.chat.answer import AnswerParser
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
-from lmx.chat.history import Habits, candidates, probe, shaped, with_tools
+from lmx.chat.history import Habits, candidates, probe, shaped, tame_tools, with_tools
 from lmx.chat.messages import Message
 from lmx.chat.pieces import read_pieces
 from lmx.chat.plan import Plan
@@ -130,11 +130,16 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
+        told = ""
         if tools and self.habits.tools_in_system:
             messages, tools = with_tools(messages, tools), None
-        told = "" if self.habits.tools or not tools else instructions(tools)
-        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt, continues)
-        text, breaker = self._first_taken(render, candidates(messages, self.habits, told))
+        elif tools and not self.habits.tools:
+            told, tools = instructions(tools), None
+        text, breaker = self._first_taken(
+            partial(self._render, template_kwargs or {}, add_generation_prompt, continues),
+            [tools, tame_tools(tools)] if tools else [None],
+            partial(candidates, messages, self.habits, told),
+        )
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
@@ -143,17 +148,21 @@ class ChatModel:
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
 
+    @staticmethod
     def _first_taken(
-        self, render: Callable[[list[Message]], tuple[str, str]], forms: Iterable[list[Message]]
+        render: Callable[[list[dict[str, Any]] | None, list[Message]], tuple[str, str]],
+        tools: Sequence[list[dict[str, Any]] | None],
+        forms: Callable[[], Iterable[list[Message]]],
     ) -> tuple[str, str]:
         refused: InvalidRequest | None = None
-        for form in forms:
-            try:
-                return render(form)
-            except InvalidRequest as error:
-                if error.param != "messages":
-                    raise
-                refused = refused or error
+        for listed in tools:
+            for form in forms():
+                try:
+                    return render(listed, form)
+                except InvalidRequest as error:
+                    if error.param != "messages":
+                        raise
+                    refused = refused or error
         assert refused is not None
         raise refused
 
@@ -179,11 +188,11 @@ class ChatModel:
 
     def _render(
         self,
-        tools: list[dict[str, Any]] | None,
         kwargs: dict[str, Any],
         add_generation_prompt: bool,
         continues: bool,
-        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        messages: list[Message],
     ) -> tuple[str, str]:
         """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
         assert self._template is not None

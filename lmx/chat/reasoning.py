@@ -78,6 +78,8 @@ FORMATS: tuple[ReasoningFormat, ...] = (
         "<|end_of_thought|>",
         ("<|begin_of_solution|>", "<|end_of_solution|>"),
     ),
+    ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+    ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>"),
     ReasoningFormat("kimi_vl", "◁think▷", "◁/think▷"),
     ReasoningFormat("exaone_deep", "<thought>", "</thought>"),
     ReasoningFormat("reka", "<reasoning>", "</reasoning>"),
