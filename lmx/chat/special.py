@@ -6,7 +6,7 @@ own, and the stretches between them that were broken up are to be encoded litera
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -36,8 +36,7 @@ class SpecialTokens:
         map_strings(conversation, collector(strings))
         if not any(map(self._spelled.search, strings)):
             return conversation, ""
-        used = set().union(*strings)
-        breaker = next(character for character in map(chr, _PRIVATE_USE) if character not in used)
+        breaker = _unused(strings)
 
         def change(string: str) -> str:
             while self._spelled.search(string):  # again, because matches may overlap
@@ -63,3 +62,15 @@ class SpecialTokens:
             start = end
         if pending < len(text):
             yield text[pending:], False
+
+
+def unused_character(conversation: Any) -> str:
+    """One that no string of the conversation has."""
+    strings: list[str] = []
+    map_strings(conversation, collector(strings))
+    return _unused(strings)
+
+
+def _unused(strings: Sequence[str]) -> str:
+    used = set().union(*strings)
+    return next(character for character in map(chr, _PRIVATE_USE) if character not in used)
