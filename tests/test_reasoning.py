@@ -10,7 +10,7 @@ import pytest
 
 from lmx.chat.answer import AnswerParser
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
-from lmx.chat.grammar import literal
+from lmx.chat.grammar import Choice, answer_grammar, literal
 from lmx.chat.reasoning import FORMATS, ReasoningFormat, find, rules
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.hermes import HERMES
@@ -327,3 +327,24 @@ def test_the_rules_of_every_format_are_a_grammar(form: ReasoningFormat) -> None:
         assert llguidance.LLMatcher.validate_grammar(lark) == "", lark
     assert json.loads(json.dumps(form.markers))
     assert literal(form.end, special).startswith("<[")
+
+
+def test_a_call_that_is_thought_of_is_none_in_the_answers_grammar_either() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    choices: tuple[Choice, ...] = ("auto", "required")
+    for opened, choice in product((True, False), choices):
+        before = rules(THINK, {}, opened, None)
+        lark = answer_grammar(
+            special={}, reasoning_rules=before, format=HERMES, tools=[TOOL], choice=choice, parallel=True
+        )
+        thought = f"{'' if opened else '<think>'}Is <tool_call> the way?</think>\n\n"
+        assert taken(lark, thought + call)[1]
+        assert taken(lark, f"{thought}Hello.")[1] == (choice == "auto")
+        assert not taken(lark, thought[:-10])[1]
+        assert not taken(lark, f"{thought}<tool_call> the")[1]
+
+
+def test_what_is_put_around_an_answer_is_let_through() -> None:
+    special = {"<|START_THINKING|>": 1400, "<|END_THINKING|>": 1401, "<|START_RESPONSE|>": 1402}
+    for opened, budget in product((True, False), (None, 0)):
+        assert "(<[1402]>)?" in rules(COMMAND_R, special, opened, budget).splitlines()[0]

@@ -125,11 +125,13 @@ def rules(
     taken for reasoning, they also define ``REASONING_BEGUN``, to be taken away from it: what begins so is no answer.
     """
     end, begin = literal(form.end, special), literal(form.begin, special)
+    opening = literal(form.wrap[0], special)
+    opening = f" ({opening})?" if opening.startswith("<[") else ""  # other openings are text
     guard = ""
     if not opened and not begin.startswith("<["):
         guard = rf"REASONING_BEGUN: /[ \t\r\n]*{''.join(map(_regex, form.begin))}(?s:.*)/" + "\n"
     if forbid or budget == 0:
-        return f"reasoning: {end if opened else ''}\n{guard}"
+        return f"reasoning: {end if opened else ''}{opening}\n{guard}"
     limit = "" if budget is None else f"[max_tokens={budget}]"
     if end.startswith("<["):  # a special token is in no text
         body = f"reasoning_text{limit}: /(?s:.*)/\n"
@@ -148,7 +150,7 @@ def rules(
     whole = f"reasoning_text {end}"
     if not opened:
         whole = f"({begin} {whole})?"
-    return f"reasoning: {whole}\n{body}{guard}"
+    return f"reasoning: {whole}{opening}\n{body}{guard}"
 
 
 def _regex(character: str) -> str:
