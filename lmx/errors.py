@@ -32,6 +32,8 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class GrammarTooComplex(InvalidRequest):
+    """A schema or grammar that would take longer than a request may."""
+
     code = "grammar_too_complex"
 
 
