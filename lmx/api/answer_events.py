@@ -47,7 +47,8 @@ class AnswerEvents:
         else:
             thinking = self._parser.thinking
             events = self._parser.feed(text)
-            self.reasoning_tokens += thinking or self._parser.thinking
+            thinking = thinking or self._parser.thinking or any(isinstance(event, Reasoning) for event in events)
+            self.reasoning_tokens += thinking
         return self._cut(events, stops=stops) if events else events
 
     def finish(self, text: str) -> list[Event]:

@@ -7,6 +7,7 @@ from quart_schema import document_request
 
 from lmx.api.body import receive
 from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
+from lmx.chat.model import ChatModel
 from lmx.config import Settings
 from lmx.serving.models import AnyServed, Models, Served
 
@@ -50,9 +51,14 @@ def formats(served: AnyServed) -> dict[str, str]:
     return {
         "tool_format": chat.tool_format.name,
         "tool_format_reason": chat.tool_format_reason,
-        "reasoning_format": chat.reasoning.name if chat.reasoning is not None else "none",
+        "reasoning_format": _reasoning(chat),
         "reasoning_format_reason": chat.reasoning_reason,
     }
+
+
+def _reasoning(chat: ChatModel) -> str:
+    known = chat.reasoning or chat.whole_format
+    return known.name if known is not None else "none"
 
 
 def _model_object(served: AnyServed) -> dict[str, Any]:

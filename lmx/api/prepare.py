@@ -18,8 +18,9 @@ from lmx.chat.grammar import answer_grammar, check
 from lmx.chat.model import ChatModel
 from lmx.chat.plan import PLAIN, Plan, Thoughts
 from lmx.chat.reasoning import rules as reasoning_rules
-from lmx.chat.structured import FIELDS, body_of
+from lmx.chat.structured import FIELDS, Body, body_of, with_sub_grammar
 from lmx.chat.switches import Switches
+from lmx.chat.tools.base import WholeFormat
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -128,26 +129,50 @@ def _plan(
         forbidden = switches.on is False and not chat.thinking_closed(prompt)
         limited = forbidden or switches.budget is not None
         rules = reasoning_rules(reasoning, chat.special, opened, switches.budget, forbid=forbidden)
-    grammar = answer_grammar(
-        special=chat.special,
-        reasoning_rules=rules,
-        limits_reasoning=limited,
-        format=chat.tool_format,
-        tools=use.callable,
-        choice=use.mode,
-        parallel=use.parallel,
-        body=body_of(given),
-    )
+    body_asked = body_of(given)
+    if chat.whole_format is not None:
+        grammar = _whole_grammar(chat.whole_format, chat, use, switches, body_asked)
+    else:
+        grammar = answer_grammar(
+            special=chat.special,
+            reasoning_rules=rules,
+            limits_reasoning=limited,
+            format=chat.tool_format,
+            tools=use.callable,
+            choice=use.mode,
+            parallel=use.parallel,
+            body=body_asked,
+        )
     check(grammar)
     return Plan(
         grammar,
         use.callable,
         opened,
-        reasons=reasoning is not None,
+        reasons=reasoning is not None or chat.whole_format is not None,
         thoughts=_thoughts(body),
         thought_markers=(reasoning.begin, reasoning.end) if reasoning is not None else ("", ""),
         old_calls=use.old,
     )
+
+
+def _whole_grammar(form: WholeFormat, chat: ChatModel, use: ToolUse, switches: Switches, body: Body | None) -> str:
+    if switches.budget:
+        raise InvalidRequest(
+            f"Reasoning cannot be limited to {switches.budget} tokens: answers of this model ({form.name}) have no one "
+            "place for it. Use reasoning_effort.",
+            param="max_reasoning_tokens",
+        )
+    if not use.callable and body is None and switches.on is not False:
+        return ""
+    rules = form.answer(
+        use.callable,
+        chat.special,
+        choice=use.mode,
+        parallel=use.parallel,
+        body=body.rules if body is not None else "",
+        thinking=switches.on is not False,
+    )
+    return with_sub_grammar(rules, body.grammar if body is not None else "")
 
 
 def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:

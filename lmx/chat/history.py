@@ -10,11 +10,11 @@ The rules, each of which leaves alone what needs none of it:
    the beginning become one; a later one becomes a user's text in its place, between ``<system>`` tags; where there is
    no system message at all, its text begins the first user turn; results without a call, and where calls are unknown
    all calls and results, become text in the generic tool format; several calls of one turn become turns of one call,
-   each with its result; ids become nine letters and digits; arguments become what the template prints.
+   each with its result; ids and arguments become what the template asks for.
 2. Where that is refused, reasoning beside both text and calls is left out, and arguments that are no object are put
    into one.
-3. Where turns must alternate (``alternating``): results move to their calls, neighbours of one role become one turn, and
-   an empty turn stands where the other side said nothing.
+3. Where turns must alternate (``alternating``): results move to their calls, neighbours of one role become one turn,
+   and an empty turn stands where the other side said nothing.
 4. At last (``plain``), nothing but alternating user and assistant turns of text.
 """
 
@@ -29,7 +29,9 @@ from lmx.chat.messages import Message, normalise, with_arguments
 from lmx.errors import InvalidRequest
 
 _PARAGRAPH = "\n\n"
+_OTHER = {"user": "assistant", "assistant": "user"}
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
+_NUMBERED = re.compile(r"functions\.[^:]+:\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +44,22 @@ class Habits:
     """A first system message is printed."""
     late_system: bool = True
     """So is a later one, in its place."""
+    two_systems: bool = True
+    """So is a second one at the beginning."""
     tools: bool = True
     """The tools are printed."""
     calls: bool = True
-    """Calls and results are printed."""
+    """Calls are printed."""
+    results: bool = True
+    """Results are."""
     several_calls: bool = True
     """Several in one turn are."""
     orphans: bool = True
     """A result without a call is."""
     arguments: str = "object"
     """What arguments must be: ``with_arguments``'s form."""
-    nine: bool = False
-    """Ids must be nine letters and digits."""
+    ids: str = ""
+    """What ids must be: "nine" letters and digits (Mistral), or "functions.NAME:NUMBER" (Kimi prints no other name)."""
     empty_is_none: bool = False
     """Beside calls, no content at all is what it expects for none."""
     tools_in_system: bool = False
@@ -82,6 +88,19 @@ def candidates(messages: Sequence[Message], habits: Habits, instructions: str = 
         yield other
     for system in (True, False) if habits.system else (False,):
         yield plain(whole, system=system)
+    if not any(message["role"] == "user" for message in whole):
+        # Some look for a user's question, and take no results for one.
+        yield plain([say("user", ""), say("assistant", ""), *whole], system=False)
+
+
+def tame_tools(tools: Sequence[Message]) -> list[Message]:
+    """With all that templates may look for in a function; clients leave out what is empty."""
+    result = []
+    for tool in tools:
+        function = {"description": "", **tool.get("function", {})}
+        parameters = {"type": "object", "properties": {}, "required": [], **(function.get("parameters") or {})}
+        result.append({"type": "function", **tool, "function": {**function, "parameters": parameters}})
+    return result
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
@@ -90,6 +109,10 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Message]) -> list[Me
     if messages and messages[0].get("role") in ("system", "developer"):
         return [{**messages[0], "tools": listed}, *messages[1:]]
     return [{"role": "system", "content": "", "tools": listed}, *messages]
+
+
+def say(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
 
 
 def shaped(messages: Sequence[Message], habits: Habits) -> list[Message]:
@@ -118,19 +141,19 @@ def _instructed(messages: list[Message], instructions: str) -> list[Message]:
 def local(messages: Sequence[Message], habits: Habits) -> list[Message]:
     result = list(messages)
     if not habits.calls:
-        result = [_as_text(message) for message in result]
+        result = [_as_text(message, results=not habits.results) for message in result]
     elif not habits.orphans:
         result = _orphans_as_text(result)
     if not habits.several_calls:
         result = _one_call_a_turn(result)
-    if habits.nine:
-        result = [_with_short_ids(message) for message in result]
+    if habits.ids:
+        result = _with_ids(result, _short if habits.ids == "nine" else _numbered)
     return _system_in_place(result, habits)
 
 
-def _as_text(message: Message) -> Message:
+def _as_text(message: Message, *, results: bool = True) -> Message:
     """Calls and results as the generic tool format writes them."""
-    if message["role"] == "tool":
+    if message["role"] == "tool" and results:
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     if not message.get("tool_calls"):
         return message
@@ -186,19 +209,34 @@ def _one_call_a_turn(messages: Sequence[Message]) -> list[Message]:
     return result
 
 
-def _with_short_ids(message: Message) -> Message:
-    if message.get("tool_calls"):
-        calls = [{**call, "id": _short(call["id"])} for call in message["tool_calls"]]
-        return {**message, "tool_calls": calls}
-    if message["role"] == "tool":
-        return {**message, "tool_call_id": _short(str(message.get("tool_call_id", "")))}
-    return message
+def _with_ids(messages: Sequence[Message], rename: Callable[[Message, int], str]) -> list[Message]:
+    renamed: dict[str, str] = {}
+    result = []
+    count = 0
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                renamed[call["id"]] = rename(call, count)
+                calls.append({**call, "id": renamed[call["id"]]})
+                count += 1
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            given = str(message.get("tool_call_id", ""))
+            orphan = {"id": given, "function": {"name": message.get("name", "unknown")}}
+            message = {**message, "tool_call_id": renamed.get(given) or rename(orphan, count)}
+        result.append(message)
+    return result
 
 
-def _short(identifier: str) -> str:
-    if _NINE.fullmatch(identifier):
-        return identifier
-    return hashlib.sha256(identifier.encode(errors="replace")).hexdigest()[:9]
+def _short(call: Message, number: int) -> str:
+    if _NINE.fullmatch(call["id"]):
+        return str(call["id"])
+    return hashlib.sha256(call["id"].encode(errors="replace")).hexdigest()[:9]
+
+
+def _numbered(call: Message, number: int) -> str:
+    return call["id"] if _NUMBERED.fullmatch(call["id"]) else f"functions.{call['function']['name']}:{number}"
 
 
 def _system_in_place(messages: Sequence[Message], habits: Habits) -> list[Message]:
@@ -206,8 +244,8 @@ def _system_in_place(messages: Sequence[Message], habits: Habits) -> list[Messag
     head, rest = list(messages[:leading]), list(messages[leading:])
     if not (habits.system and habits.late_system):
         rest = [_as_user(message) for message in rest]
-        if len(head) > 1:
-            head = [{**head[0], "content": _joined(head)}]
+    if not (habits.system and habits.two_systems) and len(head) > 1:
+        head = [{**head[0], "content": _joined(head)}]
     if habits.system or not head:
         return head + rest
     return _into_first_user(head[0]["content"], rest)
@@ -221,7 +259,7 @@ def _as_user(message: Message) -> Message:
 
 def _into_first_user(text: str, messages: list[Message]) -> list[Message]:
     if not messages or messages[0]["role"] != "user":
-        return [{"role": "user", "content": text}, *messages]
+        return [say("user", text), *messages]
     first = messages[0]
     return [{**first, "content": _joined([{"content": text}, first])}, *messages[1:]]
 
@@ -242,28 +280,38 @@ def _without_double_reasoning(message: Message) -> Message:
 
 def alternating(messages: Sequence[Message]) -> list[Message]:
     """User and assistant in turn, the user first; calls and results stand beside that, as Mistral counts them."""
-    result: list[Message] = []
-    ordered = _results_at_calls(messages)
-    for message in ordered:
-        last = result[-1] if result else None
-        if last is not None and last["role"] == message["role"] and message["role"] in ("user", "assistant", "system"):
-            if not (last.get("tool_calls") and message.get("tool_calls") is None and message["content"]):
-                result[-1] = _merged(last, message)
-                continue
-        result.append(message)
     turns: list[Message] = []
-    expected = "user"
-    for message in result:
+    for message in _results_at_calls(messages):
+        if turns and _mergeable(turns[-1], message):
+            turns[-1] = _merged(turns[-1], message)
+        else:
+            turns.append(message)
+    result: list[Message] = []
+    expected, opened = "user", False
+    for message in turns:
         role = message["role"]
-        if role in ("user", "assistant") and not message.get("tool_calls"):
-            if role != expected:
-                turns.append({"role": expected, "content": ""})
-            expected = "assistant" if role == "user" else "user"
-        elif role == "assistant" and expected == "user" and not any(turn["role"] == "user" for turn in turns):
-            turns.append({"role": "user", "content": ""})
-            expected = "assistant"
-        turns.append(message)
-    return turns
+        counted = role in ("user", "assistant") and not message.get("tool_calls")
+        if (counted and role != expected) or (role == "assistant" and not opened):
+            result.append(say(expected, ""))
+            expected = _OTHER[expected]
+        if counted:
+            expected = _OTHER[role]
+        opened = opened or role in _OTHER
+        result.append(message)
+    return result
+
+
+def _mergeable(first: Message, second: Message) -> bool:
+    if first["role"] != second["role"] or first["role"] == "tool":
+        return False
+    # Text would come to stand before calls that were before it, or be left out: many templates print none beside calls.
+    return bool(first.get("tool_calls")) == bool(second.get("tool_calls"))
+
+
+def _merged(first: Message, second: Message) -> Message:
+    merged = {**first, **second, "content": _joined([first, second])}
+    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    return merged | ({"tool_calls": calls} if calls else {})
 
 
 def _results_at_calls(messages: Sequence[Message]) -> list[Message]:
@@ -284,20 +332,14 @@ def _results_at_calls(messages: Sequence[Message]) -> list[Message]:
     return result
 
 
-def _merged(first: Message, second: Message) -> Message:
-    merged = {**first, **second, "content": _joined([first, second])}
-    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
-    return merged | ({"tool_calls": calls} if calls else {})
-
-
 def plain(messages: Sequence[Message], *, system: bool) -> list[Message]:
     """Nothing but text in alternating turns, behind one system message or none."""
     texts = [_as_text(message) for message in messages]
     bare = [{"role": message["role"], "content": message["content"]} for message in texts]
-    placed = _system_in_place(bare, Habits(system=system, late_system=False))
+    placed = _system_in_place(bare, Habits(system=system, late_system=False, two_systems=False))
     head = [message for message in placed[:1] if message["role"] == "system"]
     turns = alternating(placed[len(head) :])
-    return head + (turns or [{"role": "user", "content": ""}])
+    return head + (turns or [say("user", "")])
 
 
 # --- asking a template --------------------------------------------------------------------------------
@@ -312,7 +354,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"qx": {"type": "string", "description": "A word."}}},
     },
 }
-_WAYS = ("object", False), ("text", False), ("object", True), ("text", True)
+_WAYS = [(form, ids) for ids in ("", "nine", "functions") for form in ("object", "text")]
 
 
 def probe(render: Render, names: frozenset[str]) -> Habits:
@@ -328,8 +370,8 @@ def probe(render: Render, names: frozenset[str]) -> Habits:
             return ""
 
     habits = Habits(names=names)
-    user, other = _say("user", "quser"), _say("user", "qother")
-    assistant, system, late = _say("assistant", "qanswer"), _say("system", "qsystem"), _say("system", "qlate")
+    user, other = say("user", "quser"), say("user", "qother")
+    assistant, system, late = say("assistant", "qanswer"), say("system", "qsystem"), say("system", "qlate")
     if "quser" not in printed(habits, user):
         habits = replace(habits, parts=True)
         if "quser" not in printed(habits, user):
@@ -337,8 +379,8 @@ def probe(render: Render, names: frozenset[str]) -> Habits:
     habits = replace(
         habits,
         system=_in_order(printed(habits, system, user), "qsystem", "quser"),
-        late_system=_in_order(printed(habits, user, assistant, late, other), "quser", "qanswer", "qlate", "qother")
-        and _in_order(printed(habits, system, late, user), "qsystem", "qlate", "quser"),
+        late_system=_in_order(printed(habits, user, assistant, late, other), "quser", "qanswer", "qlate", "qother"),
+        two_systems=_in_order(printed(habits, system, late, user), "qsystem", "qlate", "quser"),
         tools="qtool" in printed(habits, user, tools=True) or "qtool" in printed(habits, system, user, tools=True),
     )
     if not habits.tools and "tools" in names:
@@ -349,53 +391,56 @@ def probe(render: Render, names: frozenset[str]) -> Habits:
 
 
 def _probe_calls(habits: Habits, printed: Callable[..., str], user: Message, assistant: Message) -> Habits:
-    texts = {
-        (form, nine): printed(habits, user, _calls(form, nine, "qvalue"), _result(nine), tools=True)
-        for form, nine in _WAYS
-    }
-    good = [way for way in _WAYS if _in_order(texts[way], "quser", "qvalue", "qresult") and "qcall" in texts[way]]
-    if not good:
-        # What no template prints, models are told in text: with the arguments as they were written.
-        return replace(habits, calls=False, arguments="text")
-    # Printing an object without more gives Python's spelling of it.
-    form, nine = next((way for way in good if "{'qx'" not in texts[way]), good[0])
-    habits = replace(habits, arguments=form, nine=nine)
-    empty = printed(replace(habits, empty_is_none=True), user, _calls(form, nine, "qvalue"), _result(nine), tools=True)
-    shorter = (
-        _in_order(empty, "quser", "qvalue", "qresult") and "None" not in empty and len(empty) < len(texts[form, nine])
+    results = habits.tools and _in_order(
+        printed(habits, user, assistant, _result(""), tools=True), "qanswer", "qresult"
     )
-    both = [_result(nine, 1), _result(nine, 2)]
-    several = printed(habits, user, _calls(form, nine, "qone", "qtwo"), *both, tools=True)
-    orphan = printed(habits, user, assistant, _result(nine), tools=True)
+    texts: dict[tuple[str, str], str] = {}
+    for form, ids in _WAYS if habits.tools else ():
+        calls = _calls(form, ids, "qvalue")
+        text = printed(habits, user, calls, _result(ids), tools=True)
+        # The result may say the name, too, so it counts only before, or alone.
+        named = _in_order(text, "qcall", "qvalue") or "qcall" in printed(habits, user, calls, tools=True)
+        if named and _in_order(text, "quser", "qvalue", "qresult"):
+            texts[form, ids] = text
+    if not texts:
+        # Told in text, as the tools are, with the arguments as they were written.
+        return replace(habits, calls=False, results=results, arguments="text")
+    # Printing an object without more gives Python's spelling of it.
+    form, ids = next((way for way in texts if "{'qx'" not in texts[way]), next(iter(texts)))
+    if "functions.qcall:" in texts[form, ids]:  # made by the template, for calls; results must have the same
+        ids = "functions"
+    habits = replace(habits, arguments=form, ids=ids)
+    bare = replace(habits, empty_is_none=True)
+    empty = printed(bare, user, _calls(form, ids, "qvalue"), _result(ids), tools=True)
+    full = printed(habits, user, _calls(form, ids, "qvalue"), _result(ids), tools=True)
+    shorter = len(empty) < len(full) and "None" not in empty
+    both = [_result(ids, 1), _result(ids, 2)]
+    several = printed(habits, user, _calls(form, ids, "qone", "qtwo"), *both, tools=True)
     return replace(
         habits,
-        empty_is_none=shorter,
+        empty_is_none=shorter and _in_order(empty, "quser", "qvalue", "qresult"),
         several_calls=_in_order(several, "qone", "qtwo", "qresult1", "qresult2"),
-        orphans=_in_order(orphan, "qanswer", "qresult"),
+        orphans=results,
     )
 
 
-def _say(role: str, text: str) -> Message:
-    return {"role": role, "content": text}
+def _id(number: int, ids: str) -> str:
+    return {"": f"call_{number:024}", "nine": f"call{number:05}", "functions": f"functions.qcall:{number}"}[ids]
 
 
-def _id(number: int, nine: bool) -> str:
-    return f"call{number:05}" if nine else f"call_{number:024}"
-
-
-def _calls(form: str, nine: bool, *values: str) -> Message:
+def _calls(form: str, ids: str, *values: str) -> Message:
     calls = []
     for number, value in enumerate(values, 1):
         arguments: Any = {"qx": value}
         if form == "text":
             arguments = json.dumps(arguments)
         function = {"name": "qcall", "arguments": arguments}
-        calls.append({"id": _id(number, nine), "type": "function", "function": function})
+        calls.append({"id": _id(number, ids), "type": "function", "function": function})
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
-def _result(nine: bool, number: int = 1) -> Message:
-    return {"role": "tool", "tool_call_id": _id(number, nine), "name": "qcall", "content": f"qresult{number}"}
+def _result(ids: str, number: int = 1) -> Message:
+    return {"role": "tool", "tool_call_id": _id(number, ids), "name": "qcall", "content": f"qresult{number}"}
 
 
 def _in_order(text: str, *words: str) -> bool:

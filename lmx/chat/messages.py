@@ -211,3 +211,13 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {change(key): map_strings(item, change) for key, item in value.items()}
     return value
+
+
+def collector(strings: list[str]) -> Callable[[str], str]:
+    """For ``map_strings``: puts what it meets into ``strings`` and changes nothing."""
+
+    def collect(string: str) -> str:
+        strings.append(string)
+        return string
+
+    return collect

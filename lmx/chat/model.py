@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from lmx.chat import fim
 from lmx.chat.answer import AnswerParser
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
-from lmx.chat.history import Habits, candidates, probe, shaped, with_tools
+from lmx.chat.history import Habits, candidates, probe, shaped, tame_tools, with_tools
 from lmx.chat.messages import Message
 from lmx.chat.pieces import read_pieces
 from lmx.chat.plan import Plan
@@ -25,7 +25,7 @@ from lmx.chat.special import SpecialTokens, unused_character
 from lmx.chat.switches import Switches, template_variables
 from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
-from lmx.chat.tools.base import Format
+from lmx.chat.tools.base import Format, WholeFormat
 from lmx.chat.tools.generic import GENERIC, instructions
 from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
 
@@ -57,6 +57,8 @@ class ChatModel:
     special: Mapping[str, int]
     """Tokens that are no part of a text, by their names."""
     tool_format: Format
+    whole_format: WholeFormat | None
+    """The same where all of an answer is one."""
     tool_format_reason: str
     """Why we think that the model writes calls so."""
     habits: Habits
@@ -128,11 +130,16 @@ class ChatModel:
                 "family into the model's folder as chat_template.jinja.",
                 param="messages",
             )
+        told = ""
         if tools and self.habits.tools_in_system:
             messages, tools = with_tools(messages, tools), None
-        told = "" if self.habits.tools or not tools else instructions(tools)
-        render = partial(self._render, tools or None, template_kwargs or {}, add_generation_prompt, continues)
-        text, breaker = self._first_taken(render, candidates(messages, self.habits, told))
+        elif tools and not self.habits.tools:
+            told, tools = instructions(tools), None
+        text, breaker = self._first_taken(
+            partial(self._render, template_kwargs or {}, add_generation_prompt, continues),
+            [tools, tame_tools(tools)] if tools else [None],
+            partial(candidates, messages, self.habits, told),
+        )
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
         if not breaker:
@@ -141,17 +148,21 @@ class ChatModel:
             tokens += _encode(self._literal if literal else self._tokenizer, part, "messages")
         return tokens
 
+    @staticmethod
     def _first_taken(
-        self, render: Callable[[list[Message]], tuple[str, str]], forms: Iterable[list[Message]]
+        render: Callable[[list[dict[str, Any]] | None, list[Message]], tuple[str, str]],
+        tools: Sequence[list[dict[str, Any]] | None],
+        forms: Callable[[], Iterable[list[Message]]],
     ) -> tuple[str, str]:
         refused: InvalidRequest | None = None
-        for form in forms:
-            try:
-                return render(form)
-            except InvalidRequest as error:
-                if error.param != "messages":
-                    raise
-                refused = refused or error
+        for listed in tools:
+            for form in forms():
+                try:
+                    return render(listed, form)
+                except InvalidRequest as error:
+                    if error.param != "messages":
+                        raise
+                    refused = refused or error
         assert refused is not None
         raise refused
 
@@ -165,6 +176,9 @@ class ChatModel:
             raise ConfigError(f"[model] {error}", param="model") from None
         if not self.habits.tools and not source.tool_format:
             self.tool_format, self.tool_format_reason = GENERIC, "its chat template says nothing of tools"
+        self.whole_format = self.tool_format if isinstance(self.tool_format, WholeFormat) else None
+        if self.whole_format is not None:
+            self.reasoning, self.reasoning_reason = None, f"{self.whole_format.name} has it on a channel of its own"
 
     def _probe(self) -> Habits:
         template = self._template
@@ -174,11 +188,11 @@ class ChatModel:
 
     def _render(
         self,
-        tools: list[dict[str, Any]] | None,
         kwargs: dict[str, Any],
         add_generation_prompt: bool,
         continues: bool,
-        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        messages: list[Message],
     ) -> tuple[str, str]:
         """The prompt's text, and the character that breaks up the special tokens in it that are not the template's."""
         assert self._template is not None
@@ -315,13 +329,13 @@ class ChatModel:
         if not plan.tools and not plan.reasons:
             return None
         reasoning = self.reasoning if plan.reasons else None
-        calls = self.tool_format.parser(plan.tools) if plan.tools else None
+        calls = self.tool_format.parser(plan.tools) if plan.tools or self.whole_format is not None else None
         return AnswerParser(reasoning, opened=plan.opened, calls=calls)
 
     def markers(self, plan: Plan) -> tuple[str, ...]:
         """What ``parser`` must see of the special tokens."""
         reasoning = self.reasoning.markers if self.reasoning is not None and plan.reasons else ()
-        return reasoning + (self.tool_format.markers if plan.tools else ())
+        return reasoning + (self.tool_format.markers if plan.tools or self.whole_format is not None else ())
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:

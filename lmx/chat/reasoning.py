@@ -78,6 +78,8 @@ FORMATS: tuple[ReasoningFormat, ...] = (
         "<|end_of_thought|>",
         ("<|begin_of_solution|>", "<|end_of_solution|>"),
     ),
+    ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+    ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>"),
     ReasoningFormat("kimi_vl", "◁think▷", "◁/think▷"),
     ReasoningFormat("exaone_deep", "<thought>", "</thought>"),
     ReasoningFormat("reka", "<reasoning>", "</reasoning>"),
@@ -119,11 +121,17 @@ def rules(
     """Lark rules that define ``reasoning``, all their names beginning so: what comes before the answer.
 
     opened: the prompt has begun it, so it must end; otherwise it may be missing. budget: after so many tokens (one
-    more or less) the end marker is the only thing allowed; 0, or forbid: no thinking at all.
+    more or less) the end marker is the only thing allowed; 0, or forbid: no thinking at all. Where free text could be
+    taken for reasoning, they also define ``REASONING_BEGUN``, to be taken away from it: what begins so is no answer.
     """
-    end = literal(form.end, special)
+    end, begin = literal(form.end, special), literal(form.begin, special)
+    opening = literal(form.wrap[0], special)
+    opening = f" ({opening})?" if opening.startswith("<[") else ""  # other openings are text
+    guard = ""
+    if not opened and not begin.startswith("<["):
+        guard = rf"REASONING_BEGUN: /[ \t\r\n]*{''.join(map(_regex, form.begin))}(?s:.*)/" + "\n"
     if forbid or budget == 0:
-        return f"reasoning: {end if opened else ''}\n"
+        return f"reasoning: {end if opened else ''}{opening}\n{guard}"
     limit = "" if budget is None else f"[max_tokens={budget}]"
     if end.startswith("<["):  # a special token is in no text
         body = f"reasoning_text{limit}: /(?s:.*)/\n"
@@ -141,18 +149,8 @@ def rules(
         )
     whole = f"reasoning_text {end}"
     if not opened:
-        whole = f"({literal(form.begin, special)} {whole})?"
-    return f"reasoning: {whole}\n{body}"
-
-
-def no_answer(form: ReasoningFormat, special: Mapping[str, int], opened: bool) -> str:
-    """A Lark regular expression of texts that are no answer, because they begin with reasoning: to be taken from what
-    free text may be behind the optional rule ``reasoning``, else it is also read as such text. Empty where no such
-    text could begin so.
-    """
-    if opened or literal(form.begin, special).startswith("<["):
-        return ""
-    return rf"/[ \t\r\n]*{''.join(map(_regex, form.begin))}(?s:.*)/"
+        whole = f"({begin} {whole})?"
+    return f"reasoning: {whole}{opening}\n{body}{guard}"
 
 
 def _regex(character: str) -> str:
