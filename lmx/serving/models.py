@@ -173,6 +173,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         gpu_layers=settings.llama.gpu_layers,
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,
+        words=str(folder.words),
+        grammar_compile_s=settings.engine.grammar_compile_s,
     )
     limits = buffer_limits(
         settings.engine.mlx_ops_per_buffer,

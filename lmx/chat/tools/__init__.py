@@ -15,6 +15,7 @@ from lmx.chat.tools.llama3 import LLAMA3
 from lmx.chat.tools.mistral import MISTRAL, MISTRAL_OLD
 from lmx.chat.tools.phi4 import FUNCTOOLS, PHI4
 from lmx.chat.tools.pythonic import LFM2, PYTHONIC
+from lmx.chat.tools.tagged import APRIEL, NEMOTRON
 
 FORMATS: tuple[Format, ...] = (
     COMMAND_R,
@@ -24,6 +25,8 @@ FORMATS: tuple[Format, ...] = (
     GRANITE,
     PHI4,
     FUNCTOOLS,
+    NEMOTRON,
+    APRIEL,
     LFM2,
     HERMES,
     PYTHONIC,

@@ -16,7 +16,8 @@ HERMES = JsonFormat(
     detect=_detect,
     trigger="<tool_call>",
     opening=('\n{"name": ',),
-    between=('\n</tool_call>\n<tool_call>\n{"name": ',),
-    closing=("\n</tool_call>",),
+    after=("}\n</tool_call>",),
+    between=('\n<tool_call>\n{"name": ',),
+    closing=(),
     end_marker="</tool_call>",
 )

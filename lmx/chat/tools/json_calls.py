@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lmx.chat.grammar import literal
 from lmx.chat.schema import json_rule
@@ -22,6 +23,12 @@ Written = tuple[str | re.Pattern[str], ...]
 
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters")
+_OTHERS = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"),
+    *("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas"),
+    "dependencies",
+}
+"""Keywords by which a schema speaks of arguments that ``properties`` does not name."""
 _KEYS = {*_NAMES, *_ARGUMENTS, "type", "id", "tool_call_id"}
 
 
@@ -40,7 +47,7 @@ class JsonFormat:
     after: Written = ("}",)
     """From its arguments to its end."""
     between: Written
-    """From there to the next call's name."""
+    """From there to the next call's name. ``closing`` must not begin with the same text: a lexer takes the longer."""
     closing: Written
     """Behind the last call."""
     triggers: tuple[str, ...] = ()
@@ -89,8 +96,22 @@ def call_rules(tools: Sequence[Tool], heads: Sequence[str], tail: str) -> str:
     rules = [f"call: {' | '.join(f'call_{number}' for number in numbers)}"]
     for number, tool, head in zip(numbers, tools, heads, strict=True):
         rules.append(f"call_{number}: {head} call_{number}_arguments {tail}".rstrip())
-        rules.append(f"call_{number}_arguments: {json_rule(tool.parameters)}")
+        rules.append(f"call_{number}_arguments: {json_rule(closed(tool.parameters))}")
     return "\n".join(rules) + "\n"
+
+
+def closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema of arguments under which no others than the declared ones are written.
+
+    Where the schema does not speak of others it allows any, and small models would go on and on with them.
+    """
+    properties = parameters.get("properties")
+    if not isinstance(properties, Mapping) or parameters.keys() & _OTHERS:
+        return parameters
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) and name in properties for name in required):
+        return parameters
+    return {**parameters, "additionalProperties": False}
 
 
 def read_list(reader: CallReader, bare: bool = False) -> Steps[None]:

@@ -15,9 +15,10 @@ from functools import lru_cache
 from typing import Any
 
 from lmx.chat.grammar import literal
-from lmx.chat.schema import LAYOUT, complaint, json_rule
+from lmx.chat.rewrite import Refused, TooComplex, rewritten
+from lmx.chat.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
-from lmx.chat.tools.json_calls import read_items
+from lmx.chat.tools.json_calls import closed, read_items
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.reader import CallReader, NoCall
 from lmx.chat.tools.source import Broken, Cut, Steps
@@ -25,9 +26,7 @@ from lmx.chat.tools.source import Broken, Cut, Steps
 _NAME = re.compile(r"[\w.-]*")
 _KEY = re.compile(r"[^\s=,()\[\]{}'\"*]*")
 _WRITABLE = re.compile(r"[A-Za-z_]\w*")
-_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
-_ROOT_ANNOTATIONS = {*_ANNOTATIONS, "$schema", "$defs", "definitions", "strict"}
-_FOREIGN_REFERENCE = re.compile(r'"\$ref": "(?!#/(\$defs|definitions)/)')
+_SPELLED = {"type", "properties", "required", "additionalProperties", "$defs"}
 _STRING = r"""/"([^"\\\x00-\x1f\x7f]|\\[nrtbf"'\\])*"/ | /'([^'\\\x00-\x1f\x7f]|\\[nrtbf"'\\])*'/"""
 _LITERALS = {True: "True", False: "False", None: "None"}
 
@@ -49,24 +48,20 @@ class _Pythonic:
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         writer = _Writer()
-        bodies = [f"{json.dumps(tool.name + '(')} {writer.arguments(tool)} {json.dumps(')')}" for tool in tools]
-        rules = [f"call_{number}: {body}" for number, body in enumerate(bodies)]
-        call = " | ".join(f"call_{number}" for number in range(len(tools)))
+        heads = [f"{tool.name}(" for tool in tools]
+        tails = [f'{writer.arguments(tool)} ")"' for tool in tools]
         more = ' (", " call)*' if parallel else ""
         opening, closing = self.markers
+        rules = _alternatives("call", heads, tails)
         if opening in special or not self.bare:
             trigger, first, closing = opening, '"[" call', "]" + closing
         else:
-            # As much of the first call as every tool's name begins with.
-            common = os.path.commonprefix([f"{tool.name}(" for tool in tools])  # noqa: RUF071
+            # As much of the first call as every tool's begins with.
+            common = os.path.commonprefix(heads)  # noqa: RUF071
             trigger, first, closing = "[" + common, "call_first", "]"
-            rests = [f"{tool.name}("[len(common) :] for tool in tools]
-            heads = [f"{json.dumps(rest)} " if rest else "" for rest in rests]
-            firsts = [head + body.split(" ", 1)[1] for head, body in zip(heads, bodies, strict=True)]
-            rules += [f"call_first_{number}: {body}" for number, body in enumerate(firsts)]
-            rules.append("call_first: " + " | ".join(f"call_first_{number}" for number in range(len(tools))))
-        rules = [f"calls: {first}{more} {literal(closing, special)}", f"call: {call}", *rules, *writer.rules]
-        return Calls(trigger, "\n".join(rules) + "\n", at_start=not trigger.strip("["))
+            rules += _alternatives("call_first", [head[len(common) :] for head in heads], tails)
+        rules = [f"calls: {first}{more} {literal(closing, special)}", *rules, *writer.rules]
+        return Calls(trigger, "\n".join(rules) + "\n", at_start=trigger == "[")
 
     def _read(self, reader: CallReader, trigger: str) -> Steps[None]:
         source = reader.source
@@ -163,30 +158,43 @@ def _key(reader: CallReader, bare: bool) -> Steps[str]:
     return key
 
 
+def _alternatives(name: str, heads: Sequence[str], tails: Sequence[str]) -> list[str]:
+    rules = [f"{name}_{n}: {json.dumps(head)} {tails[n]}" for n, head in enumerate(heads)]
+    return [f"{name}: {' | '.join(f'{name}_{n}' for n in range(len(heads)))}", *rules]
+
+
 class _Writer:
-    """Makes the rules of arguments."""
+    """Makes the rules of arguments, from schemas that ``rewritten`` has made plain."""
 
     def __init__(self) -> None:
         self.rules: list[str] = []
+        self._definitions: Mapping[str, Any] = {}
 
     def arguments(self, tool: Tool) -> str:
         """What stands between the call's brackets."""
-        schema = tool.parameters
-        properties = schema.get("properties")
-        if properties is None and not set(schema) - {*_ROOT_ANNOTATIONS, "type"}:
-            return f'("**" {self._rule(json_rule(schema))})?'
-        if properties is None or not _spelled_by_keywords(schema):
-            return f'"**" {self._rule(json_rule(schema))}'
-        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required = schema.get("required", ())
+        parameters = closed(tool.parameters)
+        schema = _plain(json.dumps(parameters))
+        properties = {
+            name: admitted for name, admitted in schema.get("properties", {}).items() if admitted is not False
+        }
+        required: list[str] = schema.get("required", [])
+        if (
+            set(schema) - _SPELLED
+            or not all(map(_WRITABLE.fullmatch, properties))
+            or not properties.keys() >= set(required)
+        ):
+            return f'"**" {self._rule(json_rule(parameters))}'
+        if not properties and schema.get("additionalProperties"):
+            return f'("**" {self._rule(json_rule(parameters))})?'
+        self._definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
         first = rest = ""  # what may follow, as the first argument or behind another
-        for name, admitted in reversed(list(properties.items())):
-            written = self._rule(f"{json.dumps(name + '=')} {self._value(admitted, definitions)}")
-            one = f"{written} {rest}".rstrip()
+        for name, admitted in reversed(properties.items()):
+            written = self._rule(f"{json.dumps(name + '=')} {self._value(admitted)}")
+            one = f"{written} {rest}"
             if name in required:
                 first, rest = one, f'", " {one}'
             else:
-                first, rest = f"({one} | {first})" if first else f"({one})?", f'(", " {written})? {rest}'.rstrip()
+                first, rest = f"({one} | {first})" if first else f"({one})?", f'(", " {written})? {rest}'
             first, rest = self._rule(first), self._rule(rest)
         return first
 
@@ -195,36 +203,32 @@ class _Writer:
         self.rules.append(f"{name}: {expression}")
         return name
 
-    def _value(self, schema: Any, definitions: Mapping[str, Any]) -> str:
-        if not isinstance(schema, Mapping):
-            return self._json({}, definitions)
-        schema = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
-        kind = schema.get("type")
-        match sorted(schema):
-            case ["enum"] | ["enum", "type"] if words := _words(schema["enum"], kind):
+    def _value(self, schema: Mapping[str, Any]) -> str:
+        match schema:
+            case {"enum": values} if len(schema) == 1 and (words := _words(values)):
                 return f"({words})"
-            case ["const"] | ["const", "type"] if words := _words([schema["const"]], kind):
-                return f"({words})"
-            case ["type"] if kind == "boolean":
+            case {"type": "boolean"} if len(schema) == 1:
                 return '("True" | "False")'
-            case ["type"] if kind == "null":
+            case {"type": "null"} if len(schema) == 1:
                 return '"None"'
-            case ["type"] if kind == "string":
+            case {"type": "string"} if len(schema) == 1:
                 return f"({_STRING})"
-            case ["type"] if isinstance(kind, list) and kind:
-                return self._any([{"type": one} for one in kind], definitions)
-            case ["anyOf"] if isinstance(schema["anyOf"], list) and schema["anyOf"]:
-                return self._any(schema["anyOf"], definitions)
-            case ["items", "type"] if kind == "array":
-                item = self._rule(self._value(schema["items"], definitions))
+            case {"type": "array", "items": items} if len(schema) == 2 and isinstance(items, Mapping):
+                item = self._rule(self._value(items))
                 return f'("[" ({item} (", " {item})*)? "]")'
-        return self._json(schema, definitions)
+            case {"anyOf": schemas} if len(schema) == 1:
+                return f"({' | '.join(map(self._value, schemas))})"
+        return self._rule(_json(json.dumps({**schema, **self._definitions, "x-guidance": LAYOUT})))
 
-    def _any(self, schemas: Sequence[Any], definitions: Mapping[str, Any]) -> str:
-        return "(" + " | ".join(self._value(schema, definitions) for schema in schemas) + ")"
 
-    def _json(self, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-        return self._rule(_json(json.dumps({**schema, **definitions, "x-guidance": LAYOUT})))
+@lru_cache(maxsize=1024)
+def _plain(text: str) -> dict[str, Any]:
+    """The schema in few keywords, or, where it cannot be, with one that Python has no words for."""
+    try:
+        written = rewritten(json.loads(text), within=ANY_OBJECT, lenient=True)
+    except (Refused, TooComplex, RecursionError):
+        written = False
+    return written if isinstance(written, dict) else {"not": {}}
 
 
 @lru_cache(maxsize=1024)
@@ -234,27 +238,11 @@ def _json(schema: str) -> str:
     return f"%json {json.dumps({'x-guidance': LAYOUT})}" if complaint(f"start: {expression}") else expression
 
 
-def _spelled_by_keywords(schema: Mapping[str, Any]) -> bool:
-    """Whether ``f(a=…)`` says all that there is to say of these arguments."""
-    properties = schema.get("properties", {})
-    return (
-        not set(schema) - {*_ROOT_ANNOTATIONS, "type", "properties", "required", "additionalProperties"}
-        and isinstance(properties, Mapping)
-        and (bool(properties) or schema.get("additionalProperties") in (None, False))
-        and all(_WRITABLE.fullmatch(name) and value is not False for name, value in properties.items())
-        and set(schema.get("required", ())) <= set(properties)
-        and not _FOREIGN_REFERENCE.search(json.dumps(schema))
-    )
-
-
-def _words(values: Sequence[Any], kind: Any) -> str:
-    """The values as Python writes them, if they are simple and of the type ``kind``; "" otherwise."""
-    kinds = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": (int, float), None: (object,)}
+def _words(values: Sequence[Any]) -> str:
+    """The values as Python writes them, if they are simple; "" otherwise."""
     words: list[str] = []
     for given in values:
-        if isinstance(given, (list, dict)) or not isinstance(given, kinds.get(kind, ())):
-            return ""
-        if isinstance(given, bool) and kind in ("integer", "number"):
+        if isinstance(given, (list, dict)):
             return ""
         if isinstance(given, str):
             quoted = json.dumps(given, ensure_ascii=False)
