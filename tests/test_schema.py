@@ -72,7 +72,7 @@ REFUSED = [
         "#/items/$dynamicRef",
         {
             "items": {"$dynamicRef": "#a"},
-            "$defs": {"a": {"$dynamicAnchor": "a"}, "b": {"$dynamicAnchor": "a"}},
+            "$defs": {"a": {"$dynamicAnchor": "a"}, "b": {"$id": "b", "$dynamicAnchor": "a"}},
         },
     ),
     ("$ref", "#/$ref", {"$ref": "#/$defs/none"}),
