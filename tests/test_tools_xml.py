@@ -163,6 +163,8 @@ def test_qwen_forgets_what_opens_a_call() -> None:
     events = every_way(QWEN3_CODER, f"Now.\n{call} <function=now> and <function=delete></function>")
     assert whole_calls(events) == [("now", {})]
     assert content(events) == "Now. <function=now> and <function=delete></function>"
+    for text in ("<function=", "<function= >", "<function=<function="):
+        assert content(every_way(QWEN3_CODER, text)) == text
 
 
 @all_formats
