@@ -34,6 +34,7 @@ class GenerateRequest:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     prompt_logprobs: int = -1
+    parent: int = -1
     request_id: str = ""
     """The client's or ours, for logs."""
 
@@ -82,6 +83,7 @@ class Lease:
         "freed",
         "last_token_at",
         "logprobs",
+        "prompt_logprobs",
         "request",
         "seq",
         "submitted",
@@ -100,6 +102,7 @@ class Lease:
         """Not yet read."""
         self.logprobs: list[protocol.Logprobs] = []
         self.vectors: list[protocol.Embedded] = []
+        self.prompt_logprobs: list[protocol.Logprobs] = []
         self.finish: str | None = None
         self.error: LmxError | None = None
         self.cancel_reason: str | None = None
@@ -175,6 +178,16 @@ class TokenStream:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+
+    @property
+    def seq(self) -> int:
+        """For other requests' ``parent``."""
+        return self._lease.seq
+
+    @property
+    def prompt_logprobs(self) -> list[protocol.Logprobs]:
+        """Of the prompt's tokens but the first, if the request asked for them; whole from the first chunk on."""
+        return self._lease.prompt_logprobs
 
     @property
     def cached_tokens(self) -> int:

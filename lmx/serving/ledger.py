@@ -258,6 +258,7 @@ class Ledger:
             lease.fail(DeadlineExceeded("The request's time was up before the model could take it."))
         else:
             send(self._message(lease, None if lease.request.deadline_s is None else lease.deadline - now))
+            lease.prompt_logprobs.clear()  # an engine that died may have told some
             lease.submitted = True
             self.submitted[lease.seq] = lease
             self._note_work()
@@ -301,6 +302,7 @@ class Ledger:
             request.min_tokens,
             request.prompt_logprobs,
             request.request_id,
+            request.parent,
         )
 
     # --- messages ----------------------------------------------------------------------------------
@@ -312,6 +314,9 @@ class Ledger:
                 self._step(message)
             case protocol.Embedded():
                 self._embedded(message)
+            case protocol.PromptLogprobs(seq=seq, logprobs=logprobs):
+                if seq in self.submitted:
+                    self.submitted[seq].prompt_logprobs += logprobs
             case protocol.Running(seqs=seqs):
                 self._in_forward = frozenset(seqs)
             case protocol.Freed():

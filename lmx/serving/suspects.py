@@ -27,7 +27,9 @@ def content_key(request: AnyRequest) -> bytes:
         lengths = pack_tokens([len(tokens) for tokens in request.inputs])
         return hashlib.sha256(lengths + b"".join(map(pack_tokens, request.inputs))).digest()
     sampling = replace(request.sampling, seed=0)
-    rest = replace(request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="")
+    rest = replace(
+        request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="", parent=-1
+    )
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 
