@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,4 +150,5 @@ def _load_blas(options: Load) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # At once: a grammar that is being compiled cannot be interrupted, and sys.exit would wait for its thread.
+    os._exit(main())

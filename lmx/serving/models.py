@@ -317,7 +317,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,
         words=str(folder.words),
-        grammar_compile_s=settings.engine.grammar_compile_s,
+        # While it compiles, a single request gives no step: that must not look like a hang.
+        grammar_compile_s=min(settings.engine.grammar_compile_s, settings.engine.hang_timeout_s / 2),
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))
