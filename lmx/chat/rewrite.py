@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import combinations, permutations
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urldefrag, urljoin
@@ -46,6 +47,9 @@ MAX_DEPTH: Final = 64
 """Subschemas inside each other. llguidance needs 2.5 kB of stack for each; the process dies where that is not there."""
 MAX_PROPERTIES: Final = 2000
 MAX_ITEMS: Final = 10_000
+MAX_STEP: Final = 1000
+"""Of ``multipleOf``, in units of its last digit: llguidance keeps a state for each remainder. 123,456,789 takes all
+memory there is, 9,973 more fuel than a mask may cost."""
 MAX_LENGTH: Final = 100_000
 MAX_UNIQUE: Final = 4
 MAX_COMBINATIONS: Final = 64
@@ -115,12 +119,15 @@ class _Rewriter:
         self._lenient = lenient
         self._read: dict[Place, Shapes] = {}
         self._reading: set[Place] = set()
-        self._resources: dict[str, tuple[Any, str]] | None = None
         self._written: dict[frozenset[Place], Any] = {}
         self._writing: set[frozenset[Place]] = set()
         self._names: dict[frozenset[Place], str] = {}
         self._defs: dict[str, Any] = {}
         self._nodes = 0
+
+    @cached_property
+    def _resources(self) -> dict[str, tuple[Any, str]]:
+        return dict(_resources(self._root))
 
     def whole(self, within: Any) -> dict[str, Any] | bool:
         base = self._root.get("$id", "") if isinstance(self._root, dict) else ""
@@ -145,6 +152,8 @@ class _Rewriter:
     def _meet(self, one: Shapes, other: Shapes) -> Shapes:
         if one is ANYTHING or other is ANYTHING:
             return other if one is ANYTHING else one
+        if len(one) * len(other) > MAX_SHAPES**2:
+            raise TooComplex(_multiplied(one[0]))
         met = (meet(left, right) for left in one for right in other if type(left) is type(right))
         found = tuple(shape for shape in met if shape is not None)
         if len(found) > MAX_SHAPES:
@@ -158,7 +167,7 @@ class _Rewriter:
         if place in self._reading:
             raise Refused("$ref", place.path, "it leads back to itself without anything in between")
         if len(self._reading) > MAX_DEPTH:
-            raise TooComplex(f"at {place.path} more than {MAX_DEPTH} schemas are inside each other")
+            raise TooComplex(f"at {_at(place.path)} more than {MAX_DEPTH} schemas are inside each other")
         self._reading.add(place)
         try:
             shapes = self._without(ANYTHING, opposite(place)) if place.negated else self._straight(place)
@@ -241,7 +250,8 @@ class _Rewriter:
         else:
             names = [name for name in names if not (name == "integer" and "number" in names)]
             shapes = [TYPES[name] for name in dict.fromkeys(names)]
-        return tuple(self._constrained(replace(shape, path=place.path), schema, place) for shape in shapes)
+        given = ((shape, self._constrained(replace(shape, path=place.path), schema, place)) for shape in shapes)
+        return tuple(met for shape, constrained in given if (met := meet(constrained, shape)) is not None)
 
     def _constrained(self, shape: Shape, schema: Mapping[str, Any], place: Place) -> Shape:
         if isinstance(shape, Number):
@@ -304,7 +314,7 @@ class _Rewriter:
             at_least, at_most = _count(place, "minContains"), _count(place, "maxContains")
             at_least = 1 if at_least is None else at_least
             if at_least > MAX_ITEMS:
-                raise TooComplex(f"at {place.path}/minContains it wants more than {MAX_ITEMS} items")
+                raise TooComplex(f"at {_at(place.path)}/minContains it wants more than {MAX_ITEMS} items")
             prefix += [items] * (at_least - len(prefix))
             for index in range(at_least):
                 prefix[index] = (*prefix[index], wanted)
@@ -325,7 +335,7 @@ class _Rewriter:
         if not all(isinstance(name, str) for name in required):
             raise Refused("required", f"{place.path}/required", "it must be a list of names")
         if len(properties) > MAX_PROPERTIES or len(required) > MAX_PROPERTIES:
-            raise TooComplex(f"at {place.path} more than {MAX_PROPERTIES} properties are named")
+            raise TooComplex(f"at {_at(place.path)} more than {MAX_PROPERTIES} properties are named")
         additional = schema.get("additionalProperties")
         return replace(
             shape,
@@ -364,6 +374,8 @@ class _Rewriter:
 
     def _one_of(self, result: Shapes, place: Place, keyword: str) -> Shapes:
         children = self._children(place, keyword)
+        if len(children) > MAX_SHAPES:
+            raise TooComplex(f"at {_at(place.path)}/oneOf more than {MAX_SHAPES} branches are to be kept apart")
         branches = [self._meet(result, self._of(child)) for child in children]
         parts = list(branches)
         for (one, left), (other, right) in combinations(enumerate(branches), 2):
@@ -413,14 +425,19 @@ class _Rewriter:
             result = self._meet(result, (*others, without, *present))
         return result
 
+    def _dynamic_ref(self, result: Shapes, place: Place, keyword: str) -> Shapes:
+        anchors = sum("$dynamicAnchor" in schema for schema, _ in self._resources.values() if isinstance(schema, dict))
+        if anchors > 1:
+            self._refuse(keyword, f"{place.path}/{keyword}", "with several $dynamicAnchors in the schema; use $ref")
+            return result
+        return self._ref(result, place, keyword)
+
     def _ref(self, result: Shapes, place: Place, keyword: str) -> Shapes:
         target = self._target(_expect(str, place, keyword), place, keyword)
         return self._meet(result, self._of(target))
 
     def _target(self, reference: str, place: Place, keyword: str) -> Place:
         address, fragment = urldefrag(urljoin(place.base, reference) if place.base else reference)
-        if self._resources is None:
-            self._resources = dict(_resources(self._root))
         schema, path = self._resources.get(address, (None, ""))
         found = address in self._resources
         base = address
@@ -449,6 +466,15 @@ class _Rewriter:
         return Place(schema, base, path)
 
     # Writing: shapes become schemas that llguidance takes.
+
+    def _found(self, places: Conjunction) -> Shapes:
+        try:
+            return self._shapes(places)
+        except Unsupported as problem:
+            inner, reason = problem.args
+            denied = next(place for place in places if place.negated)
+            self._refuse("not", denied.path, f"it would negate {inner}, and {reason}")
+            return self._found(tuple(place for place in places if place != denied))
 
     def _nothing(self, shape: Shape) -> bool:
         """Whether nothing satisfies the shape for certain; looks one level into required properties."""
@@ -479,9 +505,9 @@ class _Rewriter:
                 return {"$ref": f"#/$defs/{self._name(key)}"}
             return written
         if depth > MAX_DEPTH:
-            raise TooComplex(f"at {places[0].path} more than {MAX_DEPTH} schemas are inside each other")
+            raise TooComplex(f"at {_at(places[0].path)} more than {MAX_DEPTH} schemas are inside each other")
         self._writing.add(key)
-        shapes = self._shapes(places)
+        shapes = self._found(places)
         if shapes is ANYTHING:
             written = self._anything()
         else:
@@ -581,7 +607,7 @@ class _Rewriter:
 
     def _write_string(self, shape: String) -> Any:
         if shape.low > MAX_LENGTH:
-            raise TooComplex(f"at {shape.path}/minLength it wants more than {MAX_LENGTH} characters")
+            raise TooComplex(f"at {_at(shape.path)}/minLength it wants more than {MAX_LENGTH} characters")
         written: dict[str, Any] = {"type": "string"}
         if shape.low:
             written["minLength"] = shape.low
@@ -596,7 +622,7 @@ class _Rewriter:
 
     def _write_array(self, shape: Array, depth: int) -> Any:
         if shape.low > MAX_ITEMS:
-            raise TooComplex(f"at {shape.path}/minItems it wants more than {MAX_ITEMS} items")
+            raise TooComplex(f"at {_at(shape.path)}/minItems it wants more than {MAX_ITEMS} items")
         high = None if shape.high is None else min(shape.high, MAX_ITEMS)
         if shape.unique and (high is None or high > 1):
             return self._write_unique(shape, high)
@@ -613,7 +639,7 @@ class _Rewriter:
         return written
 
     def _write_unique(self, shape: Array, high: int | None) -> Any:
-        items = self._shapes(shape.items)
+        items = self._found(shape.items)
         values = [value for item in items for value in item.values or ()]
         constant = not shape.prefix and all(item.values is not None for item in items)
         if constant and len(values) <= MAX_UNIQUE and all(map(_writable, values)):
@@ -636,7 +662,7 @@ class _Rewriter:
 
     def _write_properties(self, shape: Object, depth: int) -> dict[str, Any]:
         if len(shape.properties) + len(shape.required) > 2 * MAX_PROPERTIES:
-            raise TooComplex(f"at {shape.path} more than {MAX_PROPERTIES} properties are named")
+            raise TooComplex(f"at {_at(shape.path)} more than {MAX_PROPERTIES} properties are named")
         written: dict[str, Any] = {"type": "object"}
         if shape.properties:
             # What patterns say of these names llguidance adds itself.
@@ -659,7 +685,7 @@ class _Rewriter:
 
     def _with_names(self, shape: Object) -> Object:
         """``propertyNames`` worked into the other keywords."""
-        texts = [name for name in self._shapes(shape.names) if isinstance(name, String)]
+        texts = [name for name in self._found(shape.names) if isinstance(name, String)]
         listed = [value for text in texts for value in text.values or ()]
 
         def allowed(name: str) -> bool:
@@ -749,7 +775,7 @@ _APPLICATORS: Final[dict[str, Callable[[_Rewriter, Shapes, Place, str], Shapes]]
     "dependentSchemas": _Rewriter._dependent,
     "dependencies": _Rewriter._dependent,
     "$ref": _Rewriter._ref,
-    "$dynamicRef": _Rewriter._ref,
+    "$dynamicRef": _Rewriter._dynamic_ref,
     "$recursiveRef": _Rewriter._ref,
 }
 _TYPED: Final = {
@@ -772,8 +798,12 @@ def _in_order(schema: Mapping[str, Any]) -> list[str]:
     return sorted(found, key=_LAST.__contains__)
 
 
+def _at(path: str) -> str:
+    return f"#{path}" if len(path) <= 100 else f"#…{path[-100:]}"
+
+
 def _multiplied(where: Shape | Place) -> str:
-    return f"at #{where.path} its alternatives, multiplied out, are more than {MAX_SHAPES}"
+    return f"at {_at(where.path)} its alternatives, multiplied out, are more than {MAX_SHAPES}"
 
 
 def _either(branches: Iterable[Shapes]) -> Shapes:
@@ -874,10 +904,10 @@ def _inner_floats(low: int, high: int) -> tuple[int, int]:
 
 
 def _one_decimal(step: Fraction) -> bool:
-    """Whether llguidance reads the float as this decimal: it multiplies by ten until nothing is left."""
+    """Whether llguidance reads the float as this decimal (it multiplies by ten until it is whole) and can count it."""
     value = float(step)
     for _ in range(18):
         if value == int(value):
-            return value < 2**32
+            return value <= MAX_STEP
         value *= 10
     return False
