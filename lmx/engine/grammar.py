@@ -126,7 +126,7 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
             "grammar_invalid", f"this model's tokenizer cannot be constrained ({type(error).__name__}: {error})"
         ) from None
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    limits = llguidance.LLParserLimits(verbose_errors=False)
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
     matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
     constraint = Constraint(matcher)
     if matcher.is_error():
