@@ -78,6 +78,8 @@ class ModelSettings(_Section):
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}
     context_length: int = Field(0, ge=0, le=2**31 - 1)
+    tool_format: str = ""
+    reasoning_format: str = ""
 
     @property
     def cache_path(self) -> Path:

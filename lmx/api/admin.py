@@ -13,6 +13,7 @@ import psutil
 from quart import Blueprint, Response, request
 
 from lmx import __version__
+from lmx.api.models import formats
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models, Served
 
@@ -78,6 +79,7 @@ def _model_status(served: Served) -> dict[str, Any]:
         "format": folder.format,
         "backend": folder.backend,
         "backend_reason": folder.backend_reason,
+        **formats(served.chat),
         "quantization": folder.quantization,
         "size_bytes": folder.size_bytes,
         "ready": asdict(engine.ready) if engine.ready else None,

@@ -11,6 +11,7 @@ from quart import Response
 
 from lmx import __version__
 from lmx.api.generation import Choice, Delta, Job
+from lmx.chat.events import Content, Event
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served
 
@@ -56,6 +57,7 @@ class Collected:
         self._returns_ids = job.returns_ids
         self._ids: list[list[int]] = [[] for _ in job.requests]
         self._texts: list[list[str]] = [[] for _ in job.requests]
+        self._events: list[list[Event]] = [[] for _ in job.requests]
         self._format_logprobs = format_logprobs
         self._logprobs: list[dict[str, list[bytes]]] = [{} for _ in job.requests]
 
@@ -64,6 +66,7 @@ class Collected:
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
         self._texts[choice.index].append(delta.text)
+        self._events[choice.index] += delta.events
         if self._returns_ids:
             self._ids[choice.index] += delta.tokens
         if delta.logprobs:
@@ -73,6 +76,10 @@ class Collected:
 
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
+
+    def events(self, choice: Choice) -> list[Event]:
+        """The same where more than text is told apart."""
+        return self._events[choice.index] or [Content(self.text(choice))]
 
     def ids(self, choice: Choice) -> dict[str, list[int]]:
         """vLLM's field of a choice for them, where they are wanted."""

@@ -117,7 +117,7 @@ async def _receive_large(
                 refusal = error
                 await reader.send(None)
             else:
-                await reader.send((str(served.folder.words), served.context_length))
+                await reader.send((served.chat.source, served.context_length))
                 answer = await reader.receive()
     if refusal is not None:
         raise refusal

@@ -14,6 +14,7 @@ from lmx.api.events import EventStream, EventWriter
 from lmx.api.generation import Job, best, make_job, run, usage
 from lmx.api.logprobs import CompletionLogprobs
 from lmx.api.schemas import CompletionRequest
+from lmx.chat.events import Event
 from lmx.config import Settings
 from lmx.serving.models import Models
 
@@ -39,6 +40,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             prompt_param="prompt",
             call=current_call(),
             settings=settings.server,
+            plan=prepared.plan,
             stop_ids=prepared.stop_ids,
             continues=prepared.continues,
         )
@@ -90,5 +92,8 @@ def _prompt_ids(job: Job, index: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": list(job.requests[index].prompt)} if job.returns_ids else {}
 
 
-def _choice_object(index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+def _choice_object(
+    index: int, text: str | Event | None, logprobs: dict[str, Any] | None, finish: str | None
+) -> dict[str, Any]:
+    assert text is None or isinstance(text, str)  # a completion is nothing but text
     return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": finish}

@@ -10,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import structlog
 import trio
 
+from lmx.api.answer_events import AnswerEvents
 from lmx.api.call import Call
 from lmx.api.errors import raise_single
+from lmx.api.message import merged
 from lmx.api.schemas import GenerationFields
+from lmx.chat.events import Event, Malformed
+from lmx.chat.plan import Plan
 from lmx.chat.text import TextStream
 from lmx.config import ServerSettings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
@@ -37,6 +42,8 @@ RANDOM_SEED = -1
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
+logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("lmx.api")
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -53,6 +60,7 @@ class Job:
     deadline: float
     """On Trio's clock."""
     call: Call
+    plan: Plan
     keeps_stop: bool = False
     """What ends an answer (a stop string, a stop token's text) stays at its end."""
     continues: bool = False
@@ -68,6 +76,8 @@ class Delta:
     logprobs: tuple[tuple[int, Logprobs], ...]
     """Of each token that counts into the text, when asked for."""
     finish: str | None
+    events: Sequence[Event] = ()
+    """Instead of ``text``, of an answer in which more than text is told apart."""
     tokens: tuple[int, ...] = ()
     """All that count, an end token too."""
 
@@ -91,8 +101,16 @@ class Choice:
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
+    told: AnswerEvents | None = None
+    """Of an answer in which more than text is told apart."""
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self.told.reasoning_tokens if self.told is not None else 0
 
     def feed(self, chunk: Chunk) -> Delta:
+        if self.told is not None:
+            return self._feed_events(self.told, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
         before, tokens = self.completion_tokens, chunk.tokens
         if self.has_stop or self.wants_logprobs:
@@ -104,7 +122,7 @@ class Choice:
         if chunk.finish and not self.stopped:
             text += self.text.finish()
             self.finish = "stop" if self.text.stopped or chunk.finish == "complete" else chunk.finish
-        return Delta(text, logprobs, self.finish, tokens)
+        return Delta(text, logprobs, self.finish, tokens=tokens)
 
     def _hides_end(self, chunk: Chunk) -> bool:
         """The last token is an end token, which is no part of the answer."""
@@ -125,6 +143,41 @@ class Choice:
                 self.stopped, self.finish = True, "stop"
                 break
         return text, tuple(logprobs)
+
+    def _feed_events(self, told: AnswerEvents, chunk: Chunk) -> Delta:
+        events: list[Event] = []
+        logprobs: list[tuple[int, Logprobs]] = []
+        before = self.completion_tokens
+        if self.has_stop or self.wants_logprobs or told.counts:
+            self._feed_each_event(told, chunk, events, logprobs)
+        else:
+            last = chunk.tokens[-1]
+            hidden = self._hides_end(chunk) and last not in told.end_markers
+            events += told.feed(self.text.feed(chunk.tokens[:-1] if hidden else chunk.tokens))
+            self.completion_tokens += len(chunk.tokens)
+        if chunk.finish and not self.stopped:
+            events += told.finish(self.text.finish())
+            self.finish = "stop" if told.stopped or chunk.finish == "complete" else chunk.finish
+        if self.finish == "stop" and told.calls:
+            self.finish = "tool_calls"
+        tokens = chunk.tokens[: self.completion_tokens - before]
+        return Delta("", tuple(logprobs), self.finish, merged(events), tokens)
+
+    def _feed_each_event(
+        self, told: AnswerEvents, chunk: Chunk, events: list[Event], logprobs: list[tuple[int, Logprobs]]
+    ) -> None:
+        for position, token in enumerate(chunk.tokens):
+            is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
+            text = self.text.feed((token,) if not is_end or token in told.end_markers else ())
+            events += told.feed(text, stops=self.completion_tokens >= self.min_tokens)
+            self.completion_tokens += 1
+            if self.wants_logprobs:
+                self.logprob += chunk.logprobs[position].drawn
+                if not is_end:
+                    logprobs.append((token, chunk.logprobs[position]))
+            if told.stopped:
+                self.stopped, self.finish = True, "stop"
+                break
 
 
 class Sink(Protocol):
@@ -149,17 +202,7 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
                 leased = trio.Event()
                 first = -1
                 for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
-                    text = job.served.chat.text_stream(job.stop, continues=job.continues, keep_stop=job.keeps_stop)
-                    choices.append(
-                        Choice(
-                            index,
-                            text,
-                            bool(job.stop),
-                            request.sampling.logprobs >= 0,
-                            request.min_tokens,
-                            job.keeps_stop,
-                        )
-                    )
+                    choices.append(_choice(job, index, request))
                     if index % job.n:  # the others of a prompt take over what the first one has computed of it
                         request = replace(request, parent=first)
                     seq = await nursery.start(_run_choice, request, job, choices[-1], sink, leased)
@@ -175,6 +218,20 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
     job.call.finish = choices[0].finish or ""
     job.call.cached_tokens = sum(choice.cached_tokens for choice in choices[:: job.n])
     return choices
+
+
+def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
+    chat, plan = job.served.chat, job.plan
+    wants_logprobs = request.sampling.logprobs >= 0
+    parser = chat.parser(plan)
+    told = None
+    if parser is None:
+        text = chat.text_stream(job.stop, continues=job.continues, keep_stop=job.keeps_stop)
+    else:
+        text = chat.text_stream(continues=job.continues, markers=chat.markers(plan))
+        ends = chat.special.values()
+        told = AnswerEvents(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
+    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, told=told)
 
 
 async def _run_choice(
@@ -194,6 +251,9 @@ async def _run_choice(
             job.call.took(len(chunk.tokens), trio.current_time())
             delta = choice.feed(chunk)
             choice.cached_tokens = tokens.cached_tokens
+            for event in delta.events:
+                if isinstance(event, Malformed):
+                    logger.info("what looked like a tool call is none", request_id=job.call.id, reason=event.reason)
             if choice.stopped:
                 break
             await sink.delta(choice, delta)
@@ -211,6 +271,7 @@ def make_job(
     prompt_param: str,
     call: Call,
     settings: ServerSettings,
+    plan: Plan,
     stop_ids: Sequence[int] = (),
     continues: bool = False,
 ) -> Job:
@@ -246,6 +307,7 @@ def make_job(
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
+                    grammar=plan.grammar,
                     stop_ids=(*stop_ids, *_stop_ids(fields, served.chat.vocab_size)),
                     min_tokens=min(fields.least_tokens, room),
                     request_id=call.id,
@@ -261,6 +323,7 @@ def make_job(
         seed,
         deadline,
         call,
+        plan,
         keeps_stop=fields.keeps_stop,
         continues=continues,
         returns_ids=bool(fields.return_token_ids),
@@ -351,4 +414,5 @@ def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }

@@ -7,6 +7,7 @@ from quart_schema import document_request
 
 from lmx.api.body import receive
 from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
+from lmx.chat.model import ChatModel
 from lmx.config import Settings
 from lmx.serving.models import Models, Served
 
@@ -42,6 +43,21 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     return routes
 
 
+def formats(chat: ChatModel) -> dict[str, str]:
+    """How the model writes what is more than text, and why we think so."""
+    return {
+        "tool_format": chat.tool_format.name,
+        "tool_format_reason": chat.tool_format_reason,
+        "reasoning_format": _reasoning(chat),
+        "reasoning_format_reason": chat.reasoning_reason,
+    }
+
+
+def _reasoning(chat: ChatModel) -> str:
+    known = chat.reasoning or chat.whole_format
+    return known.name if known is not None else "none"
+
+
 def _model_object(served: Served) -> dict[str, Any]:
     return {
         "id": served.id,
@@ -51,4 +67,5 @@ def _model_object(served: Served) -> dict[str, Any]:
         "max_model_len": served.context_length,
         "backend": served.folder.backend,
         "backend_reason": served.folder.backend_reason,
+        **formats(served.chat),
     }

@@ -32,6 +32,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Strict = bool | Literal["true", "false"]
+"""Some clients write it as a string."""
+Budget = Annotated[int, Field(ge=-1, le=INT64_MAX)]
+"""In tokens; -1: none."""
 ModelName = Annotated[
     str | None, Field(max_length=1000, description="Id, path or alias of the model; left out: the default model.")
 ]
@@ -50,9 +54,11 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
+    """``lmx.chat.structured`` reads what else belongs to the type."""
+
     model_config = ConfigDict(strict=True)
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: str = Field(description="text, json_object, json_schema, grammar or regex")
 
 
 def _few_biases(value: Any) -> Any:
@@ -107,7 +113,17 @@ class GenerationFields(Request):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = Field(None, description='Only {"type": "text"} yet.')
+    response_format: ResponseFormat | None = Field(None, description="What the answer must be: enforced.")
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's name for it.")
+    guided_json: dict[str, Any] | str | bool | None = Field(None, description="vLLM's older names, and others' ones.")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = Field(None, description="In llama.cpp's GBNF, or llguidance's Lark.")
+    json_schema: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    format: dict[str, Any] | str | None = None
     user: str | None = Field(None, description="Whom fair scheduling counts the tokens for, when no API key does.")
     metadata: dict[str, Any] | None = None
     priority: int | None = Field(None, ge=-1000, le=1000)
@@ -145,13 +161,6 @@ class GenerationFields(Request):
             raise InvalidRequest(
                 f"stream_options is only allowed with stream: true (got stream: {shorten(self.stream)}).",
                 param="stream_options",
-            )
-        wanted = self.response_format.type if self.response_format else "text"
-        if wanted != "text":
-            raise InvalidRequest(
-                f"response_format {shorten(wanted)}: this server does not constrain output yet; ask for the format in "
-                'a message and use {"type": "text"}.',
-                param="response_format",
             )
         if 0 < (self.most_tokens or 0) < self.least_tokens:
             raise InvalidRequest(
@@ -208,6 +217,7 @@ class Function(BaseModel):
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Strict | None = None
 
 
 class Tool(BaseModel):
@@ -217,31 +227,48 @@ class Tool(BaseModel):
     function: Function
 
 
+class OtherTool(BaseModel):
+    """A client's own kind, or one that OpenAI runs itself: ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: str
+
+
+def _tool_kind(tool: Any) -> str:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else getattr(tool, "type", "function")
+    return "a function" if kind == "function" or not isinstance(kind, str) else "another tool"
+
+
 class Reasoning(BaseModel):
     model_config = ConfigDict(strict=True)
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: None = None
-    exclude: Literal[False] | None = None
+    max_tokens: Budget | None = None
+    exclude: bool | None = None
 
 
 class Thinking(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["enabled", "disabled", "auto", "adaptive"]
-    budget_tokens: None = None
+    budget_tokens: Budget | None = None
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+AnyTool = Annotated[
+    Annotated[Tool, Tag("a function")] | Annotated[OtherTool, Tag("another tool")],
+    Discriminator(_tool_kind),
+]
+Tools = Annotated[list[AnyTool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 
 
 class Conversation(Request):
     """What makes a prompt of messages."""
 
     messages: Messages
-    tools: Tools | None = Field(None, description="Given to the chat template.")
+    tools: Tools | None = Field(None, description="Functions that the model may call; other types are ignored.")
     add_generation_prompt: bool | None = Field(None, description="false: without the beginning of the answer.")
     continue_final_message: bool | None = Field(
         None, description="The answer goes on with the last message, which must be the assistant's."
@@ -290,25 +317,34 @@ class Conversation(Request):
         return self
 
 
-_AUTO = ("auto", {"type": "auto"})
-_NONE = ("none", {"type": "none"})
-"""As strings, and as Anthropic spells them."""
-
-
 class ChatRequest(GenerationFields, Conversation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tool_choice: str | dict[str, Any] | None = Field(None, description="none or auto; allowed_tools with mode auto.")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, a function's name, or allowed_tools: enforced."
+    )
     functions: Annotated[list[Function], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
         None, description="OpenAI's older name for tools."
     )
-    function_call: str | dict[str, Any] | None = Field(None, description="none or auto.")
-    parallel_tool_calls: bool | None = None
+    function_call: str | dict[str, Any] | None = Field(None, description="OpenAI's older name for tool_choice.")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = Field(None, description="`effort` and `enabled`, as OpenRouter has them.")
     thinking: Thinking | bool | None = Field(None, description='As GLM and DeepSeek have it: {"type": "disabled"}.')
     think: bool | Effort | None = Field(None, description="Ollama's name for reasoning_effort.")
     enable_thinking: bool | None = None
+    max_reasoning_tokens: Budget | None = Field(None, description="Tokens after which the reasoning is ended.")
+    thinking_budget: Budget | None = Field(None, description="Another name for max_reasoning_tokens, as are the next.")
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    reasoning_budget: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    max_thinking_tokens: Budget | None = None
+    include_reasoning: bool | None = Field(None, description="false: the reasoning is not sent.")
+    separate_reasoning: bool | None = Field(None, description="false: the reasoning is part of the content.")
+    reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"] | None = Field(
+        None, description="none or raw: the reasoning is part of the content; hidden: it is not sent."
+    )
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: Literal[False] | None = None
@@ -317,51 +353,23 @@ class ChatRequest(GenerationFields, Conversation):
     def _fit_a_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest(f"top_logprobs needs logprobs: true (got {self.top_logprobs}).", param="top_logprobs")
-        _check_choice("function_call", self.function_call, "functions", self.functions)
-        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "allowed_tools":
-            self.allowed_tools()
-        else:
-            _check_choice("tool_choice", self.tool_choice, "tools", self.tools)
         return self
 
-    def allowed_tools(self) -> frozenset[str] | None:
-        """The tools that tool_choice leaves, None for all. Raises InvalidRequest."""
-        choice = self.tool_choice
-        if choice in _NONE or self.function_call == "none":
-            return frozenset()
-        if not isinstance(choice, dict) or choice in _AUTO:
-            return None
-        rule = choice.get("allowed_tools", choice)  # OpenAI's chat face nests it, its Responses face does not
-        mode, allowed = (rule.get("mode"), rule.get("tools")) if isinstance(rule, dict) else (None, None)
-        if mode != "auto":
-            raise InvalidRequest(
-                f'tool_choice.mode {shorten(mode)}: only "auto", this server cannot force a tool call yet.',
-                param="tool_choice",
-            )
-        names = [_tool_name(tool) for tool in allowed] if isinstance(allowed, list) else [None]
-        known = {tool.function.name for tool in self.tools or ()}
-        if not known.issuperset(names):
-            raise InvalidRequest(
-                f"tool_choice.tools {shorten(allowed)} must be a list of tools that are in tools.", param="tool_choice"
-            )
-        return frozenset(name for name in names if name)
-
-
-def _tool_name(tool: Any) -> str | None:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _check_choice(param: str, choice: Any, needed: str, given: Any) -> None:
-    if choice not in (None, *_AUTO, *_NONE):
-        raise InvalidRequest(
-            f"{param} {shorten(choice)}: this server does not constrain output yet and cannot force a call; use "
-            '"auto" or "none".',
-            param=param,
+    @property
+    def reasoning_budget_asked(self) -> int | None:
+        """Tokens that the reasoning may take, under any name; None: as many as it wants."""
+        asked = (
+            self.max_reasoning_tokens,
+            self.thinking_budget,
+            self.thinking_token_budget,
+            self.thinking_budget_tokens,
+            self.reasoning_budget,
+            self.reasoning_budget_tokens,
+            self.max_thinking_tokens,
+            self.reasoning.max_tokens if self.reasoning else None,
+            self.thinking.budget_tokens if isinstance(self.thinking, Thinking) else None,
         )
-    if choice in _AUTO and given is None:
-        raise InvalidRequest(f"{param} {shorten(choice)} needs {needed}.", param=param)
+        return next((budget for budget in asked if budget is not None and budget >= 0), None)
 
 
 def _prompt_kind(prompt: Any) -> str | None:

@@ -24,11 +24,10 @@ TRUE: Neutral = (True,)
 _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     # Constrained output
     (
-        "grammar json_schema structured_outputs structured_output guided_json guided_regex guided_choice "
-        "guided_grammar guided_whitespace_pattern guided_decoding structural_tag regex ebnf bnf choice format "
+        "structured_output guided_whitespace_pattern guided_decoding guided_json_object structural_tag bnf choice "
         "grammar_triggers grammar_lazy grammar_string gbnf_grammar json_mode json_object regex_pattern",
         NOTHING,
-        "this server does not constrain output yet; ask for the format in a message",
+        "response_format and structured_outputs are the fields for that",
     ),
     # Which tokens may come, and what ends an answer
     (
@@ -127,14 +126,6 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ("lora lora_path lora_request adapters adapter adapter_id", NOTHING, "this server loads no adapters"),
     ("vllm_xargs", NOTHING, "this server knows none of them"),
     # Reasoning
-    (
-        "thinking_budget thinking_token_budget thinking_budget_tokens reasoning_budget reasoning_budget_tokens "
-        "max_thinking_tokens max_reasoning_tokens",
-        (-1,),
-        "this server does not limit reasoning",
-    ),
-    ("include_reasoning separate_reasoning", TRUE, "the answer is sent as it comes"),
-    ("reasoning_format", ("none", "auto"), "the answer is sent as it comes"),
     ("prompt_mode", (), "reasoning_effort is the field for that"),
 )
 _FIELDS = {name: (neutral, why) for names, neutral, why in _GROUPS for name in names.split()}

@@ -1,10 +1,106 @@
 """The grammar of a whole answer, in llguidance's Lark dialect: reasoning, then text, calls or a format.
 
 Pure: strings in, a string out, which the engine compiles (``lmx.engine.grammar``). Called by ``lmx.api.prepare``.
+
+Names in it: the parts of others begin with ``reasoning``, ``call`` and ``body``, what is written here with ``answer``.
+Whatever comes without end is text or the client's own wish: white space between the parts is bounded.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+from lmx.chat.rewrite import TooComplex
+from lmx.chat.schema import complaint, said
+from lmx.chat.structured import Body, with_sub_grammar
+from lmx.errors import GrammarTooComplex, InvalidRequest
+
+if TYPE_CHECKING:  # the formats import `literal` from here
+    from lmx.chat.tools.base import Calls, Format, Tool
+
+Choice = Literal["none", "auto", "required"]
+"""A named choice is "required" with that one tool, allowed_tools the choice with those."""
+_GAP: Final = r"ANSWER_GAP: /[ \t\r\n]{1,8}/"
+_TEXT: Final = r"ANSWER_TEXT: /(?s:.*)/"
+_NOT_BEGUN: Final = " & ~REASONING_BEGUN"
+
+
+def answer_grammar(
+    *,
+    special: Mapping[str, int],
+    reasoning_rules: str = "",
+    limits_reasoning: bool = False,
+    format: "Format | None" = None,
+    tools: "Sequence[Tool]" = (),
+    choice: Choice = "auto",
+    parallel: bool = True,
+    body: Body | None = None,
+) -> str:
+    """The grammar of the whole answer; empty when nothing constrains it.
+
+    reasoning_rules define the rule ``reasoning``, which comes first (it may match nothing). limits_reasoning: they
+    matter even where nothing is constrained behind them. special: the vocabulary's special tokens, text → id.
+    """
+    calls = None
+    if format is not None and tools and choice != "none":
+        calls = format.grammar(tools, special, parallel=parallel)
+    if calls is None and body is None and not (reasoning_rules and limits_reasoning):
+        return ""
+    first = "reasoning " if reasoning_rules else ""
+    # Else the lexer, which takes the longest, would read reasoning in text as more of the text.
+    guard = _NOT_BEGUN if "REASONING_BEGUN:" in reasoning_rules else ""
+    # Behind reasoning come line breaks, whatever follows; before calls they may come anyway.
+    gap = "ANSWER_GAP? "
+    rules: list[str] = []
+    if calls is None:
+        ways = [f"{gap if first else ''}body" if body else "ANSWER_TEXT"]
+    elif choice == "required":
+        ways = [f"{gap}answer_calls"]
+    elif body is not None:
+        ways = [f"{gap}answer_calls", f"{gap if first else ''}body"]
+    else:
+        ways = _text_or_calls(calls, literal(calls.trigger, special), rules, guard)
+    if calls is not None:
+        rules.append(f"answer_calls: {literal(calls.trigger, special)} calls ANSWER_GAP?")
+    lark = "\n".join(
+        (
+            f"start: {first}answer",
+            f"answer: {' | '.join(ways)}",
+            *rules,
+            *([_GAP] if any("ANSWER_GAP" in line for line in (*ways, *rules)) else []),
+            *([_TEXT + guard] if any("ANSWER_TEXT" in line for line in (*ways, *rules)) else []),
+            *(part.strip() for part in (reasoning_rules, calls.rules if calls else "", body.rules if body else "")),
+            "",
+        )
+    )
+    return with_sub_grammar(lark, body.grammar if body else "")
+
+
+def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -> list[str]:
+    """Free text, which the trigger ends wherever it comes up; behind it there are calls."""
+    if trigger.startswith("<["):  # a special token is no text
+        return ["ANSWER_GAP? answer_calls" if calls.at_start else "ANSWER_TEXT answer_calls", "ANSWER_TEXT"]
+    if calls.at_start:
+        rules.append(f"ANSWER_PLAIN: /(?s:.*)/ & ~(/[ \\t\\r\\n]*/ {trigger} /(?s:.*)/){guard}")
+        return ["ANSWER_GAP? answer_calls", "ANSWER_PLAIN"]
+    plain, _, rest = trigger.partition(" <[")
+    rules.append(f"answer_head[lazy]: ANSWER_TEXT {plain}")
+    rules.append(f"answer_begun: answer_head {'<[' + rest if rest else ''} calls ANSWER_GAP?".replace("  ", " "))
+    return ["ANSWER_TEXT", "answer_begun"]
+
+
+def check(grammar: str, param: str | None = None) -> None:
+    """Raises InvalidRequest for a grammar that llguidance does not take: the engine would refuse it later."""
+    problem = complaint(grammar) if grammar else ""
+    if not problem:
+        return
+    try:
+        reason = said(problem)
+    except TooComplex as size:
+        raise GrammarTooComplex(
+            f"The tools and formats of this request are too complex: {size}.", param=param
+        ) from None
+    raise InvalidRequest(f"The grammar of this answer cannot be used: {reason}.", param=param)
 
 
 def literal(text: str, special: Mapping[str, int]) -> str:
@@ -19,8 +115,12 @@ def literal(text: str, special: Mapping[str, int]) -> str:
         if not found:
             pending, text = pending + text[0], text[1:]
             continue
-        parts += [json.dumps(pending)] if pending else []
+        parts += [_quoted(pending)] if pending else []
         parts.append(f"<[{special[found]}]>")
         pending, text = "", text[len(found) :]
-    parts += [json.dumps(pending)] if pending else []
+    parts += [_quoted(pending)] if pending else []
     return " ".join(parts) or '""'
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Lark's strings know no \\u

@@ -67,6 +67,8 @@ def translated(pattern: str) -> str:
             part = _ODD_ESCAPES.get(taken, taken)
             if taken == r"\b" and inside:
                 part = r"\x08"
+            elif taken == r"\u" and pattern.startswith("{", index + 2):
+                taken = part = pattern[index : pattern.find("}", index) + 1] or taken
             elif taken == r"\c" and pattern[index + 2 : index + 3].isalpha():
                 taken = pattern[index : index + 3]
                 part = f"\\x{ord(taken[2]) % 32:02x}"

@@ -145,6 +145,8 @@ class _Rewriter:
     def _meet(self, one: Shapes, other: Shapes) -> Shapes:
         if one is ANYTHING or other is ANYTHING:
             return other if one is ANYTHING else one
+        if len(one) * len(other) > MAX_SHAPES**2:
+            raise TooComplex(_multiplied(one[0]))
         met = (meet(left, right) for left in one for right in other if type(left) is type(right))
         found = tuple(shape for shape in met if shape is not None)
         if len(found) > MAX_SHAPES:
@@ -158,7 +160,7 @@ class _Rewriter:
         if place in self._reading:
             raise Refused("$ref", place.path, "it leads back to itself without anything in between")
         if len(self._reading) > MAX_DEPTH:
-            raise TooComplex(f"at {place.path} more than {MAX_DEPTH} schemas are inside each other")
+            raise TooComplex(f"at {_at(place.path)} more than {MAX_DEPTH} schemas are inside each other")
         self._reading.add(place)
         try:
             shapes = self._without(ANYTHING, opposite(place)) if place.negated else self._straight(place)
@@ -241,7 +243,8 @@ class _Rewriter:
         else:
             names = [name for name in names if not (name == "integer" and "number" in names)]
             shapes = [TYPES[name] for name in dict.fromkeys(names)]
-        return tuple(self._constrained(replace(shape, path=place.path), schema, place) for shape in shapes)
+        given = ((shape, self._constrained(replace(shape, path=place.path), schema, place)) for shape in shapes)
+        return tuple(met for shape, constrained in given if (met := meet(constrained, shape)) is not None)
 
     def _constrained(self, shape: Shape, schema: Mapping[str, Any], place: Place) -> Shape:
         if isinstance(shape, Number):
@@ -304,7 +307,7 @@ class _Rewriter:
             at_least, at_most = _count(place, "minContains"), _count(place, "maxContains")
             at_least = 1 if at_least is None else at_least
             if at_least > MAX_ITEMS:
-                raise TooComplex(f"at {place.path}/minContains it wants more than {MAX_ITEMS} items")
+                raise TooComplex(f"at {_at(place.path)}/minContains it wants more than {MAX_ITEMS} items")
             prefix += [items] * (at_least - len(prefix))
             for index in range(at_least):
                 prefix[index] = (*prefix[index], wanted)
@@ -325,7 +328,7 @@ class _Rewriter:
         if not all(isinstance(name, str) for name in required):
             raise Refused("required", f"{place.path}/required", "it must be a list of names")
         if len(properties) > MAX_PROPERTIES or len(required) > MAX_PROPERTIES:
-            raise TooComplex(f"at {place.path} more than {MAX_PROPERTIES} properties are named")
+            raise TooComplex(f"at {_at(place.path)} more than {MAX_PROPERTIES} properties are named")
         additional = schema.get("additionalProperties")
         return replace(
             shape,
@@ -364,6 +367,8 @@ class _Rewriter:
 
     def _one_of(self, result: Shapes, place: Place, keyword: str) -> Shapes:
         children = self._children(place, keyword)
+        if len(children) > MAX_SHAPES:
+            raise TooComplex(f"at {_at(place.path)}/oneOf more than {MAX_SHAPES} branches are to be kept apart")
         branches = [self._meet(result, self._of(child)) for child in children]
         parts = list(branches)
         for (one, left), (other, right) in combinations(enumerate(branches), 2):
@@ -479,7 +484,7 @@ class _Rewriter:
                 return {"$ref": f"#/$defs/{self._name(key)}"}
             return written
         if depth > MAX_DEPTH:
-            raise TooComplex(f"at {places[0].path} more than {MAX_DEPTH} schemas are inside each other")
+            raise TooComplex(f"at {_at(places[0].path)} more than {MAX_DEPTH} schemas are inside each other")
         self._writing.add(key)
         shapes = self._shapes(places)
         if shapes is ANYTHING:
@@ -581,7 +586,7 @@ class _Rewriter:
 
     def _write_string(self, shape: String) -> Any:
         if shape.low > MAX_LENGTH:
-            raise TooComplex(f"at {shape.path}/minLength it wants more than {MAX_LENGTH} characters")
+            raise TooComplex(f"at {_at(shape.path)}/minLength it wants more than {MAX_LENGTH} characters")
         written: dict[str, Any] = {"type": "string"}
         if shape.low:
             written["minLength"] = shape.low
@@ -596,7 +601,7 @@ class _Rewriter:
 
     def _write_array(self, shape: Array, depth: int) -> Any:
         if shape.low > MAX_ITEMS:
-            raise TooComplex(f"at {shape.path}/minItems it wants more than {MAX_ITEMS} items")
+            raise TooComplex(f"at {_at(shape.path)}/minItems it wants more than {MAX_ITEMS} items")
         high = None if shape.high is None else min(shape.high, MAX_ITEMS)
         if shape.unique and (high is None or high > 1):
             return self._write_unique(shape, high)
@@ -636,7 +641,7 @@ class _Rewriter:
 
     def _write_properties(self, shape: Object, depth: int) -> dict[str, Any]:
         if len(shape.properties) + len(shape.required) > 2 * MAX_PROPERTIES:
-            raise TooComplex(f"at {shape.path} more than {MAX_PROPERTIES} properties are named")
+            raise TooComplex(f"at {_at(shape.path)} more than {MAX_PROPERTIES} properties are named")
         written: dict[str, Any] = {"type": "object"}
         if shape.properties:
             # What patterns say of these names llguidance adds itself.
@@ -772,8 +777,12 @@ def _in_order(schema: Mapping[str, Any]) -> list[str]:
     return sorted(found, key=_LAST.__contains__)
 
 
+def _at(path: str) -> str:
+    return f"#{path}" if len(path) <= 100 else f"#…{path[-100:]}"
+
+
 def _multiplied(where: Shape | Place) -> str:
-    return f"at #{where.path} its alternatives, multiplied out, are more than {MAX_SHAPES}"
+    return f"at {_at(where.path)} its alternatives, multiplied out, are more than {MAX_SHAPES}"
 
 
 def _either(branches: Iterable[Shapes]) -> Shapes:

@@ -49,13 +49,14 @@ def _tool_rule(text: str) -> str:
     return _compiled(rewritten(ANY_OBJECT))
 
 
-def strict_rule(schema: Any, param: str) -> str:
+def strict_rule(schema: Any, param: str, layout: Mapping[str, Any] | None = None) -> str:
     """The Lark expression of the values that the schema admits, less what ``lmx.chat.rewrite`` says: never more.
 
-    Raises InvalidRequest that names the keyword and where it stands; ``param`` is the request's field.
+    Raises InvalidRequest that names the keyword and where it stands; ``param`` is the request's field. layout: other
+    white space than ``LAYOUT``'s.
     """
     try:
-        return _strict_rule(json.dumps(schema, allow_nan=False))
+        return _strict_rule(json.dumps(schema, allow_nan=False), json.dumps({**LAYOUT, **(layout or {})}))
     except Refused as refused:
         raise InvalidRequest(
             f"{param}: {refused.keyword} at #{refused.path} cannot be enforced: {refused.reason}.", param=param
@@ -69,22 +70,19 @@ def strict_rule(schema: Any, param: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _strict_rule(text: str) -> str:
+def _strict_rule(text: str, layout: str) -> str:
     if len(text) > MAX_CHARACTERS:
         raise TooComplex(f"it has {len(text):,} characters and {MAX_CHARACTERS:,} are taken")
-    return _compiled(rewritten(json.loads(text)))
+    return _compiled(rewritten(json.loads(text)), json.loads(layout))
 
 
-def _compiled(schema: dict[str, Any] | bool) -> str:
+def _compiled(schema: dict[str, Any] | bool, layout: Mapping[str, Any] = LAYOUT) -> str:
     if isinstance(schema, bool):
         raise Refused("schema", "", "nothing satisfies it")
-    expression = "%json " + json.dumps({**schema, "x-guidance": LAYOUT})
+    expression = "%json " + json.dumps({**schema, "x-guidance": layout})
     problem = complaint(f"start: {expression}")
     if problem:
-        shown = _short(problem)
-        if any(word in shown for word in _SIZE):
-            raise TooComplex(shown)
-        raise Refused("schema", "", shown)
+        raise Refused("schema", "", said(problem))
     return expression
 
 
@@ -94,7 +92,11 @@ def complaint(grammar: str) -> str:
     return messages[0] if failed else ""
 
 
-def _short(problem: str) -> str:
-    """Without the place in our grammar, and the grammar itself."""
-    problem = problem.partition("failed to compile JSON schema: ")[2] or problem
-    return problem.partition("\n   1 |")[0].strip()[:200]
+def said(problem: str) -> str:
+    """llguidance's complaint without the place in our grammar. Raises TooComplex where it is about size."""
+    shown = problem.partition("failed to compile JSON schema: ")[2] or problem
+    shown = shown.partition("\n   1 |")[0].strip()
+    shown = (shown.rpartition("\nerror: ")[2] or shown)[:200]  # of a regular expression
+    if any(word in shown for word in _SIZE):
+        raise TooComplex(shown)
+    return shown

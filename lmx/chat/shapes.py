@@ -6,7 +6,7 @@ them as conjunctions of places, so that recursive schemas are finite.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -126,19 +126,18 @@ def fraction(value: int | float) -> Fraction:
     return Fraction(value) if isinstance(value, int) else Fraction(repr(value))
 
 
-def same(one: Any, other: Any) -> bool:
-    """JSON's equality: 1 is 1.0 and not true."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return (type(one) is type(other) and one == other) or (_number(one) and _number(other) and one == other)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def identity(value: Any) -> Hashable:
+    """Equal for what JSON calls equal: 1 is 1.0 and not true."""
+    if isinstance(value, bool):
+        return "boolean", value
+    if isinstance(value, int | float):
+        return fraction(value)
+    if isinstance(value, list):
+        return "array", tuple(map(identity, value))
+    if isinstance(value, dict):
+        return "object", frozenset((key, identity(member)) for key, member in value.items())
+    hashable: Hashable = value  # a text or None
+    return hashable
 
 
 def kind(value: Any) -> type[Shape]:
@@ -189,13 +188,8 @@ def meet(one: Shape, other: Shape) -> Shape | None:
 def _meet_values(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     if one is None or other is None:
         return other if one is None else one
-    scalars = {value for value in other if isinstance(value, str)}
-    rest = [value for value in other if not isinstance(value, str)]
-    return tuple(
-        value
-        for value in one
-        if (value in scalars if isinstance(value, str) else any(same(value, candidate) for candidate in rest))
-    )
+    both = set(map(identity, other))
+    return tuple(value for value in one if identity(value) in both)
 
 
 def _possible(shape: String | Array) -> Shape | None:

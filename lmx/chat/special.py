@@ -6,12 +6,12 @@ own, and the stretches between them that were broken up are to be encoded litera
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from lmx.chat.messages import map_strings
+from lmx.chat.messages import collector, map_strings
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
@@ -33,7 +33,7 @@ class SpecialTokens:
     def break_up(self, conversation: Any) -> tuple[Any, str]:
         """``conversation`` with spelled-out tokens broken up, and the character put in: "" if there are none."""
         strings: list[str] = []
-        map_strings(conversation, _collector(strings))
+        map_strings(conversation, collector(strings))
         if not any(map(self._spelled.search, strings)):
             return conversation, ""
         breaker = _unused(strings)
@@ -67,18 +67,10 @@ class SpecialTokens:
 def unused_character(conversation: Any) -> str:
     """One that no string of the conversation has."""
     strings: list[str] = []
-    map_strings(conversation, _collector(strings))
+    map_strings(conversation, collector(strings))
     return _unused(strings)
 
 
 def _unused(strings: Sequence[str]) -> str:
     used = set().union(*strings)
     return next(character for character in map(chr, _PRIVATE_USE) if character not in used)
-
-
-def _collector(strings: list[str]) -> Callable[[str], str]:
-    def collect(string: str) -> str:
-        strings.append(string)
-        return string
-
-    return collect

@@ -24,17 +24,16 @@ class TextStream:
         strip_space: bool = False,
         keep_stop: bool = False,
     ) -> None:
-        self.stopped = False
-        """A stop string was met; everything after it is dropped, and without ``keep_stop`` itself."""
         self._pieces = pieces
         self._strip_space = strip_space
         # UTF-8 with U+FFFD for each maximal invalid part (Unicode's "substitution of maximal subparts").
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = [_Matcher(string) for string in filter(None, stop)]
-        self._held = ""
-        self._found: tuple[int, int] | None = None
-        """Where in what is held back a stop string begins and ends, while one that begins earlier is still possible."""
-        self._keep_stop = keep_stop
+        self._stop = StopStrings(stop, keep=keep_stop) if any(stop) else None
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met; everything after it is dropped, and without ``keep_stop`` itself."""
+        return self._stop is not None and self._stop.stopped
 
     def feed(self, tokens: Sequence[int], *, stops: bool = True) -> str:
         """The text that these tokens make safe to send; "" once ``stopped``. Unknown ids give no text. Without
@@ -49,7 +48,7 @@ class TextStream:
         return self._take((), final=True)
 
     def _take(self, tokens: Sequence[int], *, final: bool, stops: bool = True) -> str:
-        if self.stopped:
+        if self._stop is not None and self._stop.stopped:
             return ""
         pieces = self._pieces
         size = len(pieces)
@@ -58,10 +57,25 @@ class TextStream:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._utf8.decode(data, final)
-        return self._cut(text, final=final) if self._stop and stops else text
+        return self._stop.feed(text, final=final) if self._stop is not None and stops else text
 
-    def _cut(self, new: str, *, final: bool) -> str:
-        """The stop string that begins first in the whole text wins, so the result is the same for every chunking."""
+
+class StopStrings:
+    """Cuts a text that comes in pieces at the stop string that begins first in it, whatever the pieces."""
+
+    def __init__(self, strings: Sequence[str], *, keep: bool = False) -> None:
+        self.stopped = False
+        """One was met; everything after it is dropped, and without ``keep`` itself."""
+        self._stop = [_Matcher(string) for string in filter(None, strings)]
+        self._held = ""
+        self._found: tuple[int, int] | None = None
+        """Where in what is held back a stop string begins and ends, while one that begins earlier is still possible."""
+        self._keep = keep
+
+    def feed(self, new: str, *, final: bool = False) -> str:
+        """What is safe to send; with ``final`` all of it, once, last. "" once ``stopped``."""
+        if self.stopped:
+            return ""
         text = self._held + new
         found, keep = self._found, len(text)
         for matcher in self._stop:
@@ -75,7 +89,7 @@ class TextStream:
         # Before ``found``, a stop string that begins at ``keep`` may still come, and would be the first.
         if found is not None and found[0] <= keep:
             self.stopped = True
-            keep = found[self._keep_stop]
+            keep = found[self._keep]
         self._found = None if found is None else (found[0] - keep, found[1] - keep)
         self._held = "" if self.stopped else text[keep:]
         return text[:keep]

@@ -62,7 +62,7 @@ class Models:
         self._settings = settings.model
         self._metrics = metrics
         self._served: Served | None = None
-        self.readers = Readers(lambda: [served.folder.words for served in self.listing()])
+        self.readers = Readers(lambda: [served.chat.source for served in self.listing()])
         """Processes for large request bodies."""
         self._loading = trio.CancelScope()
         self.settled = trio.Event()
@@ -155,7 +155,7 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
     backend = settings.model.backends.get(name, settings.model.backend)
     folder = find(name, settings.model.cache_path, backend)
     logger.info("model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
-    chat = ChatModel.load(folder.words)
+    chat = ChatModel.load(folder.words, settings.model.tool_format, settings.model.reasoning_format)
     load = protocol.Load(
         path=str(folder.path),
         backend=folder.backend,
