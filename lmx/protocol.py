@@ -205,7 +205,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Of the prompt's tokens but the first, in their order; sent once, before the sequence's first token."""
+    """Of the prompt's tokens but the first, each given those before it: in their order, each once, in as many messages
+    as it took steps; all before the sequence's first token."""
 
     seq: int
     logprobs: tuple[Logprobs, ...]

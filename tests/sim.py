@@ -39,7 +39,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.loop import StepLoop
 from lmx.protocol import Cancel, Failed, Freed, Load, Message, Sampling, Shutdown, Stats, Step, Submit, pack_tokens
 
@@ -163,6 +163,11 @@ class SimBackend:
         assert len(self._rows) < self.facts.max_rows, "more rows than there are"
         self._rows[sequence.seq] = _Row()
 
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        self.start(sequence)
+        assert 0 < tokens <= min(self._rows[parent.seq].length, parent.prompt_tokens), "the parent has no such KV"
+        self._rows[sequence.seq].length = tokens
+
     def free(self, sequence: Sequence) -> None:
         self._rows.pop(sequence.seq, None)
 
@@ -263,6 +268,9 @@ class SimLaunch:
 
     def draw(self) -> None:
         """No row here has a mask."""
+
+    def scores(self) -> list[Scores]:
+        return []
 
     def wait(self) -> list[Draw]:
         self._backend.read(self)

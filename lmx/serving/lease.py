@@ -33,6 +33,7 @@ class GenerateRequest:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     prompt_logprobs: int = -1
+    parent: int = -1
     request_id: str = ""
     """The client's or ours, for logs."""
 
@@ -64,6 +65,7 @@ class Lease:
         "freed",
         "last_token_at",
         "logprobs",
+        "prompt_logprobs",
         "request",
         "seq",
         "submitted",
@@ -80,6 +82,7 @@ class Lease:
         self.tokens: list[int] = []
         """Not yet read."""
         self.logprobs: list[protocol.Logprobs] = []
+        self.prompt_logprobs: list[protocol.Logprobs] = []
         self.finish: str | None = None
         self.error: LmxError | None = None
         self.cancel_reason: str | None = None
@@ -128,6 +131,16 @@ class TokenStream:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+
+    @property
+    def seq(self) -> int:
+        """For other requests' ``parent``."""
+        return self._lease.seq
+
+    @property
+    def prompt_logprobs(self) -> list[protocol.Logprobs]:
+        """Of the prompt's tokens but the first, if the request asked for them; whole from the first chunk on."""
+        return self._lease.prompt_logprobs
 
     @property
     def cached_tokens(self) -> int:

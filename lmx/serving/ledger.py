@@ -271,8 +271,10 @@ class Ledger:
                     request.min_tokens,
                     request.prompt_logprobs,
                     request.request_id,
+                    request.parent,
                 )
             )
+            lease.prompt_logprobs.clear()  # an engine that died may have told some
             lease.submitted = True
             self.submitted[lease.seq] = lease
             self._note_work()
@@ -285,6 +287,9 @@ class Ledger:
         match message:
             case protocol.Step():
                 self._step(message)
+            case protocol.PromptLogprobs(seq=seq, logprobs=logprobs):
+                if seq in self.submitted:
+                    self.submitted[seq].prompt_logprobs += logprobs
             case protocol.Running(seqs=seqs):
                 self._in_forward = frozenset(seqs)
             case protocol.Freed():

@@ -24,7 +24,9 @@ MOST = 4096
 def content_key(request: GenerateRequest) -> bytes:
     """Equal for requests that ask for the same: the seed aside, which we draw anew for each retry."""
     sampling = replace(request.sampling, seed=0)
-    rest = replace(request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="")
+    rest = replace(
+        request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="", parent=-1
+    )
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 

@@ -29,6 +29,8 @@ import llama_cpp as C
 
 KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
 MAX_SLOTS = int(C.llama_max_parallel_sequences())
+OUTPUTS = 32
+"""Tokens of a batch whose logits can be had, at least: what is held is so many times the vocabulary."""
 # GCC 12 takes most of the tile configuration that ggml's AMX kernels load for dead stores and drops them: the first
 # product with quantised weights faults (a Sapphire Rapids under Debian 12). A build does not say what compiled it, so
 # none of them gets weights laid out for AMX.
@@ -150,8 +152,10 @@ class Context:
         parameters.n_batch = batch_tokens
         parameters.n_ubatch = forward_tokens
         parameters.n_seq_max = slots
-        # One row of logits for each slot: otherwise buffers are made for logits of every token of a batch.
-        parameters.n_outputs_max = slots
+        # One row of logits for each slot, and some for prompts whose log-probabilities are wanted: otherwise buffers
+        # are made for logits of every token of a batch.
+        self.outputs = min(max(slots, OUTPUTS), batch_tokens)
+        parameters.n_outputs_max = self.outputs
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
         # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
@@ -169,6 +173,7 @@ class Context:
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self._window = model.window
+        self._streams = streams
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -226,6 +231,14 @@ class Context:
     def last_position(self, slot: int) -> int:
         """The highest position whose KV the slot holds; -1: none."""
         return int(C.llama_memory_seq_pos_max(self._memory, slot))
+
+    def copy(self, source: int, target: int, tokens: int) -> bool:
+        """Give an empty slot the first ``tokens`` of another one. Shared cells are then both's, until one forgets them;
+        cells of its own are filled. False: the cache cannot be cut there."""
+        if self._streams:
+            return self.import_slot(target, self.export_slot(source)) and self.forget(target, tokens)
+        C.llama_memory_seq_cp(self._memory, source, target, 0, tokens)
+        return True
 
     def wipe(self) -> None:
         """Forget every slot and zero every cell."""
