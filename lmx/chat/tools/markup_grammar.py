@@ -6,13 +6,13 @@ parameter, ``callend`` up to the call's end. Where one of the two must not come,
 ends at the first of them (``lazy``), unless the markers are special tokens, which no text matches. Pure.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, string_body
+from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, quoted, string_body
 from lmx.chat.tools.markup_parser import SPACE, Markup
 from lmx.chat.tools.parameters import Parameters, Schema, unconstrained
 
@@ -41,13 +41,13 @@ class _Ways(NamedTuple):
 class _Rules:
     def __init__(self, markup: Markup, special: Mapping[str, int]) -> None:
         self._markup = markup
-        self._special = special
         close, after = markup.parameter_end, (markup.key[0], markup.call_end)
         found = [close.index(token) for token in special if token in close]
         self._head = close[: min(found)] if found else None
         """What text ends in before the special token that closes it; None: what closes it is text."""
         self._more, self._end = (f"{plain(close)}{SPACE}{plain(marker)}" for marker in after)
         self._lexemes: dict[str, str] = {}
+        self._literal = cache(partial(literal, special=special))
 
     def block(self, tools: Sequence[Tool], *, parallel: bool) -> Iterator[str]:
         markup = self._markup
@@ -90,7 +90,7 @@ class _Rules:
             yield f"call{number}v{place}: " + self._value(
                 parameters,
                 schema,
-                json.dumps(key),
+                quoted(key),
                 f"call{number}p{place + 1}" if place + 1 < len(properties) else "",
                 end=not any(needed[place + 1 :]),
                 earlier=None if parameters.others is not None else optional,
@@ -122,7 +122,7 @@ class _Rules:
         split = _ways(parameters, schema, typed=markup.typed is not None)
         ways = []
         if split.strings:
-            ways.append(f"{opened} ({' | '.join(map(json.dumps, split.strings))}) {closed}")
+            ways.append(f"{opened} ({' | '.join(map(quoted, split.strings))}) {closed}")
         if split.json is not None:
             ways.append(f"{opened_other} {json_value(parameters.rooted(split.json))} {closed}")
         if split.text is not None:
@@ -159,9 +159,6 @@ class _Rules:
             else:
                 rule = f"(({body}) & ~/{ANY}({self._more}|{self._end}){ANY}/) /{line}{marker}/"
             yield f"{self._lexeme(rule)} {goes_on}"
-
-    def _literal(self, text: str) -> str:
-        return literal(text, self._special)
 
     def _lexeme(self, expression: str, *, terminal: bool = False) -> str:
         """The name of a rule, which ends as soon as it may, or of a terminal, for ``expression``."""
