@@ -108,12 +108,13 @@ class Submit:
     deadline_s: float | None = None
     """Seconds from receipt; the engine then gives the sequence up with ``Failed(code="timeout")``."""
     ignore_eos: bool = False
+    """The model's own end tokens do not end the answer. With a grammar: they come only where nothing else can."""
     grammar: str = ""
     """What the answer must match, for llguidance; "": anything. Where it can be complete, end tokens may follow."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end this answer, besides the model's own."""
+    """Tokens that end this answer, besides the model's own; with a grammar, where it may end."""
     min_tokens: int = 0
-    """No end token is drawn before so many tokens."""
+    """No end token is drawn before so many tokens, unless by its grammar the answer is complete."""
     prompt_logprobs: int = -1
     """As ``Sampling.logprobs``, for the prompt's tokens but the first; answered by ``PromptLogprobs``."""
     request_id: str = ""

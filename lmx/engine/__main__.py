@@ -3,9 +3,9 @@ inherited socket."""
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,4 +88,5 @@ def _load_mlx(options: Load) -> Backend:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # At once: a grammar that is being compiled cannot be interrupted, and sys.exit would wait for its thread.
+    os._exit(main())

@@ -90,8 +90,14 @@ class _Compiling:
 
 class StepLoop:
     def __init__(
-        self, link: Link, backend: Backend, options: Load, clock: Callable[[], float] = time.monotonic
+        self,
+        link: Link,
+        backend: Backend,
+        options: Load,
+        clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
+        """``grammars``: other than those of the model's own words."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -109,7 +115,7 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
-        self._grammars = Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
+        self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
         self._compiling: dict[int, _Compiling] = {}
         """Requests that wait for their grammar; the scheduler does not know them yet."""
@@ -417,10 +423,10 @@ class StepLoop:
             self._link.send(PromptLogprobs(sequence.seq, logprobs))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
-        if token in sequence.stop_ids:
-            return True
-        # Of an answer that must match a grammar, an end is a part.
-        return token in self._eos and (not sequence.ignore_eos or sequence.constraint is not None)
+        """Whether the token ends the answer. Elsewhere than at its end a grammar may ask for such a token."""
+        if sequence.constraint:
+            return (token in self._eos or token in sequence.stop_ids) and sequence.constraint.accepting
+        return token in sequence.stop_ids or (token in self._eos and not sequence.ignore_eos)
 
     def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
         """What a step that was just read took, from done to done, and whether that says what such a step costs.

