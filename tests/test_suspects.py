@@ -81,7 +81,7 @@ async def test_those_beside_it_are_served_and_different_poisons_do_not_open_the_
         assert statuses.pop(99) == 422
         # Whoever had not begun is answered; whoever had is told to try again.
         assert set(statuses.values()) <= {200, 503}
-    assert server.engine.state == "ready"
+    assert await server.engine.wait_state("ready", "failed") == "ready"
     await send(0, [30] * 2000)
     assert statuses[0] == 200
     await server.free()

@@ -85,7 +85,7 @@ class Choice:
             self.completion_tokens += len(chunk.tokens)
         if chunk.finish and not self.stopped:
             text += self.text.finish()
-            self.finish = "stop" if self.text.stopped else chunk.finish
+            self.finish = "stop" if self.text.stopped or chunk.finish == "complete" else chunk.finish
         return Delta(text, logprobs, self.finish)
 
     def _feed_each(self, chunk: Chunk) -> tuple[str, tuple[tuple[int, Logprobs], ...]]:

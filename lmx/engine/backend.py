@@ -8,9 +8,12 @@ next launch on.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lmx.protocol import Logprobs, Sampling
+
+if TYPE_CHECKING:
+    from lmx.engine.grammar import Constraint
 
 # Where starting a step blocks for more of it than this, it is started after the last one's tokens are told: they would
 # be late by that share of it (of a step with a chunk: of 250 ms). Where it blocks for nearly all of it, nothing runs
@@ -32,6 +35,10 @@ class Sequence:
     ignore_eos: bool
     request_id: str = ""
     """For the log."""
+    stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    constraint: "Constraint | None" = None
+    """How far the answer has come in its grammar."""
     computed_tokens: int = 0
     """Prompt positions prefilled, over all prefills."""
     ended: bool = False
@@ -39,6 +46,11 @@ class Sequence:
     @property
     def generated_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def masked(self) -> bool:
+        """Which token comes next depends on those before, in a way that only Python knows."""
+        return self.constraint is not None or self.generated_tokens < self.min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +75,19 @@ class Draw:
 
 
 class Launch(Protocol):
-    """A step: made by ``Backend.launch``, then started, then read."""
+    """A step: made by ``Backend.launch``, then started, its masked rows drawn, then read."""
 
     def start(self) -> None:
-        """Give it to the device, behind the steps started before. Blocks until the device has done a share of it
-        (``Facts.launch_share``), and so everything before."""
+        """Give it to the device, behind the steps started before, but for the draws of rows that are ``masked``. Blocks
+        until the device has done a share of it (``Facts.launch_share``), and so everything before."""
+
+    def draw(self) -> None:
+        """Now that the tokens of the step before are known: give the device the masks and what was left of the step.
+        Nothing where no row is masked."""
 
     def wait(self) -> list[Draw]:
-        """Block until the step is done (it is started first if it was not); the decoding rows' draws in their order,
-        then those of the chunks that are ``last``, in their order."""
+        """Block until the step is done (what was not given to the device before is now); the decoding rows' draws in
+        their order, then those of the chunks that are ``last``, in their order."""
 
 
 @dataclass(frozen=True, slots=True)

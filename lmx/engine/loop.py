@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from lmx._sched import NeverFits, Scheduler
 from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
+from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
-from lmx.engine.requests import Refused, check_sampling, read_prompt
+from lmx.engine.requests import Refused, check_ends, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
     Cancel,
@@ -54,6 +55,8 @@ _HOLD_STEP = 0.05
 _NO_HOLD = -2 * _HOLD_STEP  # and none before the third good prediction in a row
 # A prediction this many times off is about to change (``_cost.pxd`` says the same of a surprise): no hold by it.
 _HOLD_SURPRISE = 2.0
+# Grammars are being compiled: their requests' deadlines are looked at this often.
+_COMPILING_S = 0.05
 # A step was still running when it was asked for, if reading it took longer than this.
 _BLOCKED_S = 0.001
 
@@ -74,6 +77,14 @@ class _Running:
     """``Launch.start`` was called, and came back."""
     held: bool = False
     """The loop slept while it ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiling:
+    submit: Submit
+    prompt: list[int]
+    since: float
+    deadline: float
 
 
 class StepLoop:
@@ -97,6 +108,10 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
+        self._grammars = Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
+        self._compile_s = options.grammar_compile_s
+        self._compiling: dict[int, _Compiling] = {}
+        """Requests that wait for their grammar; the scheduler does not know them yet."""
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
@@ -123,6 +138,7 @@ class StepLoop:
             running = self._prepare()
             if running:
                 self._start(running)
+                running.launch.draw()
                 self._complete(running)
             self._release()
             self._report()
@@ -147,9 +163,12 @@ class StepLoop:
                 self._start(following)
             if running:
                 self._complete(running, beside=following)
+            if following and start_first:
+                following.launch.draw()
             self._release()
             if following and not start_first:
                 self._start(following)
+                following.launch.draw()
             running = following
             self._report(idle=running is None and not self._sequences)
 
@@ -159,7 +178,8 @@ class StepLoop:
         """Take messages: until work is there, or while the running step needs no successor yet."""
         if running is None:
             idle = not self._sequences
-            self._handle_all(None if idle else _STALLED_S if self._stalled else 0.0)
+            wait_s = _COMPILING_S if self._compiling else None
+            self._handle_all(wait_s if idle else _STALLED_S if self._stalled else 0.0)
             if idle:
                 self._gather()
             return
@@ -190,6 +210,8 @@ class StepLoop:
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):
             self._handle(message)
+        if self._compiling:
+            self._take_compiled()
         self._release()
 
     def _handle(self, message: Message) -> None:
@@ -200,6 +222,8 @@ class StepLoop:
                 if seq in self._sequences:
                     self._sequences[seq].ended = True
                     self._scheduler.cancel(seq)
+                elif self._compiling.pop(seq, None):
+                    self._link.send(Freed(seq, 0))
             case Canary():
                 self._backend.canary()
                 self._send_stats()
@@ -210,25 +234,67 @@ class StepLoop:
 
     def _submit(self, message: Submit) -> None:
         """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""
-        if message.seq in self._sequences:
+        if message.seq in self._sequences or message.seq in self._compiling:
             raise ValueError(f"the server sent sequence {message.seq} again, which is not freed yet")
-        facts = self._backend.facts
+        facts, now = self._backend.facts, self._clock()
         try:
             prompt = read_prompt(message, facts)
             check_sampling(message.sampling, facts)
-            max_tokens = self._scheduler.submit(
-                message.seq,
-                len(prompt),
-                min(message.max_tokens, facts.context_length - len(prompt)),
-                client=message.client,
-                priority=message.priority,
-                deadline=_INFINITY if message.deadline_s is None else self._clock() + message.deadline_s,
-            )
-        except ValueError as error:
+            check_ends(message, facts)
+        except Refused as error:
             self._refuse(message.seq, error)
             return
-        self._sequences[message.seq] = Sequence(
-            message.seq, prompt, len(prompt), max_tokens, message.sampling, message.ignore_eos, message.request_id
+        deadline = _INFINITY if message.deadline_s is None else now + message.deadline_s
+        waiting = _Compiling(message, prompt, now, deadline)
+        if message.grammar:
+            self._compiling[message.seq] = waiting
+        else:
+            self._enter(waiting, None)
+
+    def _take_compiled(self) -> None:
+        """Requests whose grammar is compiled, or will not be."""
+        now = self._clock()
+        for seq, waiting in list(self._compiling.items()):
+            try:
+                constraint = self._grammars.compile(waiting.submit.grammar)
+                if constraint is None and now - waiting.since > self._compile_s:
+                    raise Refused("grammar_too_complex", f"it was not compiled within {self._compile_s:g} s")
+                if constraint is None and now >= waiting.deadline:
+                    raise Refused("timeout", "the deadline passed")
+            except Refused as error:
+                del self._compiling[seq]
+                self._refuse(seq, error)
+                continue
+            if constraint is not None:
+                del self._compiling[seq]
+                self._enter(waiting, constraint)
+
+    def _enter(self, waiting: _Compiling, constraint: Constraint | None) -> None:
+        """Queue a request with the scheduler, or fail it alone."""
+        submit, prompt = waiting.submit, waiting.prompt
+        try:
+            max_tokens = self._scheduler.submit(
+                submit.seq,
+                len(prompt),
+                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
+                client=submit.client,
+                priority=submit.priority,
+                deadline=waiting.deadline,
+            )
+        except ValueError as error:
+            self._refuse(submit.seq, error)
+            return
+        self._sequences[submit.seq] = Sequence(
+            submit.seq,
+            prompt,
+            len(prompt),
+            max_tokens,
+            submit.sampling,
+            submit.ignore_eos,
+            submit.request_id,
+            submit.stop_ids,
+            submit.min_tokens,
+            constraint,
         )
 
     def _refuse(self, seq: int, error: ValueError) -> None:
@@ -295,9 +361,18 @@ class StepLoop:
                 )
                 continue
             sequence.tokens.append(draw.token)
-            finish = None
-            if draw.token in self._eos and not sequence.ignore_eos:
+            constraint, finish = sequence.constraint, None
+            if self._ends(sequence, draw.token):
                 finish = "stop"
+                finished.append(sequence.seq)
+            elif constraint and not constraint.advance(draw.token):
+                error = constraint.refusal
+                sequence.ended = True
+                finished.append(sequence.seq)
+                self._link.send(Failed(sequence.seq, error.code, str(error)))
+                continue
+            elif constraint and constraint.complete:
+                finish = "complete"
                 finished.append(sequence.seq)
             elif sequence.generated_tokens >= sequence.max_tokens:
                 finish = "length"
@@ -309,6 +384,12 @@ class StepLoop:
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+
+    def _ends(self, sequence: Sequence, token: int) -> bool:
+        if token in sequence.stop_ids:
+            return True
+        # Of an answer that must match a grammar, an end is a part.
+        return token in self._eos and (not sequence.ignore_eos or sequence.constraint is not None)
 
     def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
         """What a step that was just read took, from done to done, and whether that says what such a step costs.

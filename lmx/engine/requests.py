@@ -52,6 +52,16 @@ def check_sampling(sampling: Sampling, facts: Facts) -> None:
         raise Refused("invalid_request", f"temperature must be at least 0, got {sampling.temperature}")
 
 
+def check_ends(submit: Submit, facts: Facts) -> None:
+    """Raises Refused."""
+    highest = facts.vocab_size - 1
+    for token in submit.stop_ids:
+        if not 0 <= token <= highest:
+            raise Refused(
+                "invalid_request", f"stop_token_ids names token {token}; this model's tokens go from 0 to {highest}"
+            )
+
+
 def _numbers(sampling: Sampling) -> Iterator[tuple[str, float]]:
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         yield name, getattr(sampling, name)

@@ -7,17 +7,16 @@ batch. Nothing here reads a device array back: the graph stays lazy. Called by t
 Whatever the logits and the parameters are, nothing raises: a row draws one of the vocabulary's ids or is ``bad``.
 Numbers that float32 cannot work with are brought to the nearest that it can.
 
-Order: penalties and bias, temperature, min-p, top-k, top-p (as vLLM). The draw is the Gumbel-max trick, with noise
-from an integer hash (1.8 ms for 8 rows of 49,152 on the CPU). Inverting the cumulative
-distribution needs one random number a row, but the last bits of the logits, which differ between batch shapes, move
-every boundary of that distribution, and with them now and then a draw (seen in a test: one token of 24); here only
-near ties flip.
+Order: penalties and bias, masks, temperature, min-p, top-k, top-p (as vLLM). The draw is the Gumbel-max trick, with
+noise from an integer hash (1.8 ms for 8 rows of 49,152 on the CPU). Inverting the cumulative distribution needs one
+random number a row, but the last bits of the logits, which differ between batch shapes, move every boundary of that
+distribution, and with them now and then a draw (seen in a test: one token of 24); here only near ties flip.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +83,7 @@ class _Signature:
     """Of how many of the likeliest tokens top-k and top-p need the order: 0 of none, ``vocab_size`` of all."""
     min_p: bool
     logprobs: bool
+    masked: bool = False
 
 
 class SamplingBatch:
@@ -158,14 +158,20 @@ class SamplingBatch:
         most = max(k for i, k in zip(chosen, ks, strict=True) if limited[i])
         return vocab_size if most > _SELECT_LIMIT else min(vocab_size, max(32, 1 << (most - 1).bit_length()))
 
-    def draw(self, logits: Array, keys: Sequence[int], counts: Sequence[Array] | None = None) -> Drawn:
+    def draw(
+        self, logits: Array, keys: Sequence[int], counts: Sequence[Array] | None = None, masks: Any = None
+    ) -> Drawn:
         """Draw one token a row.
 
         ``logits``: (B, V) of any float type. ``keys``: one a row, see ``draw_key``. ``counts``: seen and generated,
-        each (B, V), when ``penalised``: how often a token stands in prompt and answer, and in the answer.
+        each (B, V), when ``penalised``: how often a token stands in prompt and answer, and in the answer. ``masks``: a
+        NumPy array (B, ⌈V / 32⌉) of uint32, whose bits tell which tokens may be drawn; None: all.
         """
-        xp = self.xp
+        xp, signature = self.xp, self._signature
         inputs = dict(self._inputs)
+        if masks is not None:
+            signature = replace(signature, masked=True)
+            inputs["masks"] = xp.array(masks)
         if self._signature.sampled:
             inputs["keys"] = xp.array(np.asarray(keys, np.uint32)[:, None])
             inputs["ids"] = self._ids
@@ -173,9 +179,9 @@ class SamplingBatch:
             assert counts is not None
             inputs["seen"], inputs["generated"] = counts
         if self._compiled:
-            return Drawn(*_compiled(xp, self._signature)(logits, inputs))
+            return Drawn(*_compiled(xp, signature)(logits, inputs))
         with np.errstate(all="ignore"):
-            return Drawn(*_draw(xp, self._signature, logits, inputs))
+            return Drawn(*_draw(xp, signature, logits, inputs))
 
 
 _Graph = Callable[[Array, dict[str, Array]], tuple[Array, ...]]
@@ -208,6 +214,8 @@ def _draw(xp: Any, signature: _Signature, logits: Array, inputs: dict[str, Array
         x = _penalise(xp, x, inputs)
     if signature.biased:
         x = _add_bias(xp, x, inputs)
+    if signature.masked:
+        x = _mask_out(xp, x, inputs["masks"])
     if signature.sampled:
         peak = top if x is raw else xp.max(x, axis=-1, keepdims=True)
         tokens = _sample(xp, signature, x - peak, inputs)
@@ -257,6 +265,12 @@ def _add_bias(xp: Any, x: Array, inputs: dict[str, Array]) -> Array:
     x = x.copy()
     np.put_along_axis(x, ids, changed, axis=-1)
     return x
+
+
+def _mask_out(xp: Any, x: Array, masks: Array) -> Array:
+    """Last, so that no bias can lift what a mask forbids."""
+    bits = (masks[:, :, None] >> xp.arange(32, dtype=xp.uint32)) & xp.array(1, dtype=xp.uint32)
+    return xp.where(bits.reshape(len(masks), -1)[:, : x.shape[-1]] != 0, x, -xp.inf)
 
 
 def _sample(xp: Any, signature: _Signature, x: Array, inputs: dict[str, Array]) -> Array:

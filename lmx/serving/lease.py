@@ -63,7 +63,7 @@ class Chunk:
     logprobs: tuple[protocol.Logprobs, ...]
     """One for each token if the request asked for them, else none."""
     finish: str | None
-    """"stop" (the last token is an EOS) or "length": nothing follows. None: more follows."""
+    """As in ``protocol.Tokens``: nothing follows. None: more follows."""
 
 
 class Lease:

@@ -18,6 +18,7 @@ from lmx.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineDied,
+    GrammarTooComplex,
     InvalidRequest,
     LmxError,
     ModelOverloaded,
@@ -409,6 +410,9 @@ class Ledger:
             lease.fail(InvalidRequest(message.message, param=param))
         elif message.code == "invalid_request":
             lease.fail(InvalidRequest(message.message))
+        elif message.code in ("grammar_invalid", "grammar_too_complex"):
+            kind = GrammarTooComplex if message.code == "grammar_too_complex" else InvalidRequest
+            lease.fail(kind(f"The output cannot be constrained as asked: {message.message}."))
         else:
             logger.warning(
                 "%s: request %s failed (%s): %s",

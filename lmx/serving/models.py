@@ -306,6 +306,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         gpu_layers=settings.llama.gpu_layers,
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,
+        words=str(folder.words),
+        grammar_compile_s=settings.engine.grammar_compile_s,
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))

@@ -26,7 +26,8 @@ def content_key(request: AnyRequest) -> bytes:
     if isinstance(request, EmbedRequest):
         lengths = pack_tokens([len(tokens) for tokens in request.inputs])
         return hashlib.sha256(lengths + b"".join(map(pack_tokens, request.inputs))).digest()
-    rest = (replace(request.sampling, seed=0), request.max_tokens, request.ignore_eos)
+    sampling = replace(request.sampling, seed=0)
+    rest = replace(request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="")
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 

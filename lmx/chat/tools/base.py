@@ -38,14 +38,20 @@ class Calls:
     """The literal text that begins the calls, and that no other text of an answer contains."""
     rules: str
     """Rules and terminals whose names begin with ``call``; the rule ``calls`` is all that follows the trigger."""
+    at_start: bool = False
+    """The trigger is too common to be kept out of other text: it begins the calls only where the answer begins, behind
+    white space, and an answer that begins so has them. Elsewhere it is text."""
 
 
 class Format(Protocol):
-    name: str
-    """As in ``[model] tool_format``."""
-    markers: tuple[str, ...]
-    """Strings that mean something to the parser. Special tokens among them are shown to it as text; other special
-    tokens of an answer are not."""
+    @property
+    def name(self) -> str:
+        """As in ``[model] tool_format``."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Strings that mean something to the parser. Special tokens among them are shown to it as text; other special
+        tokens of an answer are not."""
 
     def matches(self, template: str, special: Mapping[str, int]) -> bool:
         """Whether a model with this chat template and these special tokens (text → id) writes calls so."""

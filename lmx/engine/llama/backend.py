@@ -22,6 +22,7 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
+from lmx.engine.grammar import Masker
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
 from lmx.engine.sampling import SamplingBatch, draw_key, penalised
 from lmx.errors import ModelInvalid
@@ -78,6 +79,9 @@ class LlamaLaunch:
 
     def start(self) -> None:
         self._draws = self._compute()
+
+    def draw(self) -> None:
+        """Done: there is no lookahead, so the tokens of the step before were known."""
 
     def wait(self) -> list[Draw]:
         if self._draws is None:
@@ -147,6 +151,7 @@ class LlamaBackend:
             ),
             probes={"amx": "not used: some compilers break llama.cpp's kernels for it"} if AMX else {},
         )
+        self._masker = Masker(model.vocab_size, self.facts.eos_ids)
         self.canary()
 
     @classmethod
@@ -295,7 +300,8 @@ class LlamaBackend:
             return Draw(row.sequence, 0, not np.isfinite(logits.max()))
         try:
             row.sampling = row.sampling or SamplingBatch(np, [sampling], self.facts.vocab_size)
-            drawn = row.sampling.draw(logits[None], [draw_key(sampling.seed, len(row.tokens))], row.counts)
+            masks = self._masker.masks([row.sequence])
+            drawn = row.sampling.draw(logits[None], [draw_key(sampling.seed, len(row.tokens))], row.counts, masks)
             logprobs = None
             if drawn.logprobs is not None:
                 assert drawn.top_ids is not None

@@ -21,6 +21,7 @@ import psutil
 
 from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
+from lmx.engine.grammar import Masker
 from lmx.engine.mlx import adapter, device, kv_bytes, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
@@ -58,6 +59,7 @@ class MLXBackend:
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
+        self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids)
         self._placement = Placement(loaded, self._probe, self.facts)
         self._decodes_together = not apart
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
@@ -128,8 +130,11 @@ class MLXBackend:
                 self._placement.compact(lane, members)
                 decoding.append((lane, members))
         for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
-            launch.add(self._decode(lane, members, logits), [(place.row, place.sequence) for place in members])
-            launch.watch(lane, [place.row for place in members])
+            draw = partial(self._decode, launch, lane, members, logits)
+            if any(place.sequence.masked for place in members):
+                launch.defer(lane, logits, draw)
+            else:
+                draw()
         launch.begin = partial(self._begin, launch, [lane for lane, _ in decoding], chunks)
         return launch
 
@@ -156,7 +161,7 @@ class MLXBackend:
             return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
         return [lane.decode(rows)[:, 0] for lane, rows in parts]
 
-    def _decode(self, lane: Lane, members: list[Place], logits: mx.array) -> Drawn:
+    def _decode(self, launch: "MLXLaunch", lane: Lane, members: list[Place], logits: mx.array) -> None:
         """Draw the next token of each; ``logits``: of the lane's rows as far as they were computed."""
         count = max(place.row for place in members) + 1
         by_row: list[Sequence | None] = [None] * count
@@ -177,11 +182,12 @@ class MLXBackend:
             for row, sequence in enumerate(by_row)
         ]
         counts = [array[:count] for array in lane.counts.arrays] if lane.counts and batch.penalised else None
-        drawn = batch.draw(logits, keys, counts)
+        drawn = batch.draw(logits, keys, counts, self._masker.masks(by_row))
         # Written into, never replaced by, the draw's own array: that one is read later and must not change.
         lane.last_tokens[:count] = drawn.tokens
         lane.add_counts(range(count), drawn.tokens)
-        return drawn
+        launch.add(drawn, [(place.row, place.sequence) for place in members])
+        launch.watch(lane, [place.row for place in members])
 
     def _prefill(self, lane: Lane, chunks: Seq[Chunk], launch: "MLXLaunch") -> None:
         """Prefill chunks of one lane and draw for those that are ``last``."""
@@ -202,10 +208,14 @@ class MLXBackend:
             else:
                 launch.add_ends(lane.written(rows[0]))
         if ending:
-            launch.add(self._draw_first(lane, ending, mx.concatenate(logits)), list(enumerate(ending)))
-            launch.watch(lane, [self._placement[sequence].row for sequence in ending])
+            found = mx.concatenate(logits)
+            draw = partial(self._draw_first, launch, lane, ending, found)
+            if any(sequence.masked for sequence in ending):
+                launch.defer(lane, found, draw)
+            else:
+                draw()
 
-    def _draw_first(self, lane: Lane, sequences: Seq[Sequence], logits: mx.array) -> Drawn:
+    def _draw_first(self, launch: "MLXLaunch", lane: Lane, sequences: Seq[Sequence], logits: mx.array) -> None:
         """The tokens that follow what was just prefilled; ``logits``: (B, V)."""
         rows = [self._placement[sequence].row for sequence in sequences]
         batch = SamplingBatch(mx, [sequence.sampling for sequence in sequences], self.facts.vocab_size)
@@ -221,10 +231,11 @@ class MLXBackend:
             draw_key(sequence.sampling.seed, int(lane.lengths[row]))
             for row, sequence in zip(rows, sequences, strict=True)
         ]
-        drawn = batch.draw(logits, keys, counts)
+        drawn = batch.draw(logits, keys, counts, self._masker.masks(sequences))
         lane.last_tokens[mx.array(rows)] = drawn.tokens
         lane.add_counts(rows, drawn.tokens)
-        return drawn
+        launch.add(drawn, list(enumerate(sequences)))
+        launch.watch(lane, rows)
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         place = self._placement[sequence]
@@ -276,11 +287,16 @@ class MLXLaunch:
         self._ends: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
         self._watched: list[tuple[Seen, int]] = []
+        self._deferred: list[tuple[Lane, mx.array, Callable[[], None]]] = []
         self.begin: Callable[[], None] | None = None
         """Has all of the step computed; not yet called."""
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
+
+    def defer(self, lane: Lane, logits: mx.array, draw: Callable[[], None]) -> None:
+        """``draw`` from these logits of the lane's rows when the step before was read."""
+        self._deferred.append((lane, logits, draw))
 
     def watch(self, lane: Lane, rows: Seq[int]) -> None:
         """The rows in their lane of what was added last: they are told when their draws are seen to be finite."""
@@ -295,6 +311,13 @@ class MLXLaunch:
             begin, self.begin = self.begin, None
             begin()
 
+    def draw(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for _, _, draw in deferred:
+            draw()
+        if deferred:
+            self.compute([array for lane in {lane for lane, _, _ in deferred} for array in lane.arrays])
+
     def compute(self, state: list[mx.array]) -> None:
         """Let the device compute what was added until now, and ``state``."""
         mx.async_eval(self._results(), state)  # type: ignore[no-untyped-call]
@@ -307,10 +330,11 @@ class MLXLaunch:
             for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
             if array is not None
         ]
-        return drawn + self._ends
+        return drawn + self._ends + [logits for _, logits, _ in self._deferred]
 
     def wait(self) -> list[Draw]:
         self.start()
+        self.draw()
         mx.eval(self._results())
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
         for draw, (seen, length) in zip(found, self._watched, strict=True):

@@ -1,0 +1,100 @@
+"""JSON schemas as grammar: Lark expressions, in llguidance's dialect, of the values that a schema admits.
+
+Pure. Called by the tool formats of ``lmx.chat.tools`` and by ``lmx.chat.structured``. What comes out compiles: it is
+validated here, with limits, so that no client's schema costs an engine more than a server thread has already seen.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from llguidance import LLMatcher, LLParserLimits
+
+from lmx.chat.rewrite import Refused, TooComplex, rewritten
+from lmx.errors import GrammarTooComplex, InvalidRequest
+
+LAYOUT: Final = {
+    # One space, or a line's end and its indentation: as models lay JSON out, and nothing that can go on for ever.
+    "whitespace_pattern": r" |\n[ \t]{0,32}",
+    # Without \u: "\u0061" would be another spelling of the key "a", and "\ud800" is half a character.
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+LIMITS: Final = LLParserLimits(verbose_errors=False)
+MAX_CHARACTERS: Final = 2**20
+"""Of one schema or grammar."""
+_SIZE: Final = ("too large", "too big", "limit", "fuel", "Unable to determine")
+"""Words of llguidance's complaints about size."""
+ANY_OBJECT: Final = {"type": "object"}
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The Lark expression of a tool's arguments. A schema that cannot be compiled degrades to any JSON object.
+
+    Keywords that no grammar can say (``uniqueItems``, overlapping ``oneOf``) are left out here.
+    """
+    try:
+        return _tool_rule(json.dumps(schema))
+    except (ValueError, TypeError, RecursionError):
+        return _tool_rule(json.dumps(ANY_OBJECT))
+
+
+@lru_cache(maxsize=1024)
+def _tool_rule(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        try:
+            return _compiled(rewritten(json.loads(text), within=ANY_OBJECT, lenient=True))
+        except (Refused, TooComplex, RecursionError):
+            pass
+    return _compiled(rewritten(ANY_OBJECT))
+
+
+def strict_rule(schema: Any, param: str) -> str:
+    """The Lark expression of the values that the schema admits, less what ``lmx.chat.rewrite`` says: never more.
+
+    Raises InvalidRequest that names the keyword and where it stands; ``param`` is the request's field.
+    """
+    try:
+        return _strict_rule(json.dumps(schema, allow_nan=False))
+    except Refused as refused:
+        raise InvalidRequest(
+            f"{param}: {refused.keyword} at #{refused.path} cannot be enforced: {refused.reason}.", param=param
+        ) from None
+    except TooComplex as problem:
+        raise GrammarTooComplex(f"{param} is too complex: {problem}.", param=param) from None
+    except RecursionError:
+        raise GrammarTooComplex(f"{param} is too complex: it is too deep.", param=param) from None
+    except (ValueError, TypeError) as problem:
+        raise InvalidRequest(f"{param} is no JSON schema: {problem}.", param=param) from None
+
+
+@lru_cache(maxsize=256)
+def _strict_rule(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise TooComplex(f"it has {len(text):,} characters and {MAX_CHARACTERS:,} are taken")
+    return _compiled(rewritten(json.loads(text)))
+
+
+def _compiled(schema: dict[str, Any] | bool) -> str:
+    if isinstance(schema, bool):
+        raise Refused("schema", "", "nothing satisfies it")
+    expression = "%json " + json.dumps({**schema, "x-guidance": LAYOUT})
+    problem = complaint(f"start: {expression}")
+    if problem:
+        shown = _short(problem)
+        if any(word in shown for word in _SIZE):
+            raise TooComplex(shown)
+        raise Refused("schema", "", shown)
+    return expression
+
+
+def complaint(grammar: str) -> str:
+    """What llguidance says against this grammar; empty: nothing."""
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    return messages[0] if failed else ""
+
+
+def _short(problem: str) -> str:
+    """Without the place in our grammar, and the grammar itself."""
+    problem = problem.partition("failed to compile JSON schema: ")[2] or problem
+    return problem.partition("\n   1 |")[0].strip()[:200]
