@@ -64,6 +64,17 @@ REFUSED = [
     ("not", "#/not", {"not": {"type": "string", "pattern": "a"}}),
     ("if", "#/if", {"if": {"items": {"type": "string"}}, "then": {"maxItems": 1}, "else": {"minItems": 3}}),
     ("multipleOf", "#/properties/a~1b/multipleOf", {"properties": {"a/b": {"type": "number", "multipleOf": 0.07}}}),
+    # llguidance takes all memory for it
+    ("multipleOf", "#/multipleOf", {"type": "integer", "multipleOf": 0.123456789}),
+    ("not", "#/not/properties/a", {"not": {"required": ["a"], "properties": {"a": {"pattern": "b"}}}}),
+    (
+        "$dynamicRef",
+        "#/items/$dynamicRef",
+        {
+            "items": {"$dynamicRef": "#a"},
+            "$defs": {"a": {"$dynamicAnchor": "a"}, "b": {"$id": "b", "$dynamicAnchor": "a"}},
+        },
+    ),
     ("$ref", "#/$ref", {"$ref": "#/$defs/none"}),
     ("$ref", "#/$ref", {"$ref": "https://example.org/schema"}),
     ("$ref", "#/$defs/a", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),

@@ -163,6 +163,8 @@ def test_qwen_forgets_what_opens_a_call() -> None:
     events = every_way(QWEN3_CODER, f"Now.\n{call} <function=now> and <function=delete></function>")
     assert whole_calls(events) == [("now", {})]
     assert content(events) == "Now. <function=now> and <function=delete></function>"
+    for text in ("<function=", "<function= >", "<function=<function="):
+        assert content(every_way(QWEN3_CODER, text)) == text
 
 
 @all_formats
@@ -297,6 +299,20 @@ def test_the_grammar_takes_what_the_template_writes(form: MarkupFormat) -> None:
 
 
 MARKUP = "</parameter> <parameter=path> </function> </tool_call> <tool_call> </arg_value> <arg_key> </invoke> < null"
+
+
+@all_formats
+def test_keys_and_choices_need_not_be_ascii(form: MarkupFormat) -> None:
+    schema = {"type": "object", "properties": {"größe": {"enum": ["é 😀", "｜"]}}, "required": ["größe"]}
+    tools = [Tool("f", schema)]
+    text = block(form, ("f", {"größe": "é 😀"}))
+    grammar = form.grammar(tools, {}, parallel=False)
+    matcher = llguidance.LLMatcher(Walker([]).tokenizer, f"start: calls\n{grammar.rules}")
+    rest = list(text.removeprefix(form.markup.begin).encode())
+    assert matcher.validate_tokens(rest) >= len(rest) - 1
+    assert whole_calls(every_way(form, text, tools)) == [("f", {"größe": "é 😀"})]
+
+
 fragments = st.sampled_from(
     [*MARKUP.split(), '<parameter name="x">', "</｜DSML｜parameter>", "</｜DSML｜invoke>", *' \n"\\']
 )

@@ -7,7 +7,7 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -200,9 +200,13 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
         try:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
+                first = -1
                 for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
                     choices.append(_choice(job, index, request))
-                    await nursery.start(_run_choice, job, choices[-1], sink, leased)
+                    if index % job.n:  # the others of a prompt take over what the first one has computed of it
+                        request = replace(request, parent=first)
+                    seq = await nursery.start(_run_choice, request, job, choices[-1], sink, leased)
+                    first = first if index % job.n else seq
                 await sink.begin()
                 leased.set()
         except BaseExceptionGroup as group:
@@ -231,10 +235,16 @@ def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
 
 
 async def _run_choice(
-    job: Job, choice: Choice, sink: Sink, leased: trio.Event, *, task_status: trio.TaskStatus[None]
+    request: GenerateRequest,
+    job: Job,
+    choice: Choice,
+    sink: Sink,
+    leased: trio.Event,
+    *,
+    task_status: trio.TaskStatus[int],
 ) -> None:
-    async with job.served.engine.generate(job.requests[choice.index]) as tokens:
-        task_status.started()
+    async with job.served.engine.generate(request) as tokens:
+        task_status.started(tokens.seq)
         await leased.wait()
         while choice.finish is None:
             chunk = await tokens.receive()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import combinations, permutations
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urldefrag, urljoin
@@ -46,6 +47,9 @@ MAX_DEPTH: Final = 64
 """Subschemas inside each other. llguidance needs 2.5 kB of stack for each; the process dies where that is not there."""
 MAX_PROPERTIES: Final = 2000
 MAX_ITEMS: Final = 10_000
+MAX_STEP: Final = 1000
+"""Of ``multipleOf``, in units of its last digit: llguidance keeps a state for each remainder. 123,456,789 takes all
+memory there is, 9,973 more fuel than a mask may cost."""
 MAX_LENGTH: Final = 100_000
 MAX_UNIQUE: Final = 4
 MAX_COMBINATIONS: Final = 64
@@ -115,12 +119,15 @@ class _Rewriter:
         self._lenient = lenient
         self._read: dict[Place, Shapes] = {}
         self._reading: set[Place] = set()
-        self._resources: dict[str, tuple[Any, str]] | None = None
         self._written: dict[frozenset[Place], Any] = {}
         self._writing: set[frozenset[Place]] = set()
         self._names: dict[frozenset[Place], str] = {}
         self._defs: dict[str, Any] = {}
         self._nodes = 0
+
+    @cached_property
+    def _resources(self) -> dict[str, tuple[Any, str]]:
+        return dict(_resources(self._root))
 
     def whole(self, within: Any) -> dict[str, Any] | bool:
         base = self._root.get("$id", "") if isinstance(self._root, dict) else ""
@@ -418,14 +425,19 @@ class _Rewriter:
             result = self._meet(result, (*others, without, *present))
         return result
 
+    def _dynamic_ref(self, result: Shapes, place: Place, keyword: str) -> Shapes:
+        anchors = sum("$dynamicAnchor" in schema for schema, _ in self._resources.values() if isinstance(schema, dict))
+        if anchors > 1:
+            self._refuse(keyword, f"{place.path}/{keyword}", "with several $dynamicAnchors in the schema; use $ref")
+            return result
+        return self._ref(result, place, keyword)
+
     def _ref(self, result: Shapes, place: Place, keyword: str) -> Shapes:
         target = self._target(_expect(str, place, keyword), place, keyword)
         return self._meet(result, self._of(target))
 
     def _target(self, reference: str, place: Place, keyword: str) -> Place:
         address, fragment = urldefrag(urljoin(place.base, reference) if place.base else reference)
-        if self._resources is None:
-            self._resources = dict(_resources(self._root))
         schema, path = self._resources.get(address, (None, ""))
         found = address in self._resources
         base = address
@@ -454,6 +466,15 @@ class _Rewriter:
         return Place(schema, base, path)
 
     # Writing: shapes become schemas that llguidance takes.
+
+    def _found(self, places: Conjunction) -> Shapes:
+        try:
+            return self._shapes(places)
+        except Unsupported as problem:
+            inner, reason = problem.args
+            denied = next(place for place in places if place.negated)
+            self._refuse("not", denied.path, f"it would negate {inner}, and {reason}")
+            return self._found(tuple(place for place in places if place != denied))
 
     def _nothing(self, shape: Shape) -> bool:
         """Whether nothing satisfies the shape for certain; looks one level into required properties."""
@@ -486,7 +507,7 @@ class _Rewriter:
         if depth > MAX_DEPTH:
             raise TooComplex(f"at {_at(places[0].path)} more than {MAX_DEPTH} schemas are inside each other")
         self._writing.add(key)
-        shapes = self._shapes(places)
+        shapes = self._found(places)
         if shapes is ANYTHING:
             written = self._anything()
         else:
@@ -618,7 +639,7 @@ class _Rewriter:
         return written
 
     def _write_unique(self, shape: Array, high: int | None) -> Any:
-        items = self._shapes(shape.items)
+        items = self._found(shape.items)
         values = [value for item in items for value in item.values or ()]
         constant = not shape.prefix and all(item.values is not None for item in items)
         if constant and len(values) <= MAX_UNIQUE and all(map(_writable, values)):
@@ -664,7 +685,7 @@ class _Rewriter:
 
     def _with_names(self, shape: Object) -> Object:
         """``propertyNames`` worked into the other keywords."""
-        texts = [name for name in self._shapes(shape.names) if isinstance(name, String)]
+        texts = [name for name in self._found(shape.names) if isinstance(name, String)]
         listed = [value for text in texts for value in text.values or ()]
 
         def allowed(name: str) -> bool:
@@ -754,7 +775,7 @@ _APPLICATORS: Final[dict[str, Callable[[_Rewriter, Shapes, Place, str], Shapes]]
     "dependentSchemas": _Rewriter._dependent,
     "dependencies": _Rewriter._dependent,
     "$ref": _Rewriter._ref,
-    "$dynamicRef": _Rewriter._ref,
+    "$dynamicRef": _Rewriter._dynamic_ref,
     "$recursiveRef": _Rewriter._ref,
 }
 _TYPED: Final = {
@@ -883,10 +904,10 @@ def _inner_floats(low: int, high: int) -> tuple[int, int]:
 
 
 def _one_decimal(step: Fraction) -> bool:
-    """Whether llguidance reads the float as this decimal: it multiplies by ten until nothing is left."""
+    """Whether llguidance reads the float as this decimal (it multiplies by ten until it is whole) and can count it."""
     value = float(step)
     for _ in range(18):
         if value == int(value):
-            return value < 2**32
+            return value <= MAX_STEP
         value *= 10
     return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, count, json_value, may_be_empty, plain, string_body
+from lmx.chat.tools.lark import ANY, count, json_value, may_be_empty, plain, quoted, string_body
 from lmx.chat.tools.parameters import TYPES, Parameters, Schema
 
 AFTER = r"[ \t\r\n]{0,8}[,}\]]"
@@ -41,7 +41,7 @@ class _Rules:
         yield "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))
         for number, tool in enumerate(tools):
             arguments = self._object(Parameters.of(tool.parameters), f"call_{number}_arguments")
-            yield f"call_{number}: {json.dumps(f'call:{tool.name}')} {arguments} {self._end}"
+            yield f"call_{number}: {quoted(f'call:{tool.name}')} {arguments} {self._end}"
         yield from (f"{name}: {rule}" for name, rule in self._rules.items())
 
     def _object(self, own: Parameters, name: str) -> str:
@@ -53,7 +53,7 @@ class _Rules:
         # One way through while nothing is written yet, one behind commas; both end where nothing more is required.
         for way, lead in (("f", ""), ("r", ",")):
             for place, (key, _) in enumerate(properties):
-                given = f"{json.dumps(f'{lead}{key}:')} {name}_{place} {name}_r{place + 1}"
+                given = f"{quoted(f'{lead}{key}:')} {name}_{place} {name}_r{place + 1}"
                 skipped = "" if key in own.required else f" | {name}_{way}{place + 1}"
                 self._rules[f"{name}_{way}{place}"] = given + skipped
             self._rules[f"{name}_{way}{len(properties)}"] = '"}"'
@@ -165,11 +165,11 @@ class _Rules:
     def _written(self, choice: object) -> str:
         match choice:
             case str():
-                return f"{self._quote} {json.dumps(choice)} {self._quote}"
+                return f"{self._quote} {quoted(choice)} {self._quote}"
             case list():
                 items = ' "," '.join(map(self._written, choice))
                 return f'"[" {items} "]"'
             case dict():
-                items = ' "," '.join(f"{json.dumps(f'{key}:')} {self._written(v)}" for key, v in sorted(choice.items()))
+                items = ' "," '.join(f"{quoted(f'{key}:')} {self._written(v)}" for key, v in sorted(choice.items()))
                 return f'"{{" {items} "}}"'
-        return json.dumps(json.dumps(choice))
+        return quoted(json.dumps(choice))

@@ -26,6 +26,11 @@ def _json_value(schema: str) -> str:
     return expression
 
 
+def quoted(text: str) -> str:
+    """``text`` as a string of the grammar, whose strings know no ``\\u``."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def plain(text: str) -> str:
     """``text`` as regular expression."""
     return re.sub(r"[\\.+*?()|\[\]{}^$#&~/-]", r"\\\g<0>", text).replace("\n", r"\n")

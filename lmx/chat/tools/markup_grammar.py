@@ -6,13 +6,12 @@ parameter, ``callend`` up to the call's end. Where one of the two must not come,
 ends at the first of them (``lazy``), unless the markers are special tokens, which no text matches. Pure.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, string_body
+from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, quoted, string_body
 from lmx.chat.tools.markup_parser import SPACE, Markup
 from lmx.chat.tools.parameters import Parameters, Schema, unconstrained
 
@@ -90,7 +89,7 @@ class _Rules:
             yield f"call{number}v{place}: " + self._value(
                 parameters,
                 schema,
-                json.dumps(key),
+                quoted(key),
                 f"call{number}p{place + 1}" if place + 1 < len(properties) else "",
                 end=not any(needed[place + 1 :]),
                 earlier=None if parameters.others is not None else optional,
@@ -122,7 +121,7 @@ class _Rules:
         split = _ways(parameters, schema, typed=markup.typed is not None)
         ways = []
         if split.strings:
-            ways.append(f"{opened} ({' | '.join(map(json.dumps, split.strings))}) {closed}")
+            ways.append(f"{opened} ({' | '.join(map(quoted, split.strings))}) {closed}")
         if split.json is not None:
             ways.append(f"{opened_other} {json_value(parameters.rooted(split.json))} {closed}")
         if split.text is not None:

@@ -61,18 +61,18 @@ class MarkupReading:
         self._tools = {tool.name: tool.parameters for tool in tools}
 
     def read(self, reader: CallReader, trigger: str) -> Steps[None]:
-        if trigger != self._markup.begin:
-            reader.source.at -= len(trigger)
+        pattern = _call(self._markup, begun=trigger != self._markup.begin)
         while True:
             reader.begin()
-            yield from self._call(reader)
+            yield from self._call(reader, pattern)
             reader.end()
             if not (self._markup.several and (yield from match(reader.source, _next_call(self._markup)))):
                 break
+            pattern = _call(self._markup, begun=False)
         yield from reader.closing(self._markup.end)
 
-    def _call(self, reader: CallReader) -> Steps[None]:
-        opened = yield from match(reader.source, _call(self._markup))
+    def _call(self, reader: CallReader, pattern: "regex.Pattern[str]") -> Steps[None]:
+        opened = yield from match(reader.source, pattern)
         if opened is None:
             raise Broken("a block of calls begins with none")
         name = opened["name"]
@@ -155,10 +155,12 @@ _LINE = regex.compile(r"\n?+(?=.)", regex.DOTALL)
 
 
 @lru_cache(maxsize=64)
-def _call(markup: Markup) -> "regex.Pattern[str]":
+def _call(markup: Markup, *, begun: bool) -> "regex.Pattern[str]":
+    """What opens a call, up to its name's end. ``begun``: what stands before the name is read."""
     before, after = map(re.escape, markup.call)
+    opening = "" if begun else SPACE + before
     name_end = after or r"(?=[\s<])"
-    return regex.compile(rf'{SPACE}{before}(?P<name>[^\s<>"]+){name_end}')
+    return regex.compile(rf'{opening}(?P<name>[^\s<>"]+){name_end}')
 
 
 @lru_cache(maxsize=64)
