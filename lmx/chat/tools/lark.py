@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +29,12 @@ def _json_value(schema: str) -> str:
 def quoted(text: str) -> str:
     """``text`` as a string of the grammar, whose strings know no ``\\u``."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def within(special: Mapping[str, int], markers: Iterable[str]) -> dict[str, int]:
+    """The special tokens that stand in ``markers``: of hundreds, those that a grammar has to look for."""
+    text = "\n".join(markers)
+    return {token: number for token, number in special.items() if token in text}
 
 
 def plain(text: str) -> str:
