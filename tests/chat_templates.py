@@ -30,6 +30,11 @@ MISTRAL = """
     {%- endif %}
 {%- endfor %}"""
 
+MINISTRAL = MISTRAL.replace(
+    "{%- elif m.role == 'assistant' %}",
+    "{%- elif m.role == 'assistant' %}{% if not m.content %}{{ raise_exception('no content') }}{% endif %}",
+)
+
 GEMMA = """<bos>
 {%- if messages[0].role == 'system' %}{{ raise_exception('system role not supported') }}{% endif %}
 {%- for m in messages %}

@@ -122,7 +122,7 @@ def test_no_history_is_refused_and_nothing_of_it_is_lost(name: str, messages: li
     text = render(name, messages, tools=tools, ask=True)
     systems = [message for message in messages if message["role"] in ("system", "developer")]
     for message in messages:
-        if name == "mistral" and message in systems:
+        if name in ("mistral", "ministral") and message in systems:
             continue  # its templates show the system message beside a last user message only
         for word in words(message):
             assert word in text, (word, text)
@@ -238,6 +238,7 @@ def test_mistral_gets_ids_of_nine_and_turns_that_alternate() -> None:
     assert render("mistral", [*AGENT[:1], say("user", "b")]) == "<s>[INST]a question\n\nb[/INST]"
     interrupted = render("mistral", [*AGENT[:4], say("user", "wait")])
     assert interrupted.endswith("[/TOOL_RESULTS]</s>[INST]wait[/INST]")
+    assert "[/TOOL_RESULTS]OK.</s>[INST]wait[/INST]" in render("ministral", [*AGENT[:4], say("user", "wait")])
     kept = [say("user", "x"), say("assistant", "", tool_calls=[call("abcdefghi", "f", "{}")])]
     assert '"id": "abcdefghi"' in render("mistral", kept)
 

@@ -14,7 +14,7 @@ The rules, each of which leaves alone what needs none of it:
 2. Where that is refused, reasoning beside both text and calls is left out, and arguments that are no object are put
    into one.
 3. Where turns must alternate (``alternating``): results move to their calls, neighbours of one role become one turn,
-   and an empty turn stands where the other side said nothing.
+   and an empty turn (or, where that is refused, "OK.") stands where the other side said nothing.
 4. At last (``plain``), nothing but alternating user and assistant turns of text.
 """
 
@@ -96,6 +96,9 @@ def candidates(
     other = alternating(tamed)
     if other != tamed:
         yield other
+    filled = [_filled(message) for message in other]
+    if filled != other:
+        yield filled
     for system in (True, False) if habits.system else (False,):
         yield plain(whole, write, system=system)
     if not any(message["role"] == "user" for message in whole):
@@ -302,6 +305,12 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
         opened = opened or role in _OTHER
         result.append(message)
     return result
+
+
+def _filled(message: Message) -> Message:
+    """Ministral 3's template refuses an assistant's turn without a word."""
+    empty = message["role"] == "assistant" and not message["content"] and not message.get("tool_calls")
+    return {**message, "content": "OK."} if empty else message
 
 
 def _mergeable(first: Message, second: Message) -> bool:
