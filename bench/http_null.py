@@ -19,16 +19,20 @@ from lmx.bench.server import running_server
 STREAMS = 8
 TARGET = 3000.0
 """Events for each second of the server's CPU time (lmx.api.chunks)."""
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 PACED_STEP_MS = 4
 """Slow enough that no two tokens of a stream are merged into one event."""
 
 
 def run(quick: bool) -> Result:
     rows: list[Row] = []
+    path = folder("llama-4x128")
     for label, step_ms in (("as fast as it goes", 0), (f"a step each {PACED_STEP_MS} ms", PACED_STEP_MS)):
-        path = folder("llama-4x128")
-        with running_server(str(path), null_engine(step_ms)) as server, Client(server.url, path.name) as client:
-            rows.append(_measure(label, client, psutil.Process(server.pid), 256 if quick else 1024, 3 if quick else 5))
+        with running_server(str(path), null_engine(step_ms)) as server:
+            for words, fields in (("", {}), (", a chat with tools", {"tools": TOOLS})):
+                with Client(server.url, path.name, fields, chat=bool(fields)) as client:
+                    tokens, repeats = (256, 3) if quick else (1024, 5)
+                    rows.append(_measure(label + words, client, psutil.Process(server.pid), tokens, repeats))
     return Result(f"{STREAMS} streams through the server, with the null engine", rows)
 
 

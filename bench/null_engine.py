@@ -20,6 +20,9 @@ Environment, all optional:
     LMX_NULL_FAIL_TOKEN=9        such a sequence fails alone, with the code
     LMX_NULL_FAIL_CODE=CODE      (default "non_finite")
     LMX_NULL_KEEP_TOKEN=10       such a sequence is never freed
+    LMX_NULL_SCRIPT=PATH         what each sequence that comes from now on says, while PATH exists: {"steps": [[5, 6],
+                                 [7]], "finish": "stop"}, the tokens of each step and how it ends ("stop": with an EOS)
+    LMX_NULL_SUBMITS=PATH        each Submit adds a line of JSON to it: its grammar
 """
 
 import argparse
@@ -52,6 +55,9 @@ class Row:
     finish: str | None = None
     ended: bool = False
     logprobs: tuple[protocol.Logprobs, ...] = field(default=())
+    script: deque[tuple[int, ...]] | None = None
+    """What is left to say, a step each."""
+    script_finish: str = "stop"
 
     @property
     def kv_bytes(self) -> int:
@@ -168,6 +174,7 @@ class NullEngine:
                     top = min(message.sampling.logprobs, len(self.cycle))
                     likeliest = tuple(self.cycle[:top])
                     row.logprobs = (protocol.Logprobs(-1.0, likeliest, tuple(-1.0 - i for i in range(top))),)
+                self.direct(row)
                 self.queue.append(row)
             case protocol.Cancel(seq=seq):
                 for row in (*self.rows.values(), *self.queue):
@@ -179,6 +186,20 @@ class NullEngine:
                 sys.exit(0)
             case _:
                 raise ValueError(f"{message} is not for an engine")
+
+    def direct(self, row: Row) -> None:
+        """What the test has written down for it, and what it asks for."""
+        if submits := os.environ.get("LMX_NULL_SUBMITS"):
+            with open(submits, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"grammar": row.submit.grammar}) + "\n")
+        path = Path(os.environ.get("LMX_NULL_SCRIPT", "/nonexistent"))
+        if path.exists():
+            told = json.loads(path.read_text())
+            row.script_finish = told["finish"]
+            steps = [tuple(tokens) for tokens in told["steps"]]
+            if row.script_finish == "stop":
+                steps.append((self.options.eos_ids[0],))
+            row.script = deque(steps)
 
     def stats(self) -> protocol.Stats:
         live = [row for row in self.rows.values() if not row.ended]
@@ -273,10 +294,21 @@ class NullEngine:
         self.send(protocol.Step(self.step, elapsed_ms, drawn, started, prefills))
 
     def draw(self, row: Row) -> protocol.Tokens:
+        if row.script is not None:
+            return self.speak(row, row.script)
         token = self.cycle[row.drawn % len(self.cycle)]
         row.drawn += 1
-        row.ended = row.drawn >= row.submit.max_tokens
-        return protocol.Tokens(row.submit.seq, (token,), "length" if row.ended else None, row.logprobs)
+        stopped = token in row.submit.stop_ids and row.drawn > row.submit.min_tokens
+        row.ended = stopped or row.drawn >= row.submit.max_tokens
+        finish = "stop" if stopped else "length" if row.ended else None
+        return protocol.Tokens(row.submit.seq, (token,), finish, row.logprobs)
+
+    def speak(self, row: Row, script: deque[tuple[int, ...]]) -> protocol.Tokens:
+        tokens = script.popleft()[: row.submit.max_tokens - row.drawn]
+        row.drawn += len(tokens)
+        row.ended = not script or row.drawn >= row.submit.max_tokens
+        finish = None if not row.ended else "length" if script else row.script_finish
+        return protocol.Tokens(row.submit.seq, tokens, finish, row.logprobs * len(tokens))
 
     def misbehave(self, row: Row) -> None:
         if self.crash in row.prompt and self.crash_after == 0:

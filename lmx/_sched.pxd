@@ -14,6 +14,7 @@ cdef enum State:
     PREFILLING
     DECODING
     ENDED  # by cancel, commit or its last planned token; holds its row and KV until release()
+    WAITING  # for its parent's prefill
 
 cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them are searched in each step
     int priority
@@ -35,6 +36,10 @@ cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them
     long long generated
     long long max_tokens
     long long last_step  # last planned step that it is in
+    long long cached  # the parent's tokens that it will take over
+    int parent  # whose KV it takes over when it starts; -1: nobody's
+    int children  # that have not started
+    long long ended_in  # the plan() in or after which it ended
     long long id
 
 cdef struct Slots:  # sequences in one condition

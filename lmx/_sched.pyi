@@ -17,6 +17,7 @@ Every float must be finite and not negative, every count a whole number in its r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 class NeverFits(ValueError):
     """The prompt and one token of answer exceed the whole KV budget, so waiting cannot help."""
@@ -40,6 +41,16 @@ class SchedulerStatistics:
     """Sequences preempted since the start."""
     steps: int
     """Steps planned since the start."""
+
+class Join(NamedTuple):
+    """A sequence that joins now and starts with tokens computed."""
+
+    seq: int
+    cached_tokens: int
+    """Where its first chunk starts."""
+    parent: int
+    """Whose KV of those it takes over; that sequence's prefill is in an earlier step, and it is not released. -1: they
+    come from elsewhere."""
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
@@ -65,6 +76,9 @@ class Plan:
     def decode(self) -> tuple[int, ...]:
         """Those that decode in this step; empty also while rows that were just started wait for others to start with
         them. The same tuple object as in the last step while nobody joins or leaves."""
+    @property
+    def joins(self) -> tuple[Join, ...]:
+        """Those of ``prefills`` whose first chunk this is although it does not start at 0: they need a row, too."""
     @property
     def prefills(self) -> tuple[Prefill, ...]:
         """The chunks of this step: one, or several that each end a prompt."""
@@ -140,11 +154,19 @@ class Scheduler:
         client: str = "",
         priority: int = 0,
         deadline: float = ...,
+        cached_tokens: int = 0,
+        parent: int = -1,
     ) -> int:
         """Queue a sequence; the number of tokens after which it ends by itself is returned: ``max_tokens``, or what
         the whole KV budget holds after this prompt, if that is less. ``deadline`` is on the clock of ``plan`` (seconds;
         infinity: none); a larger ``priority`` goes first. Raises NeverFits, or ValueError for a known ``seq``, an empty
-        prompt, or a value out of range."""
+        prompt, or a value out of range.
+
+        It starts with ``cached_tokens`` of its prompt computed, which are neither planned nor charged; but not again
+        after a preemption. With a ``parent``, whose prompt begins with the same tokens, it takes them over from there:
+        it waits until the parent's prefill is in an earlier plan, and prefills all by itself if the parent ends before
+        that, or if the parent's KV goes (by release, or a preemption) before it is started itself. KV that is taken
+        over counts as any. An unknown parent is none, and gives nothing."""
     def cancel(self, seq: int) -> bool:
         """Stop a sequence in any state: it is in no later plan. True if it was live; False for unknown ids, and for one
         that has ended already (also when its last step is planned and not yet committed)."""
@@ -158,7 +180,8 @@ class Scheduler:
         lie between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
         unknown id."""
     def releasable(self) -> tuple[int, ...]:
-        """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``."""
+        """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``. One
+        whose KV others wait to take over is listed after the next ``plan``, in which they may start."""
     def release(self, seq: int) -> int:
         """Forget an ended sequence after its KV was dropped; the bytes given back (0 if it held none). Raises
         ValueError for one that is not releasable."""

@@ -10,6 +10,7 @@ bookkeeping, then the C plumbing.
 next one can be planned at once, and nothing has to be settled when it is committed but its cost and who ended in it.
 
     state        row, KV   it becomes      by
+    WAITING      no        QUEUED          _follow: its parent's prefill is planned, or its parent is gone
     QUEUED       no        PREFILLING      _admit: its first chunk is planned
     PREFILLING   yes       DECODING        _take: its last chunk is planned (which draws its first token too)
     DECODING     yes       ENDED           _generate: its last token is planned
@@ -28,6 +29,7 @@ from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, obse
 from lmx._order cimport Client, Clients, activate, first, first_begun, idle, line_up, turn_of
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 cdef enum:
     TILE = 32  # matrix kernels cost whole tiles of 32 rows
@@ -69,6 +71,12 @@ class SchedulerStatistics:
     steps: int
 
 
+class Join(NamedTuple):
+    seq: int
+    cached_tokens: int
+    parent: int
+
+
 @dataclass(frozen=True, slots=True)
 class Prefill:
     seq: int
@@ -80,6 +88,7 @@ class Prefill:
 cdef class Plan:
     cdef readonly long long step
     cdef readonly tuple decode
+    cdef readonly tuple joins
     cdef readonly tuple prefills
     cdef readonly tuple preempted
     cdef readonly tuple expired
@@ -90,6 +99,7 @@ cdef class Scheduler:
     cdef Seq *seqs
     cdef int capacity
     cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
+    cdef Slots waiting  # in order of arrival
     cdef Slots line  # what line_up() found
     cdef dict slot_of
     cdef list free_slots
@@ -111,7 +121,7 @@ cdef class Scheduler:
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
     cdef Step uncommitted[2]
-    cdef long long planned, committed, preemptions
+    cdef long long plans, planned, committed, preemptions
     cdef Plan last_plan
     cdef tuple decoding
     cdef bint decoding_changed
@@ -125,10 +135,13 @@ cdef class Scheduler:
         cdef Plan plan = self.last_plan
         cdef Step *step = &self.uncommitted[(self.planned + 1) & 1]
         plan.step = 0
-        plan.decode = plan.prefills = plan.preempted = plan.expired = ()
+        plan.decode = plan.joins = plan.prefills = plan.preempted = plan.expired = ()
         memset(step, 0, sizeof(Step))
+        self.plans += 1
         if now >= self.due:
             plan.expired = self._expire(now)
+        if self.waiting.size:
+            self._follow()
         cdef int slot
         cdef bint admit
         if self._make_room(plan):
@@ -157,7 +170,7 @@ cdef class Scheduler:
         cdef Seq *seq
         cdef list late = []
         self.due = INFINITY
-        for i in range(self.queue.size + self.running.size):
+        for i in range(self._live_count()):
             seq = &self.seqs[self._live(i)]
             if seq.deadline <= now:
                 late.append(seq.id)
@@ -167,6 +180,46 @@ cdef class Scheduler:
         for id_ in late:
             self.cancel(id_)
         return tuple(late)
+
+    cdef void _follow(self) noexcept:
+        """Queue those whose parent's prefill is in an earlier plan, or who have no parent any more.
+
+        Not in the parent's own last step: what they take over is there only when that has run.
+        """
+        cdef int i = 0, slot
+        cdef Seq *seq
+        while i < self.waiting.size:
+            slot = self.waiting.items[i]
+            seq = &self.seqs[slot]
+            if seq.parent >= 0 and not self._prefilled(&self.seqs[seq.parent], seq.cached):
+                i += 1
+                continue
+            remove_slot(&self.waiting, slot)
+            self._enqueue(slot)
+            if seq.parent >= 0:
+                seq.length = seq.charged = seq.cached
+
+    cdef inline bint _prefilled(self, Seq *seq, long long tokens) noexcept:
+        """Whether its prefill is done (by plan), and its KV is there."""
+        return seq.has_row and seq.state != PREFILLING and seq.length >= tokens
+
+    cdef void _abandon(self, int parent) noexcept:
+        """Its KV goes: who was to take it over prefills all, who still waits for it waits for the next prefill, if it
+        only was preempted."""
+        cdef int i
+        cdef Seq *seq
+        cdef bint gone = self.seqs[parent].state == ENDED
+        for i in range(self.queue.size):
+            seq = &self.seqs[self.queue.items[i]]
+            if seq.parent == parent:
+                seq.parent = -1
+                seq.length = seq.charged = 0
+                self.seqs[parent].children -= 1
+        for i in range(self.waiting.size):
+            seq = &self.seqs[self.waiting.items[i]]
+            if seq.parent == parent and gone:
+                seq.parent = -1
+                self.seqs[parent].children -= 1
 
     cdef bint _make_room(self, Plan plan):
         """See that every decoding row can take one more token. False: not before ended sequences are released.
@@ -402,6 +455,8 @@ cdef class Scheduler:
         """Prefill so many tokens of this prompt in the step; the prompt's last ones give its next token too."""
         cdef Seq *seq = &self.seqs[slot]
         if seq.state == QUEUED:
+            if seq.length:
+                plan.joins += (Join(seq.id, seq.length, self.seqs[seq.parent].id if seq.parent >= 0 else -1),)
             self._admit(slot)
         plan.prefills += (Prefill(seq.id, seq.length, tokens, seq.length + tokens == seq.target),)
         step.chunk += tokens
@@ -475,6 +530,12 @@ cdef class Scheduler:
         self.rows_used += 1
         seq.held_bytes = seq.asked_bytes
         self.kv_used_bytes += seq.held_bytes
+        self._leave_parent(seq)
+
+    cdef inline void _leave_parent(self, Seq *seq) noexcept:
+        if seq.parent >= 0:
+            self.seqs[seq.parent].children -= 1
+            seq.parent = -1
 
     cdef void _preempt(self, Plan plan, int slot):
         """Back into the queue without its KV; it prefills its prompt and its answer so far again."""
@@ -488,6 +549,8 @@ cdef class Scheduler:
         seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
         seq.charged = max(seq.charged, seq.target if seq.state == DECODING else seq.length)
         self._enqueue(slot)
+        if seq.children:
+            self._abandon(slot)
         self.preemptions += 1
         plan.preempted += (seq.id,)
 
@@ -519,6 +582,8 @@ cdef class Scheduler:
         cdef Seq *seq = &self.seqs[slot]
         if seq.state == QUEUED:
             remove_slot(&self.queue, slot)
+        elif seq.state == WAITING:
+            remove_slot(&self.waiting, slot)
         else:
             remove_slot(&self.running, slot)
             self.decoding_changed |= seq.state == DECODING
@@ -526,6 +591,10 @@ cdef class Scheduler:
             self._learn_answer(seq.generated)
         self.kv_ending_bytes += seq.held_bytes
         seq.state = ENDED
+        seq.ended_in = self.plans
+        self._leave_parent(seq)
+        if seq.children and seq.length < seq.target:
+            self._abandon(slot)
         append_slot(&self.ending, slot)
         idle(&self.clients, seq.client)
 
@@ -540,7 +609,13 @@ cdef class Scheduler:
 
     cdef inline int _live(self, int i) noexcept:
         """The i-th of those that have not ended."""
-        return self.queue.items[i] if i < self.queue.size else self.running.items[i - self.queue.size]
+        if i < self.queue.size:
+            return self.queue.items[i]
+        i -= self.queue.size
+        return self.running.items[i] if i < self.running.size else self.waiting.items[i - self.running.size]
+
+    cdef inline int _live_count(self) noexcept:
+        return self.queue.size + self.running.size + self.waiting.size
 
     cdef inline int _first(self, int a, int b) noexcept:
         return first(self.seqs, &self.clients, a, b)
@@ -679,11 +754,26 @@ cdef class Scheduler:
         start_fit(&self.decode_fit, 50.0, 3.0, 0.002)
         start_fit(&self.prefill_fit, 50.0, 2.0, 0.0005)
 
-    def submit(self, seq, prompt_tokens, max_tokens, *, str client not None="", priority=0, double deadline=INFINITY):
+    def submit(
+        self,
+        seq,
+        prompt_tokens,
+        max_tokens,
+        *,
+        str client not None="",
+        priority=0,
+        double deadline=INFINITY,
+        cached_tokens=0,
+        parent=-1,
+    ):
         cdef long long id_ = _whole("seq", seq, 0, 2**62)
         cdef long long prompt = _whole("prompt_tokens", prompt_tokens, 1)
         cdef long long limit = _whole("max_tokens", max_tokens, 1, 2**62)
         cdef int rank = _whole("priority", priority, -(2**31))
+        cdef long long cached = _whole("cached_tokens", cached_tokens, 0)
+        cdef int parent_slot = self.slot_of.get(parent, -1)
+        if cached >= prompt:
+            raise ValueError(f"cached_tokens must leave one of {prompt} prompt tokens to compute, got {cached}")
         if not deadline >= 0:
             raise ValueError(f"deadline must be a time of at least 0 (infinity: none), got {deadline!r}")
         if seq in self.slot_of:
@@ -713,8 +803,23 @@ cdef class Scheduler:
         s.client = activate(&self.clients, self.client_of, self.free_clients, client)
         s.turn = turn_of(self.seqs, &self.queue, &self.running, s, self.arrivals, self.max_chunk_tokens)
         self.due = min(self.due, deadline)
-        self._enqueue(slot)
+        s.parent = parent_slot if cached and self._has_or_will(parent_slot, cached) else -1
+        if s.parent >= 0:
+            s.cached = cached
+            self.seqs[s.parent].children += 1
+            s.state = WAITING
+            append_slot(&self.waiting, slot)
+        else:
+            self._enqueue(slot)
+            if parent == -1:
+                s.length = s.charged = cached
         return s.max_tokens
+
+    cdef bint _has_or_will(self, int slot, long long tokens) noexcept:
+        """Whether this one has so many tokens in its KV, or will have after its prefill."""
+        if slot < 0 or self.seqs[slot].target < tokens:
+            return False
+        return self.seqs[slot].state != ENDED or self._prefilled(&self.seqs[slot], tokens)
 
     def cancel(self, seq):
         slot = self.slot_of.get(seq, -1)
@@ -742,13 +847,19 @@ cdef class Scheduler:
         if self.ending.size == 0:
             return ()
         slots = [self.ending.items[i] for i in range(self.ending.size)]
-        return tuple([self.seqs[slot].id for slot in slots if self.seqs[slot].last_step <= self.committed])
+        return tuple([self.seqs[slot].id for slot in slots if self._releasable(&self.seqs[slot])])
+
+    cdef inline bint _releasable(self, Seq *seq) noexcept:
+        """In no uncommitted step, and those who take over its KV have had a plan to start in."""
+        return seq.last_step <= self.committed and not (seq.children and seq.ended_in == self.plans)
 
     def release(self, seq):
         cdef int slot = self.slot_of.get(seq, -1)
-        if slot < 0 or self.seqs[slot].state != ENDED or self.seqs[slot].last_step > self.committed:
+        if slot < 0 or self.seqs[slot].state != ENDED or not self._releasable(&self.seqs[slot]):
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
         cdef long long freed_bytes = self.seqs[slot].held_bytes
+        if self.seqs[slot].children:
+            self._abandon(slot)
         remove_slot(&self.ending, slot)
         self.kv_used_bytes -= freed_bytes
         self.kv_ending_bytes -= freed_bytes
@@ -760,14 +871,14 @@ cdef class Scheduler:
     def next_deadline(self):
         cdef int i
         cdef double earliest = INFINITY
-        for i in range(self.queue.size + self.running.size):
+        for i in range(self._live_count()):
             earliest = min(earliest, self.seqs[self._live(i)].deadline)
         return earliest
 
     def statistics(self):
         decoding = sum([self.seqs[self.running.items[i]].state == DECODING for i in range(self.running.size)])
         return SchedulerStatistics(
-            queued=self.queue.size,
+            queued=self.queue.size + self.waiting.size,
             prefilling=self.running.size - decoding,
             decoding=decoding,
             ending=self.ending.size,
@@ -791,6 +902,7 @@ cdef class Scheduler:
         self.queue.items = <int *>resized(self.queue.items, size * sizeof(int))
         self.running.items = <int *>resized(self.running.items, size * sizeof(int))
         self.ending.items = <int *>resized(self.ending.items, size * sizeof(int))
+        self.waiting.items = <int *>resized(self.waiting.items, size * sizeof(int))
         self.line.items = <int *>resized(self.line.items, size * sizeof(int))
         for i in range(self.capacity, size):
             self.seqs[i].state = ENDED
@@ -804,6 +916,7 @@ cdef class Scheduler:
         free(self.queue.items)
         free(self.running.items)
         free(self.ending.items)
+        free(self.waiting.items)
         free(self.line.items)
 
 

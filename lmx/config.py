@@ -52,6 +52,7 @@ class ServerSettings(_Section):
 
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
+    embedding: str = ""
     aliases: dict[str, str] = {}
     placeholders: list[str] = [
         "default",
@@ -78,6 +79,8 @@ class ModelSettings(_Section):
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}
     context_length: int = Field(0, ge=0, le=2**31 - 1)
+    tool_format: str = ""
+    reasoning_format: str = ""
 
     @property
     def cache_path(self) -> Path:

@@ -1,15 +1,18 @@
 """The whole server in the test's own Trio run, over the null engine: the API's tests see every part from inside.
 
 What a test needs to be real is real: sockets, HTTP, tokenizer, template, leases, an engine process. The engine's
-weights are not; it draws token 300, 301, ... whatever the prompt.
+weights are not; it draws token 300, 301, ... whatever the prompt, or what the test has it say (``Server.say``).
 """
 
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -21,7 +24,8 @@ from safetensors.numpy import save_file
 
 from lmx.api.app import create_app
 from lmx.api.http import serve_http
-from lmx.config import EngineSettings, load_settings
+from lmx.chat.pieces import read_pieces
+from lmx.config import EngineSettings, ModelSettings, load_settings
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 from tests.models import train_tokenizer, write_tokenizer
@@ -48,6 +52,13 @@ def answer_text(tokens: int, first: int = FIRST_TOKEN) -> str:
     return text
 
 
+@cache
+def _byte_ids() -> dict[int, int]:
+    """The token of each byte."""
+    pieces = read_pieces(train_tokenizer()).text
+    return {piece[0]: index for index, piece in enumerate(pieces) if len(piece) == 1}
+
+
 class Server:
     def __init__(self, port: int, models: Models, shutdown: trio.Event) -> None:
         self.port = port
@@ -60,6 +71,21 @@ class Server:
         self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S)
         self.sdk = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", http_client=self.http, max_retries=0)
         self.sockets: list[trio.SocketStream] = []
+
+    def say(self, *steps: str | bytes, finish: str = "stop") -> None:
+        """What each request from now on is answered, a step each; bytes get a token each."""
+        tokenizer = train_tokenizer()
+        byte_ids = _byte_ids()
+        told = [
+            [byte_ids[byte] for byte in step] if isinstance(step, bytes) else tokenizer.encode(step).ids
+            for step in steps
+        ]
+        Path(os.environ["LMX_NULL_SCRIPT"]).write_text(json.dumps({"steps": told, "finish": finish}))
+
+    def grammars(self) -> list[str]:
+        """Of every request so far, as the engine got them."""
+        lines = Path(os.environ["LMX_NULL_SUBMITS"]).read_text().splitlines()
+        return [json.loads(line)["grammar"] for line in lines]
 
     async def connect(self, receive_buffer_bytes: int | None = None) -> trio.SocketStream:
         sock = trio.socket.socket()
@@ -94,11 +120,12 @@ class Server:
 @asynccontextmanager
 async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncIterator[Server]:
     engine = {key: options.pop(key) for key in list(options) if key in EngineSettings.model_fields}
+    model = {key: options.pop(key) for key in list(options) if key in ModelSettings.model_fields}
     settings = load_settings(
         environ={},
         overrides={
             "server": options,
-            "model": {"default": str(folder), "aliases": {"mine": folder.name}},
+            "model": {"default": str(folder), "aliases": {"mine": folder.name}, **model},
             "engine": {"command": [sys.executable, "-m", "bench.null_engine"], "openblas": "off", **engine},
         },
     )
@@ -134,7 +161,8 @@ Test = Callable[[Server], Awaitable[None]]
 
 
 def with_server(**options: Any) -> Callable[[Test], Callable[..., None]]:
-    """Run the test as a Trio task beside its own server. Options: ``LMX_NULL_…``, [server] and [engine] keys."""
+    """Run the test as a Trio task beside its own server. Options: ``LMX_NULL_…``, [server], [model] and [engine]
+    keys."""
     null = {key: str(options.pop(key)) for key in list(options) if key.startswith("LMX_")}
     patience_s = options.pop("patience_s", PATIENCE_S)
 
@@ -148,7 +176,10 @@ def with_server(**options: Any) -> Callable[[Test], Callable[..., None]]:
                     async with serving(model_folder, **options) as server:
                         await test(server)
 
-            trio.run(main)
+            with TemporaryDirectory() as words:
+                monkeypatch.setenv("LMX_NULL_SCRIPT", f"{words}/script.json")
+                monkeypatch.setenv("LMX_NULL_SUBMITS", f"{words}/submits.jsonl")
+                trio.run(main)
 
         run.__doc__ = test.__doc__
         return run

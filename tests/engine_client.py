@@ -72,6 +72,13 @@ class EngineClient:
         self._sock.sendall(b"".join(map(encode, submits)))
         return [submit.seq for submit in submits]
 
+    def submit_family(self, prompt: list[int], max_tokens: int, samplings: Sequence[Sampling]) -> list[int]:
+        """Answers of one prompt, in one piece: the first one's sequence is the others' parent."""
+        first = self._new(prompt, max_tokens, samplings[0])
+        others = [self._new(prompt, max_tokens, sampling, parent=first.seq) for sampling in samplings[1:]]
+        self._sock.sendall(b"".join(map(encode, [first, *others])))
+        return [first.seq, *(other.seq for other in others)]
+
     def _new(self, prompt: list[int], max_tokens: int, sampling: Sampling, **options: Any) -> Submit:
         self._next += 1
         self.answers[self._next] = Answer()

@@ -91,8 +91,8 @@ BODIES: dict[str, Body] = {
             b'{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"%s"}}]}]}'
             % (b"[" * int(3_000_000 * scale))
         ),
-        200,
-        None,
+        400,  # too long for the model, which is told of them
+        "messages",
     ),
     "a long model name": (
         CHAT,

@@ -7,7 +7,7 @@ from the sequences, so that its accounting cannot drift. Slow on purpose; used b
 import math
 from dataclasses import dataclass, field
 
-from lmx._sched import NeverFits, Prefill, SchedulerStatistics
+from lmx._sched import Join, NeverFits, Prefill, SchedulerStatistics
 
 TILE = 32
 FIRST_CHUNK = 128
@@ -28,6 +28,7 @@ MAX_WAVE = 64
 class Plan:
     step: int = 0
     decode: tuple[int, ...] = ()
+    joins: tuple[Join, ...] = ()
     prefills: tuple[Prefill, ...] = ()
     preempted: tuple[int, ...] = ()
     expired: tuple[int, ...] = ()
@@ -53,6 +54,9 @@ class Sequence:
     length: int = 0
     generated: int = 0
     last_step: int = 0
+    cached: int = 0
+    parent: int = -1
+    ended_in: int = 0
 
 
 @dataclass
@@ -165,7 +169,7 @@ class ReferenceScheduler:
         self.served = {}
         self.floor = 0
         self.arrivals = self.starts = 0
-        self.planned = self.committed = self.preemptions = 0
+        self.plans = self.planned = self.committed = self.preemptions = 0
         self.uncommitted = {}
         self.elapsed_ms = {}
         self.held = []  # the last steps, if rows waited for them
@@ -222,10 +226,16 @@ class ReferenceScheduler:
         if self.planned - self.committed > 1:
             raise RuntimeError(f"steps {self.committed + 1} and {self.planned} are both uncommitted: commit one first")
         plan, step = Plan(), Step()
+        self.plans += 1
         late = sorted(s.id for s in self.sequences.values() if s.state != "ended" and s.deadline <= now)
         for seq in late:
             self.cancel(seq)
         plan.expired = tuple(late)
+        for s in self.in_state("waiting"):
+            parent = self.sequences.get(s.parent)
+            if parent is None or self.prefilled(parent, s.cached):
+                s.state = "queued"
+                s.length = s.charged = s.cached if parent else 0
         if self.make_room(plan):
             admit = not plan.preempted
             if admit:
@@ -259,11 +269,25 @@ class ReferenceScheduler:
             others = [s for s in self.running() if s is not first_started]
             self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
 
+    def prefilled(self, s, tokens):
+        return s.has_row and s.state != "prefilling" and s.length >= tokens
+
+    def children(self, s):
+        return [other for other in self.in_state("waiting", "queued") if other.parent == s.id]
+
+    def abandon(self, s):
+        for child in self.children(s):
+            if child.state == "queued":
+                child.parent, child.length, child.charged = -1, 0, 0
+            elif s.state == "ended":
+                child.parent = -1
+
     def preempt(self, plan, victim):
         if victim.state == "decoding":
             victim.target = victim.length + 1
         victim.charged = max(victim.charged, victim.target if victim.state == "decoding" else victim.length)
         victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
+        self.abandon(victim)
         self.preemptions += 1
         plan.preempted += (victim.id,)
 
@@ -373,6 +397,9 @@ class ReferenceScheduler:
         if s.state == "queued":
             self.starts += 1
             s.state, s.has_row, s.started, s.kv_bytes = "prefilling", True, self.starts, self.admission_bytes(s)
+            if s.length:
+                plan.joins += (Join(s.id, s.length, s.parent),)
+            s.parent = -1
         plan.prefills += (Prefill(s.id, s.length, tokens, s.length + tokens == s.target),)
         step.chunk += tokens
         step.chunk_context += tokens * (s.length + tokens / 2.0)
@@ -442,7 +469,9 @@ class ReferenceScheduler:
             self.end(s)
 
     def end(self, s):
-        s.state = "ended"
+        s.state, s.parent, s.ended_in = "ended", -1, self.plans
+        if s.length < s.target:
+            self.abandon(s)
         if s.generated:
             self.answer_spread += (abs(s.generated - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
             self.answer_tokens += (s.generated - self.answer_tokens) * ANSWER_SHARE
@@ -490,11 +519,24 @@ class ReferenceScheduler:
 
     # --- the public bookkeeping ---
 
-    def submit(self, seq, prompt_tokens, max_tokens, *, client="", priority=0, deadline=math.inf):
+    def submit(
+        self,
+        seq,
+        prompt_tokens,
+        max_tokens,
+        *,
+        client="",
+        priority=0,
+        deadline=math.inf,
+        cached_tokens=0,
+        parent=-1,
+    ):
         _whole("seq", seq, 0)
         _whole("prompt_tokens", prompt_tokens, 1)
         _whole("max_tokens", max_tokens, 1)
         _whole("priority", priority, -(2**31))
+        if _whole("cached_tokens", cached_tokens, 0) >= prompt_tokens:
+            raise ValueError(f"cached_tokens must leave one of {prompt_tokens} prompt tokens, got {cached_tokens}")
         if not deadline >= 0:
             raise ValueError(f"deadline must be a time of at least 0 (infinity: none), got {deadline!r}")
         if seq in self.sequences:
@@ -518,6 +560,12 @@ class ReferenceScheduler:
             target=prompt_tokens,
             max_tokens=max_tokens,
         )
+        s, source = self.sequences[seq], self.sequences.get(parent)
+        there = source and (source.state != "ended" or self.prefilled(source, cached_tokens))
+        if cached_tokens and there and source.target >= cached_tokens:
+            s.state, s.parent, s.cached = "waiting", parent, cached_tokens
+        if parent == -1:
+            s.length = s.charged = cached_tokens
         return max_tokens
 
     def turn(self, prompt_tokens, client, priority):
@@ -559,11 +607,16 @@ class ReferenceScheduler:
             self.cancel(seq)
 
     def releasable(self):
-        return tuple(s.id for s in self.in_state("ended") if s.last_step <= self.committed)
+        return tuple(
+            s.id
+            for s in self.in_state("ended")
+            if s.last_step <= self.committed and not (self.children(s) and s.ended_in == self.plans)
+        )
 
     def release(self, seq):
         if seq not in self.releasable():
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
+        self.abandon(self.sequences[seq])
         return self.sequences.pop(seq).kv_bytes
 
     def next_deadline(self):
@@ -571,7 +624,7 @@ class ReferenceScheduler:
 
     def statistics(self):
         return SchedulerStatistics(
-            queued=len(self.in_state("queued")),
+            queued=len(self.in_state("queued", "waiting")),
             prefilling=len(self.in_state("prefilling")),
             decoding=len(self.in_state("decoding")),
             ending=len(self.in_state("ended")),

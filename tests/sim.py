@@ -19,7 +19,8 @@ The model of a device (``Device``): a queue that runs launched steps one after t
 step's graph costs the host ``build_ms``; then the launch blocks until the device is at ``launch_share`` of *this* step
 (0: it returns at once; 0.86: MLX on Metal with ten command buffers in flight and a step of seventy; 1: a CPU, where a
 launch lasts as long as its step), which includes finishing the steps before. ``Launch.wait`` returns when the step is
-done. Costs are linear (``Costs``), with jitter from a seeded generator; the first steps may be cold.
+done; with masked rows it draws when it is told to. Costs are linear (``Costs``), with jitter from a seeded generator;
+the first steps may be cold.
 
 The socket (``SimLink``) has ``poll``'s resolution of a millisecond, and reading or sending costs a little. A receive
 moves the clock to the next message or by its timeout: nothing but a message wakes the loop, as in life.
@@ -39,8 +40,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.loop import StepLoop
+from lmx.engine.requests import Refused
 from lmx.protocol import Cancel, Failed, Freed, Load, Message, Sampling, Shutdown, Stats, Step, Submit, pack_tokens
 
 EOS = 2
@@ -90,6 +92,10 @@ class Device:
     """Host time to make a step's graph (measured: 48 MoE layers in Python)."""
     read_ms: float = 0.05
     """Host time to read a finished step's tokens."""
+    mask_ms: float = 0.1
+    """Host time to make the mask of a row with a grammar."""
+    draw_ms: float = 0.5
+    """Of a step's time on the device: what comes after its masks, if a row has one."""
     jitter: float = 0.05
     """Steps last 1 ± this much of their cost, evenly spread."""
     cold_steps: int = 0
@@ -163,6 +169,11 @@ class SimBackend:
         assert len(self._rows) < self.facts.max_rows, "more rows than there are"
         self._rows[sequence.seq] = _Row()
 
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        self.start(sequence)
+        assert 0 < tokens <= min(self._rows[parent.seq].length, parent.prompt_tokens), "the parent has no such KV"
+        self._rows[sequence.seq].length = tokens
+
     def free(self, sequence: Sequence) -> None:
         self._rows.pop(sequence.seq, None)
 
@@ -179,7 +190,8 @@ class SimBackend:
             self._clock.pass_ms(self._device.build_ms)
         draws = self._take(decode, chunks)
         contexts = [self._rows[sequence.seq].length for sequence in decode]
-        return SimLaunch(self, step, draws, contexts)
+        masked = [(draw.sequence, self._rows[draw.sequence.seq].drawn) for draw in draws if draw.sequence.masked]
+        return SimLaunch(self, step, draws, contexts, masked)
 
     def _take(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> list[Draw]:
         draws: list[Draw] = []
@@ -211,7 +223,8 @@ class SimBackend:
         extra_ms = device.cold_ms * (len(self.ran) < device.cold_steps)
         step.start_s = max(self._clock(), self._free_s)
         if launch.contexts:
-            self._run(step, device.costs.decode_ms(launch.contexts) * slowness + extra_ms)
+            later_ms = device.draw_ms if launch.masked else 0.0
+            self._run(step, device.costs.decode_ms(launch.contexts) * slowness + extra_ms - later_ms)
         if step.chunks:
             self._clock.pass_ms(device.build_ms)
             if not launch.contexts:
@@ -228,6 +241,18 @@ class SimBackend:
         step.busy_s += cost_ms / 1e3
         if self._device.launch_share:
             self._clock.reach(start_s + self._device.launch_share * cost_ms / 1e3)
+
+    def draw(self, launch: "SimLaunch") -> None:
+        for sequence, drawn in launch.masked:
+            assert sequence.ended or sequence.generated_tokens == drawn - 1, "its mask needs the token before"
+            self._clock.pass_ms(self._device.mask_ms * (not sequence.ended))
+        if launch.masked:
+            step, draw_s = launch.step, self._device.draw_ms / 1e3
+            self._free_s = max(self._clock(), self._free_s) + draw_s
+            step.busy_s += draw_s
+            step.done_s = self._free_s
+            if self._device.launch_share:  # few operations behind many
+                self._clock.reach(step.done_s - (1 - self._device.launch_share) * step.busy_s)
 
     def read(self, launch: "SimLaunch") -> None:
         assert self._unread.pop(0) is launch, "steps are read in their order"
@@ -251,10 +276,14 @@ class SimBackend:
 
 
 class SimLaunch:
-    def __init__(self, backend: SimBackend, step: Ran, draws: list[Draw], contexts: list[int]) -> None:
+    def __init__(
+        self, backend: SimBackend, step: Ran, draws: list[Draw], contexts: list[int], masked: list[tuple[Sequence, int]]
+    ) -> None:
         self.step = step
         self.contexts = contexts
         """Lengths of the decoding rows."""
+        self.masked = masked
+        """Those that draw and have a grammar; which of its answer's tokens that is."""
         self._backend = backend
         self._draws = draws
 
@@ -262,9 +291,14 @@ class SimLaunch:
         self._backend.begin(self)
 
     def draw(self) -> None:
-        """No row here has a mask."""
+        self._backend.draw(self)
+        self.masked = []
+
+    def scores(self) -> list[Scores]:
+        return []
 
     def wait(self) -> list[Draw]:
+        self.draw()
         self._backend.read(self)
         return self._draws
 
@@ -278,7 +312,8 @@ class SimLink:
     def __init__(self, clock: Clock, on_sent: Callable[[Message], None]) -> None:
         self._clock = clock
         self._on_sent = on_sent
-        self._coming: list[tuple[float, int, Message]] = []
+        self._coming: list[tuple[float, int, Message | None]] = []
+        """None: it is only woken."""
         self._count = itertools.count()
 
     def post(self, at_s: float, message: Message) -> None:
@@ -293,17 +328,59 @@ class SimLink:
             until = math.inf if timeout_s is None else now + math.ceil(timeout_s * 1e3 / _POLL_MS) * _POLL_MS / 1e3
             self._clock.reach(min(until, self._coming[0][0] if self._coming else until))
         while self._due():
-            yield heapq.heappop(self._coming)[2]
+            message = heapq.heappop(self._coming)[2]
+            if message:
+                yield message
 
     def _due(self) -> bool:
         return bool(self._coming) and self._coming[0][0] <= self._clock()
 
-    def wake(self) -> None:
-        """No grammar is compiled here."""
+    def wake_at(self, moment_s: float) -> None:
+        heapq.heappush(self._coming, (moment_s, next(self._count), None))
 
     def send(self, message: Message) -> None:
         self._clock.pass_ms(_SEND_MS)
         self._on_sent(message)
+
+
+class SimConstraint:
+    """Anything may follow, until so many tokens have come."""
+
+    refusal = Refused("grammar_too_complex", "simulated")
+    accepting = True
+
+    def __init__(self, most: int) -> None:
+        self.tokens: list[int] = []
+        self._most = most
+
+    def advance(self, token: int) -> bool:
+        self.tokens.append(token)
+        return True
+
+    @property
+    def complete(self) -> bool:
+        return len(self.tokens) >= self._most
+
+
+class SimGrammars:
+    """A grammar is "compile_ms tokens": how long it takes to compile, and after how many tokens an answer is complete;
+    or "compile_ms bad"."""
+
+    def __init__(self, clock: Clock, link: SimLink) -> None:
+        self._clock = clock
+        self._link = link
+        self._done_s: dict[str, float] = {}
+
+    def compile(self, grammar: str) -> SimConstraint | None:
+        compile_ms, most = grammar.split()
+        if grammar not in self._done_s:
+            self._done_s[grammar] = self._clock() + float(compile_ms) / 1e3
+            self._link.wake_at(self._done_s[grammar])
+        if self._clock() < self._done_s[grammar]:
+            return None
+        if most == "bad":
+            raise Refused("grammar_invalid", "simulated")
+        return SimConstraint(int(most))
 
 
 @dataclass(slots=True)
@@ -364,7 +441,8 @@ class Simulation:
         self.backend = SimBackend(self.clock, device, facts, self._answers)
         lookahead = {"auto": "auto", "overlapped": "on", "plain": "off"}[loop]
         options = Load("", itl_target_ms=itl_target_ms, lookahead=lookahead, stats_interval_s=math.inf)
-        self.loop = StepLoop(self.link, self.backend, options, self.clock)  # type: ignore[arg-type]
+        grammars = SimGrammars(self.clock, self.link)
+        self.loop = StepLoop(self.link, self.backend, options, self.clock, grammars)  # type: ignore[arg-type]
         self._told = 0
 
     def request(
@@ -600,9 +678,25 @@ def bursts(device: Device = Device(), loop: LoopKind = "auto") -> Outcome:
     return Outcome(sim.run(), streams)
 
 
+FREE_FORM = {"grammar": "0 1000000"}
+
+
+def constrained(device: Device = Device(), loop: LoopKind = "auto", rows: int = 8) -> Outcome:
+    """As ``steady``, with grammars in all rows."""
+    sim = Simulation(device, loop=loop)
+    streams = [sim.request(prompt=60, answer=400, submit=FREE_FORM if row < rows else None) for row in range(8)]
+    return Outcome(sim.run().since(1.0), streams)
+
+
+def slow_masks(device: Device = Device(), loop: LoopKind = "auto") -> Outcome:
+    """Grammars of 2 ms a mask in four rows of eight."""
+    return constrained(replace(device, mask_ms=2.0), loop, rows=4)
+
+
 Scenario = Callable[[Device, LoopKind], Outcome]
 SCENARIOS: tuple[Scenario, ...] = (
     steady, long_alone, long_beside, cold, cold_then_long, throttled, full_rows, one_row, bursts,
+    constrained, slow_masks,
 )  # fmt: skip
 DEVICES = {
     "apart": Device(),

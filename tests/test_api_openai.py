@@ -208,8 +208,8 @@ BAD_CHAT: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "llama-9"}, 404, "model", "'llama-9'"),
     ({"tool_choice": "required"}, 400, "tool_choice", "required"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice", "function"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "json_object"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, 400, "response_format", "json_schema"),
+    ({"response_format": {"type": "json"}}, 400, "response_format.type", '"json"'),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "null"),
     ({"top_logprobs": 3}, 400, "top_logprobs", "logprobs"),
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", "'99999999'"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias", "'x'"),
@@ -242,7 +242,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [1, -1]}, "prompt[1]", "-1"),
     ({"prompt": [99999999]}, "prompt", "99999999"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "middle"),
-    ({"prompt": "x", "best_of": 3}, "best_of", "3"),
+    ({"prompt": "x", "best_of": 3, "n": 4}, "best_of", "3"),
     ({"prompt": "x", "echo": True, "logprobs": 0}, "echo", "logprobs"),
 ]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lmx.chat.model import ChatModel
 from lmx.chat.text import TextStream
@@ -414,3 +414,66 @@ def test_a_decoder_of_another_kind_is_refused(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(ModelInvalid, match="WordPiece"):
         ChatModel.load(folder)
+
+
+# --- going on, and filling in -------------------------------------------------------------------------
+
+
+def test_a_prompt_ends_right_after_the_content_it_goes_on_with(smollm2: ChatModel, folder: Path) -> None:
+    last = {"role": "assistant", "content": "Sure: <|im_end|> "}
+    assert rendered(smollm2, [*USER, last], continues=True).endswith("<|im_start|>assistant\nSure: <|im_end|> ")
+    trims = with_template(folder, "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
+    assert rendered(trims, [*USER, last | {"content": " A "}], continues=True) == "[Hello][A "
+    twice = with_template(folder, "{% for m in messages %}{{ m.content }}|{{ m.content }};{% endfor %}")
+    assert rendered(twice, [*USER, last | {"content": "A"}], continues=True) == "Hello|Hello;A|A"
+    hides = with_template(folder, "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}")
+    with pytest.raises(InvalidRequest, match="leaves the last message's content out"):
+        hides.encode_chat([*USER, last], continues=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected", "ends"),
+    [
+        (
+            ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"],
+            "<|fim_prefix|>a b<|fim_suffix|> c<|fim_middle|>",
+            ["<|fim_pad|>", "<|endoftext|>"],
+        ),
+        (
+            ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+            "<fim_prefix>a b<fim_suffix> c<fim_middle>",
+            ["<|endoftext|>"],
+        ),
+        (
+            ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],
+            "<｜fim▁begin｜>a b<｜fim▁hole｜> c<｜fim▁end｜>",
+            [],
+        ),
+        (["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"], "▁<PRE>a b▁<SUF> c▁<MID>", ["▁<EOT>"]),
+        (["[PREFIX]", "[SUFFIX]"], "[SUFFIX] c[PREFIX]a b", []),
+    ],
+)
+def test_the_middle_is_asked_for_as_the_model_was_trained(
+    folder: Path, tokens: list[str], expected: str, ends: list[str]
+) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = ChatModel.load(folder)
+    found, stops = model.encode_middle("a b", " c", add_special=True)
+    assert b"".join(map(model.token_bytes, found)).decode() == expected
+    assert [model.token_name(token) for token in stops] == ends
+    assert model.encode_middle(model.encode_text("a b"), " c", add_special=False)[0] == found
+
+
+def test_a_sentencepiece_suffix_begins_in_mid_text(tmp_path: Path) -> None:
+    words = ["▁", "☺", "a", "c", "▁a", "▁c", "▁<PRE>", "▁<SUF>", "▁<MID>", "<s>"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["▁<PRE>", "▁<SUF>", "▁<MID>", "<s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>", "eos_token": "a"}')
+    model = ChatModel.load(tmp_path)
+    found, _ = model.encode_middle("a", "c", add_special=True)
+    assert [model.token_name(token) for token in found] == ["<s>", "▁<PRE>", "▁a", "▁<SUF>", "c", "▁<MID>"]

@@ -241,3 +241,105 @@ def test_bad_is_what_the_simulated_model_calls_non_finite() -> None:
     assert bad.failed is not None
     assert bad.failed.code == "non_finite"
     assert len(good.token_s) == 5
+
+
+# --- grammars ---------------------------------------------------------------------------------------------------------
+
+
+def test_masks_that_fit_beside_the_forward_cost_nothing(device: Device) -> None:
+    free, held = sim.steady(device), sim.constrained(device)
+    assert held.report.seconds <= 1.01 * free.report.seconds
+    assert held.report.idle_share <= free.report.idle_share + 0.01
+    assert held.report.late_ms.worst <= LATE_MS
+    assert held.report.worst_gap_ms(held.streams) <= free.report.worst_gap_ms(free.streams) + 1.0
+
+
+def test_rows_without_a_grammar_are_not_late_beside_slow_masks(device: Device) -> None:
+    """8 ms of masks in four rows; a device that blocks leaves 14 % of a step beside which they can be made."""
+    outcome = sim.slow_masks(device)
+    free = outcome.streams[4:]
+    assert outcome.report.late_ms.worst <= LATE_MS
+    step_ms = max(step.busy_s * 1e3 for step in outcome.report.steps)
+    unhidden_ms = max(0.0, 4 * 2.0 - (1 - device.launch_share) * step_ms)
+    assert outcome.report.worst_gap_ms(free) <= step_ms + unhidden_ms + device.build_ms + 1.0
+
+
+def test_masks_longer_than_the_forward_cost_what_does_not_fit() -> None:
+    """The host is the slower one then: a step lasts as long as its masks, the next step's graph, and a draw."""
+    device = replace(DEVICES["apart"], mask_ms=4.0)
+    held = sim.constrained(device)
+    step_ms = 8 * device.mask_ms + device.build_ms + device.draw_ms
+    assert held.report.seconds * 1e3 <= len(held.report.steps) * (step_ms + 0.2)
+    assert held.report.late_ms.worst <= LATE_MS
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_all_loops_give_the_same_answers_with_grammars(name: str) -> None:
+    """Answers that are complete, cut, preempted, failed and cancelled, beside free ones; the simulated backend checks
+    that each mask's token before is known, and the simulated matcher keeps what it was told."""
+
+    def mixed(loop: LoopKind) -> list[tuple[int, str | None, str | None]]:
+        simulation = Simulation(DEVICES[name], loop=loop, max_rows=4, kv_tokens=6 * 256)
+        for i in range(40):
+            grammar = ("0 9", "30 1000", "10 bad", "")[i % 4]
+            simulation.request(
+                at_s=0.05 * i, prompt=40 + 30 * (i % 3), answer=12, bad=i == 5, submit={"grammar": grammar}
+            )
+        for i in range(4):
+            simulation.request(at_s=4.0, prompt=200, answer=700, submit={"grammar": ("0 660", "")[i % 2]})
+        report = simulation.run()
+        assert simulation.loop._scheduler.statistics().preemptions > 0
+        return [(len(one.token_s), one.finish, one.failed.code if one.failed else None) for one in report.requests]
+
+    outcomes = [mixed(loop) for loop in LOOPS]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0][:5] == [
+        (9, "complete", None), (12, "length", None), (0, None, "grammar_invalid"), (12, "length", None),
+        (9, "complete", None),
+    ]  # fmt: skip
+    assert outcomes[0][5] == (0, None, "non_finite")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_nobody_waits_while_a_grammar_compiles(loop: LoopKind) -> None:
+    simulation = Simulation(DEVICES["apart"], loop=loop)
+    streams = [simulation.request(prompt=60, answer=150) for _ in range(4)]
+    late = simulation.request(at_s=1.0, prompt=60, answer=5, submit={"grammar": "700 4"})
+    report = simulation.run().since(0.5)
+    assert report.worst_gap_ms(streams) <= 1.5 * ITL_TARGET_MS
+    assert 700 <= report.ttft_ms(late) <= 700 + 250
+    assert late.finish == "complete"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_who_waits_for_a_grammar_can_go_at_any_moment(loop: LoopKind, busy: bool) -> None:
+    """Cancelled or overdue, it is freed within a step or, where none runs, within the time between two looks at the
+    deadlines; an idle engine is woken by what is compiled."""
+    simulation = Simulation(DEVICES["apart"], loop=loop)
+    if busy:
+        simulation.request(prompt=60, answer=200)
+    slow = {"grammar": "2000 5"}
+    gone = simulation.request(at_s=1.0, prompt=60, answer=5, submit=slow)
+    overdue = simulation.request(at_s=1.0, prompt=60, answer=5, submit={**slow, "deadline_s": 0.3})
+    stays = simulation.request(at_s=1.0, prompt=60, answer=9, submit=slow)
+    simulation.cancel(gone, at_s=1.2)
+    simulation.run()
+    assert gone.freed_s is not None
+    assert overdue.freed_s is not None
+    assert gone.freed_s <= 1.2 + 0.06
+    assert overdue.failed is not None
+    assert (overdue.failed.code, overdue.freed_s <= 1.3 + 0.06) == ("timeout", True)
+    assert (stays.finish, stays.token_s[0] <= 3.0 + 0.15) == ("complete", True)
+    assert not gone.token_s
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_grammar_that_compiles_for_too_long_fails_its_request(loop: LoopKind) -> None:
+    simulation = Simulation(loop=loop)
+    request = simulation.request(prompt=60, answer=5, submit={"grammar": "60000 5"})
+    simulation.run()
+    assert request.failed is not None
+    assert request.failed.code == "grammar_too_complex"
+    assert request.freed_s is not None
+    assert request.freed_s <= 10.1

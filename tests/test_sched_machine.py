@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 from lmx._sched import NeverFits, Scheduler
 from tests.sched_reference import ReferenceScheduler
 
-PLAN_FIELDS = ("step", "decode", "prefills", "preempted", "expired")
+PLAN_FIELDS = ("step", "decode", "joins", "prefills", "preempted", "expired")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -67,6 +67,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.released = set()
         self.tokens_left = {}
         self.prefilled = {}  # seq -> where its last chunk ended
+        self.prompts = {}
+        self.taken_over = {}  # seq -> (its parent or -1, tokens), until it starts
+        self.done_in = {}  # seq -> the step that ends its prefill
+        self.plans, self.ended_in = 0, {}
 
     def both(self, name, *args, **kwargs):
         """The same call to both; the same answer or the same kind of error."""
@@ -96,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if answer is NeverFits:
             return multiple()
         assert 1 <= answer <= max_tokens
+        self.prompts[seq] = prompt_tokens
         self.live[seq] = deadline
         self.tokens_left[seq] = answer
         return seq
@@ -116,6 +121,48 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seqs.append(seq)
         return multiple(*seqs)
 
+    @rule(
+        target=seqs,
+        parent=seqs,
+        count=st.integers(1, 4),
+        share=st.sampled_from([1.0, 1.0, 0.5, 0.0]),
+        max_tokens=st.integers(1, 60),
+        others=st.sampled_from([{}, {}, {"client": "b"}, {"priority": 1}]),
+    )
+    def submit_children(self, parent, count, share, max_tokens, others):
+        """Sequences of the same prompt, which take over what the parent has of it, or a part of that."""
+        seqs = []
+        for _ in range(count):
+            seq, self.next_seq = self.next_seq, self.next_seq + 1
+            prompt_tokens = self.prompts.get(parent, 50)
+            cached = int(share * (prompt_tokens - 1))
+            answer = self.both(
+                "submit",
+                seq,
+                prompt_tokens,
+                max_tokens,
+                **({"client": "a"} | others),
+                cached_tokens=cached,
+                parent=parent,
+            )
+            if answer is not NeverFits:
+                self.live[seq], self.tokens_left[seq] = float("inf"), answer
+                self.prompts[seq], self.taken_over[seq] = prompt_tokens, (parent, cached)
+                seqs.append(seq)
+        return multiple(*seqs)
+
+    @rule(target=seqs, prompt_tokens=st.integers(2, 300), left=st.integers(1, 40), max_tokens=st.integers(1, 20))
+    def submit_cached(self, prompt_tokens, left, max_tokens):
+        """One that starts with tokens from a store."""
+        seq, self.next_seq = self.next_seq, self.next_seq + 1
+        cached = max(prompt_tokens - left, 0)
+        answer = self.both("submit", seq, prompt_tokens, max_tokens, cached_tokens=cached)
+        if answer is NeverFits:
+            return multiple()
+        self.live[seq], self.tokens_left[seq] = float("inf"), answer
+        self.prompts[seq], self.taken_over[seq] = prompt_tokens, (-1, cached)
+        return seq
+
     @rule(visitors=st.integers(1, 20), prompt_tokens=st.integers(1, 20))
     def visit(self, visitors, prompt_tokens):
         """New clients that go at once: the client table has to grow or forget them, without changing any order."""
@@ -134,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end(self, seq):
         if self.live.pop(seq, None) is not None:
             self.ended.add(seq)
+            self.ended_in[seq] = self.plans
 
     @precondition(lambda self: len(self.planned_members) < 2)
     @rule(seconds=st.sampled_from([0.0, 0.1, 3.0]))
@@ -143,6 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def plan_step(self):
         expected, plan = self.reference.plan(self.now), self.compiled.plan(self.now)
+        self.plans += 1
         for field in PLAN_FIELDS:
             assert getattr(plan, field) == getattr(expected, field), field
         assert set(plan.expired) == {seq for seq, deadline in self.live.items() if deadline <= self.now}
@@ -154,6 +203,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not members & set(plan.preempted)
         assert len(members) <= self.max_rows
         assert len(members) == len(plan.decode) + len(prefilling), "a sequence is in a plan twice"
+        for seq in plan.preempted:
+            self.done_in.pop(seq, None)
+        self.check_joins(plan)
         self.check_prefills(plan)
         if plan.step:
             self.planned_members[plan.step] = members
@@ -164,6 +216,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.tokens_left[seq] == 0:
                 self.end(seq)
         return plan
+
+    def check_joins(self, plan):
+        assert {join.seq for join in plan.joins} <= {chunk.seq for chunk in plan.prefills}
+        for join in plan.joins:
+            assert (join.parent, join.cached_tokens) == self.taken_over[join.seq], "at the first start, and only then"
+            if join.parent != -1:
+                assert self.done_in[join.parent] < plan.step, "what it takes over is not computed yet"
+                assert join.parent not in self.released
+            self.prefilled[join.seq] = join.cached_tokens
+        for chunk in plan.prefills:
+            parent, cached = self.taken_over.pop(chunk.seq, (0, 0))
+            assert parent != -1 or chunk.start == cached
+        for chunk in plan.prefills:
+            if chunk.last:
+                self.done_in[chunk.seq] = plan.step
 
     def check_prefills(self, plan):
         if len(plan.prefills) > 1:
@@ -202,12 +269,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         releasable = sorted(self.compiled.releasable())
         assert releasable == sorted(self.reference.releasable())
         in_flight = set().union(*self.planned_members.values())
-        assert set(releasable) == {seq for seq in self.ended if seq not in in_flight}
+        held = {seq for seq in self.ended if seq not in in_flight} - set(releasable)
+        assert set(releasable) <= self.ended - in_flight
+        # Until the next plan, for those who may start in it.
+        assert all(self.ended_in[seq] == self.plans and self.has_children(seq) for seq in held)
         for seq in releasable:
             before -= self.both("release", seq)
             self.ended.remove(seq)
             self.released.add(seq)
         assert self.compiled.statistics().kv_used_bytes == before
+
+    def has_children(self, seq):
+        return any(parent == seq and child in self.live for child, (parent, _) in self.taken_over.items())
 
     @rule(
         rows=st.integers(0, 4),

@@ -11,6 +11,7 @@ from quart import Response
 
 from lmx import __version__
 from lmx.api.generation import Choice, Delta, Job
+from lmx.chat.events import Content, Event
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served
 
@@ -53,7 +54,10 @@ class Collected:
     """
 
     def __init__(self, job: Job, format_logprobs: FormatLogprobs) -> None:
+        self._returns_ids = job.returns_ids
+        self._ids: list[list[int]] = [[] for _ in job.requests]
         self._texts: list[list[str]] = [[] for _ in job.requests]
+        self._events: list[list[Event]] = [[] for _ in job.requests]
         self._format_logprobs = format_logprobs
         self._logprobs: list[dict[str, list[bytes]]] = [{} for _ in job.requests]
 
@@ -62,6 +66,9 @@ class Collected:
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
         self._texts[choice.index].append(delta.text)
+        self._events[choice.index] += delta.events
+        if self._returns_ids:
+            self._ids[choice.index] += delta.tokens
         if delta.logprobs:
             for name, values in self._format_logprobs(choice.index, delta.logprobs).items():
                 if isinstance(values, list):
@@ -70,15 +77,30 @@ class Collected:
     def text(self, choice: Choice) -> str:
         return "".join(self._texts[choice.index])
 
-    def response(self, answer: dict[str, Any], choices: list[dict[str, Any]], *, with_logprobs: bool) -> Response:
-        """``answer`` with ``choices``, each with its ``logprobs``."""
+    def events(self, choice: Choice) -> list[Event]:
+        """The same where more than text is told apart."""
+        return self._events[choice.index] or [Content(self.text(choice))]
+
+    def ids(self, choice: Choice) -> dict[str, list[int]]:
+        """vLLM's field of a choice for them, where they are wanted."""
+        return {"token_ids": self._ids[choice.index]} if self._returns_ids else {}
+
+    def response(
+        self,
+        answer: dict[str, Any],
+        made: Sequence[Choice],
+        choices: list[dict[str, Any]],
+        *,
+        with_logprobs: bool,
+    ) -> Response:
+        """``answer`` with ``choices``, the objects of those ``made``, each with its ``logprobs``."""
         mark = uuid.uuid4().hex
         if with_logprobs:
             choices = [choice | {"logprobs": mark} for choice in choices]
         first, *others = to_json(answer | {"choices": choices}).split(b'"%s"' % mark.encode())
         pieces = [first]
-        for index, other in enumerate(others):
-            pieces += [*self._logprobs_json(index), other]
+        for choice, other in zip(made, others, strict=False):
+            pieces += [*self._logprobs_json(choice.index), other]
         return Response(b"".join(pieces), content_type="application/json")
 
     def _logprobs_json(self, index: int) -> Iterator[bytes]:

@@ -14,9 +14,11 @@ from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, make_job, run, usage
+from lmx.api.generation import Job, best, make_job, run, usage
 from lmx.api.logprobs import chat_logprobs
+from lmx.api.message import delta_fields, message
 from lmx.api.schemas import ChatRequest
+from lmx.chat.events import Content, Event
 from lmx.config import Settings
 from lmx.serving.models import Models
 
@@ -39,6 +41,8 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             prompt_param="messages",
             call=current_call(),
             settings=settings.server,
+            plan=prepared.plan,
+            continues=prepared.continues,
         )
         model = body.model or served.id
         if body.stream:
@@ -51,26 +55,33 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
 async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
     collected = Collected(job, lambda _, logprobs: chat_logprobs(job.served.chat, logprobs))
     choices = await run(job, collected)
+    made = best(job, choices)
     objects = [
         {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": collected.text(choice), "refusal": None},
+            "index": index,
+            "message": message(collected.events(choice), old_calls=job.plan.old_calls),
             "logprobs": None,
-            "finish_reason": choice.finish,
+            "finish_reason": _finish(choice.finish, job),
+            **collected.ids(choice),
         }
-        for choice in choices
+        for index, choice in enumerate(made)
     ]
     answer = heading("chatcmpl", "chat.completion", model, job) | {"choices": [], "usage": usage(job, choices)}
-    return collected.response(answer, objects, with_logprobs=bool(body.logprobs))
+    if job.returns_ids:
+        answer["prompt_token_ids"] = list(job.requests[0].prompt)
+    return collected.response(answer, made, objects, with_logprobs=bool(body.logprobs))
 
 
 async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) -> None:
+    # Whether there will be content is not known where more than text is told apart: null, as OpenAI sends it.
+    role = {"role": "assistant", "content": "" if job.served.chat.parser(job.plan) is None else None}
     chunks = ChunkStream(
         job,
         writer,
         heading("chatcmpl", "chat.completion.chunk", model, job),
-        _delta_object,
-        first={index: _delta_object(index, "", None, None, role="assistant") for index in range(job.n)},
+        partial(_delta_object, job),
+        first={index: _choice_object(index, role) for index in range(job.n)},
+        first_fields={"prompt_token_ids": list(job.requests[0].prompt)} if job.returns_ids else {},
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )
@@ -78,7 +89,18 @@ async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) 
 
 
 def _delta_object(
-    index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None, **first: str
+    job: Job, index: int, piece: str | Event | None, logprobs: dict[str, Any] | None, finish: str | None
 ) -> dict[str, Any]:
-    delta = first if text is None else first | {"content": text}
+    event = Content(piece) if isinstance(piece, str) else piece
+    delta = delta_fields(event, old_calls=job.plan.old_calls) if event is not None else {}
+    return _choice_object(index, delta, logprobs, _finish(finish, job))
+
+
+def _choice_object(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _finish(finish: str | None, job: Job) -> str | None:
+    return "function_call" if finish == "tool_calls" and job.plan.old_calls else finish

@@ -11,9 +11,10 @@ from lmx.api.body import receive
 from lmx.api.call import current_call
 from lmx.api.chunks import ChunkStream
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, make_job, run, usage
+from lmx.api.generation import Job, best, make_job, run, usage
 from lmx.api.logprobs import CompletionLogprobs
 from lmx.api.schemas import CompletionRequest
+from lmx.chat.events import Event
 from lmx.config import Settings
 from lmx.serving.models import Models
 
@@ -39,6 +40,9 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             prompt_param="prompt",
             call=current_call(),
             settings=settings.server,
+            plan=prepared.plan,
+            stop_ids=prepared.stop_ids,
+            continues=prepared.continues,
         )
         echoes = [text if body.echo else "" for text in prepared.texts for _ in range(job.n)]
         model = body.model or served.id
@@ -54,12 +58,15 @@ async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[st
     logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
     collected = Collected(job, lambda index, new: logprobs[index].format(new))
     choices = await run(job, collected)
+    made = best(job, choices)
     objects = [
-        _choice_object(choice.index, echoes[choice.index] + collected.text(choice), None, choice.finish)
-        for choice in choices
+        _choice_object(index, echoes[choice.index] + collected.text(choice), None, choice.finish)
+        | collected.ids(choice)
+        | _prompt_ids(job, choice.index)
+        for index, choice in enumerate(made)
     ]
     answer = heading("cmpl", "text_completion", model, job) | {"choices": [], "usage": usage(job, choices)}
-    return collected.response(answer, objects, with_logprobs=body.logprobs is not None)
+    return collected.response(answer, made, objects, with_logprobs=body.logprobs is not None)
 
 
 async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[str], writer: EventWriter) -> None:
@@ -69,12 +76,24 @@ async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[st
         writer,
         heading("cmpl", "text_completion", model, job),
         _choice_object,
-        first={index: _choice_object(index, text, None, None) for index, text in enumerate(echoes) if text},
+        first={
+            index: _choice_object(index, text, None, None) | _prompt_ids(job, index)
+            for index, text in enumerate(echoes)
+            if text or job.returns_ids
+        },
         with_usage=bool(body.stream_options and body.stream_options.include_usage),
         format_logprobs=lambda index, new: logprobs[index].format(new),
     )
     await chunks.end(await run(job, chunks))
 
 
-def _choice_object(index: int, text: str | None, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+def _prompt_ids(job: Job, index: int) -> dict[str, list[int]]:
+    """vLLM's field of a choice for them, where they are wanted."""
+    return {"prompt_token_ids": list(job.requests[index].prompt)} if job.returns_ids else {}
+
+
+def _choice_object(
+    index: int, text: str | Event | None, logprobs: dict[str, Any] | None, finish: str | None
+) -> dict[str, Any]:
+    assert text is None or isinstance(text, str)  # a completion is nothing but text
     return {"index": index, "text": text or "", "logprobs": logprobs, "finish_reason": finish}

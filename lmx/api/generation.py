@@ -7,14 +7,19 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import structlog
 import trio
 
+from lmx.api.answer_events import AnswerEvents
 from lmx.api.call import Call
 from lmx.api.errors import raise_single
+from lmx.api.message import merged
 from lmx.api.schemas import GenerationFields
+from lmx.chat.events import Event, Malformed
+from lmx.chat.plan import Plan
 from lmx.chat.text import TextStream
 from lmx.config import ServerSettings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
@@ -37,6 +42,8 @@ RANDOM_SEED = -1
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
+logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("lmx.api")
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -44,12 +51,21 @@ class Job:
     requests: tuple[GenerateRequest, ...]
     """One for each choice: n for the first prompt, then n for the next."""
     n: int
+    """Choices made of each prompt."""
+    best: int
+    """As many of them are sent: those of the highest mean log-probability."""
     stop: tuple[str, ...]
     seed: int
     """What the client gave or we drew; choice i of a prompt samples with a seed derived from it."""
     deadline: float
     """On Trio's clock."""
     call: Call
+    plan: Plan
+    keeps_stop: bool = False
+    """What ends an answer (a stop string, a stop token's text) stays at its end."""
+    continues: bool = False
+    """The answer goes on with a text."""
+    returns_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,10 @@ class Delta:
     logprobs: tuple[tuple[int, Logprobs], ...]
     """Of each token that counts into the text, when asked for."""
     finish: str | None
+    events: Sequence[Event] = ()
+    """Instead of ``text``, of an answer in which more than text is told apart."""
+    tokens: tuple[int, ...] = ()
+    """All that count, an end token too."""
 
 
 @dataclass(slots=True)
@@ -70,37 +90,94 @@ class Choice:
     text: TextStream
     has_stop: bool
     wants_logprobs: bool
+    min_tokens: int = 0
+    """No stop string begins in so many tokens."""
+    keeps_stop: bool = False
+    """The text of a token that ends the answer counts."""
     completion_tokens: int = 0
+    logprob: float = 0.0
+    """Of all its tokens, where log-probabilities come."""
     cached_tokens: int = 0
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
+    told: AnswerEvents | None = None
+    """Of an answer in which more than text is told apart."""
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self.told.reasoning_tokens if self.told is not None else 0
 
     def feed(self, chunk: Chunk) -> Delta:
+        if self.told is not None:
+            return self._feed_events(self.told, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
+        before, tokens = self.completion_tokens, chunk.tokens
         if self.has_stop or self.wants_logprobs:
             text, logprobs = self._feed_each(chunk)
+            tokens = tokens[: self.completion_tokens - before]
         else:
-            text = self.text.feed(chunk.tokens)
-            self.completion_tokens += len(chunk.tokens)
+            text = self.text.feed(tokens[:-1] if self._hides_end(chunk) else tokens)
+            self.completion_tokens += len(tokens)
         if chunk.finish and not self.stopped:
             text += self.text.finish()
             self.finish = "stop" if self.text.stopped or chunk.finish == "complete" else chunk.finish
-        return Delta(text, logprobs, self.finish)
+        return Delta(text, logprobs, self.finish, tokens=tokens)
+
+    def _hides_end(self, chunk: Chunk) -> bool:
+        """The last token is an end token, which is no part of the answer."""
+        return chunk.finish == "stop" and not self.keeps_stop
 
     def _feed_each(self, chunk: Chunk) -> tuple[str, tuple[tuple[int, Logprobs], ...]]:
         """Token by token: what follows a stop string in the same chunk must not count, however tokens were merged."""
         text, logprobs = "", []
         for position, token in enumerate(chunk.tokens):
-            text += self.text.feed((token,))
+            is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
+            text += self.text.feed(() if is_end else (token,), stops=self.completion_tokens >= self.min_tokens)
             self.completion_tokens += 1
-            is_end = chunk.finish == "stop" and position == len(chunk.tokens) - 1
-            if self.wants_logprobs and not is_end:
-                logprobs.append((token, chunk.logprobs[position]))
+            if self.wants_logprobs:
+                self.logprob += chunk.logprobs[position].drawn
+                if not is_end:
+                    logprobs.append((token, chunk.logprobs[position]))
             if self.text.stopped:
                 self.stopped, self.finish = True, "stop"
                 break
         return text, tuple(logprobs)
+
+    def _feed_events(self, told: AnswerEvents, chunk: Chunk) -> Delta:
+        events: list[Event] = []
+        logprobs: list[tuple[int, Logprobs]] = []
+        before = self.completion_tokens
+        if self.has_stop or self.wants_logprobs or told.counts:
+            self._feed_each_event(told, chunk, events, logprobs)
+        else:
+            last = chunk.tokens[-1]
+            hidden = self._hides_end(chunk) and last not in told.end_markers
+            events += told.feed(self.text.feed(chunk.tokens[:-1] if hidden else chunk.tokens))
+            self.completion_tokens += len(chunk.tokens)
+        if chunk.finish and not self.stopped:
+            events += told.finish(self.text.finish())
+            self.finish = "stop" if told.stopped or chunk.finish == "complete" else chunk.finish
+        if self.finish == "stop" and told.calls:
+            self.finish = "tool_calls"
+        tokens = chunk.tokens[: self.completion_tokens - before]
+        return Delta("", tuple(logprobs), self.finish, merged(events), tokens)
+
+    def _feed_each_event(
+        self, told: AnswerEvents, chunk: Chunk, events: list[Event], logprobs: list[tuple[int, Logprobs]]
+    ) -> None:
+        for position, token in enumerate(chunk.tokens):
+            is_end = self._hides_end(chunk) and position == len(chunk.tokens) - 1
+            text = self.text.feed((token,) if not is_end or token in told.end_markers else ())
+            events += told.feed(text, stops=self.completion_tokens >= self.min_tokens)
+            self.completion_tokens += 1
+            if self.wants_logprobs:
+                self.logprob += chunk.logprobs[position].drawn
+                if not is_end:
+                    logprobs.append((token, chunk.logprobs[position]))
+            if told.stopped:
+                self.stopped, self.finish = True, "stop"
+                break
 
 
 class Sink(Protocol):
@@ -123,10 +200,13 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
         try:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
+                first = -1
                 for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
-                    text = job.served.chat.text_stream(job.stop)
-                    choices.append(Choice(index, text, bool(job.stop), request.sampling.logprobs >= 0))
-                    await nursery.start(_run_choice, job, choices[-1], sink, leased)
+                    choices.append(_choice(job, index, request))
+                    if index % job.n:  # the others of a prompt take over what the first one has computed of it
+                        request = replace(request, parent=first)
+                    seq = await nursery.start(_run_choice, request, job, choices[-1], sink, leased)
+                    first = first if index % job.n else seq
                 await sink.begin()
                 leased.set()
         except BaseExceptionGroup as group:
@@ -140,17 +220,40 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
     return choices
 
 
+def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
+    chat, plan = job.served.chat, job.plan
+    wants_logprobs = request.sampling.logprobs >= 0
+    parser = chat.parser(plan)
+    told = None
+    if parser is None:
+        text = chat.text_stream(job.stop, continues=job.continues, keep_stop=job.keeps_stop)
+    else:
+        text = chat.text_stream(continues=job.continues, markers=chat.markers(plan))
+        ends = chat.special.values()
+        told = AnswerEvents(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
+    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, told=told)
+
+
 async def _run_choice(
-    job: Job, choice: Choice, sink: Sink, leased: trio.Event, *, task_status: trio.TaskStatus[None]
+    request: GenerateRequest,
+    job: Job,
+    choice: Choice,
+    sink: Sink,
+    leased: trio.Event,
+    *,
+    task_status: trio.TaskStatus[int],
 ) -> None:
-    async with job.served.engine.generate(job.requests[choice.index]) as tokens:
-        task_status.started()
+    async with job.served.engine.generate(request) as tokens:
+        task_status.started(tokens.seq)
         await leased.wait()
         while choice.finish is None:
             chunk = await tokens.receive()
             job.call.took(len(chunk.tokens), trio.current_time())
             delta = choice.feed(chunk)
             choice.cached_tokens = tokens.cached_tokens
+            for event in delta.events:
+                if isinstance(event, Malformed):
+                    logger.info("what looked like a tool call is none", request_id=job.call.id, reason=event.reason)
             if choice.stopped:
                 break
             await sink.delta(choice, delta)
@@ -168,13 +271,19 @@ def make_job(
     prompt_param: str,
     call: Call,
     settings: ServerSettings,
+    plan: Plan,
+    stop_ids: Sequence[int] = (),
+    continues: bool = False,
 ) -> Job:
     """The engine requests for n choices of each prompt. ``max_tokens`` -1: as many as there is room for.
 
     Raises ContextLengthExceeded, or InvalidRequest for a logit_bias outside the vocabulary or a bad x-request-timeout.
     """
     seed = secrets.randbits(SEED_BITS) if fields.seed in (None, RANDOM_SEED) else int(fields.seed or 0)
-    n = fields.n or 1
+    best = fields.n or 1
+    n = fields.best_of or best
+    if n > best:
+        logprobs = max(logprobs, 0)
     bias = _logit_bias(fields, served.chat.vocab_size)
     deadline = call.deadline(fields.timeout, settings)
     remaining_s = deadline - trio.current_time()
@@ -198,11 +307,37 @@ def make_job(
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
                     ignore_eos=bool(fields.ignore_eos),
+                    grammar=plan.grammar,
+                    stop_ids=(*stop_ids, *_stop_ids(fields, served.chat.vocab_size)),
+                    min_tokens=min(fields.least_tokens, room),
                     request_id=call.id,
                 )
             )
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
-    return Job(served, tuple(requests), n, stop, seed, deadline, call)
+    return Job(
+        served,
+        tuple(requests),
+        n,
+        best,
+        stop,
+        seed,
+        deadline,
+        call,
+        plan,
+        keeps_stop=fields.keeps_stop,
+        continues=continues,
+        returns_ids=bool(fields.return_token_ids),
+    )
+
+
+def _stop_ids(fields: GenerationFields, vocab_size: int) -> Sequence[int]:
+    for token in fields.stop_token_ids or ():
+        if token >= vocab_size:
+            raise InvalidRequest(
+                f"stop_token_ids: {token} is not a token id of this model (0 to {vocab_size - 1}).",
+                param="stop_token_ids",
+            )
+    return fields.stop_token_ids or ()
 
 
 def _room(served: Served, prompt_tokens: int, param: str) -> int:
@@ -255,6 +390,20 @@ def _logit_bias(fields: GenerationFields, vocab_size: int) -> dict[int, float] |
     return bias or None
 
 
+def best(job: Job, choices: Sequence[Choice]) -> list[Choice]:
+    """Those to be sent, of each prompt in order: with ``best_of``, the best first."""
+    if job.best == job.n:
+        return list(choices)
+
+    def mean_logprob(choice: Choice) -> float:
+        return choice.logprob / max(choice.completion_tokens, 1)
+
+    kept: list[Choice] = []
+    for start in range(0, len(choices), job.n):
+        kept += sorted(choices[start : start + job.n], key=mean_logprob, reverse=True)[: job.best]
+    return kept
+
+
 def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
     """OpenAI's usage object. A prompt that several choices share counts once."""
     prompts = choices[:: job.n]
@@ -265,4 +414,5 @@ def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }

@@ -13,7 +13,14 @@ from pydantic_core import to_json
 
 from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
 from lmx.api.shorten import shorten
+from lmx.api.tools import ToolUse, tool_use
+from lmx.chat.grammar import answer_grammar, check
 from lmx.chat.model import ChatModel
+from lmx.chat.plan import PLAIN, Plan, Thoughts
+from lmx.chat.reasoning import rules as reasoning_rules
+from lmx.chat.structured import FIELDS, Body, body_of, with_sub_grammar
+from lmx.chat.switches import Switches
+from lmx.chat.tools.base import WholeFormat
 from lmx.errors import InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
@@ -22,7 +29,10 @@ KINDS: dict[str, type[Request]] = {
 TOKENIZED_CHARACTERS = 4_000_000
 """Of /tokenize, which counts the tokens of texts that are too long for the model, too."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_PREFILL = ("prefix", "partial")
+_ONLY_PREPARED = FIELDS | {
+    *("messages", "tools", "tool_choice", "functions", "function_call"),
+    *("prompt", "tokens", "chat_template_kwargs", "metadata"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,13 @@ class Prepared:
     """Token ids, four bytes each."""
     texts: list[str] = field(default_factory=list)
     """Each prompt as text, for ``echo``."""
+    plan: Plan = PLAIN
+    continues: bool = False
+    """The answers go on with a text, and begin no turn."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answers, besides the model's own and the request's."""
+    seconds: list[int] = field(default_factory=list)
+    """Of pairs of texts: where the second one of each begins."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -46,7 +63,7 @@ def prepare(body: Request, given: dict[str, Any], chat: ChatModel, context: int)
             case ChatRequest():
                 return _chat(body, given, chat, context)
             case CompletionRequest():
-                return _completion(body, chat, context)
+                return _completion(body, given, chat, context)
             case TokenizeRequest():
                 return Prepared(answer=_tokenize(body, given, chat, context))
             case DetokenizeRequest():
@@ -78,28 +95,84 @@ def check_length(body: Request, given: dict[str, Any], chat: ChatModel, context:
 
 def slimmed(body: Request) -> Request:
     """``body`` without what only ``prepare`` reads: what is left is small."""
-    gone = {"messages", "tools", "functions", "prompt", "chat_template_kwargs", "metadata", "tokens", "tool_choice"}
-    return body.model_copy(update=dict.fromkeys(gone & type(body).model_fields.keys()))
+    return body.model_copy(update=dict.fromkeys(_ONLY_PREPARED & type(body).model_fields.keys()))
 
 
 def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
     _check_messages(given["messages"], chat, context)
+    use, switches = tool_use(given), _switches(body)
     ids = chat.encode_chat(
         given["messages"],
-        tools=_tools(body, given),
-        template_kwargs=_template_kwargs(body),
+        tools=use.shown or None,
+        template_kwargs=chat.template_variables(switches) | (body.chat_template_kwargs or {}),
         add_generation_prompt=body.add_generation_prompt is not False,
+        continues=body.continues,
         context=context,
     )
-    return Prepared([array("I", ids)], [""])
+    return Prepared([array("I", ids)], [""], _plan(body, given, use, switches, chat, ids), body.continues)
 
 
-def _tools(body: ChatRequest, given: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = given.get("tools") or [{"type": "function", "function": old} for old in given.get("functions") or ()]
-    allowed = body.allowed_tools()
-    if allowed is not None:
-        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
-    return tools or None
+def _plan(
+    body: ChatRequest,
+    given: dict[str, Any],
+    use: ToolUse,
+    switches: Switches,
+    chat: ChatModel,
+    prompt: list[int],
+) -> Plan:
+    reasoning, opened, rules, limited = chat.reasoning, False, "", False
+    if reasoning is not None:
+        content = given["messages"][-1].get("content")
+        prefill = content if body.continues and isinstance(content, str) else ""
+        opened = chat.thinking_opened(prompt, prefill)
+        # Where the template has switched it off, nothing is to forbid.
+        forbidden = switches.on is False and not chat.thinking_closed(prompt)
+        limited = forbidden or switches.budget is not None
+        rules = reasoning_rules(reasoning, chat.special, opened, switches.budget, forbid=forbidden)
+    body_asked = body_of(given)
+    if chat.whole_format is not None:
+        grammar = _whole_grammar(chat.whole_format, chat, use, switches, body_asked)
+    else:
+        grammar = answer_grammar(
+            special=chat.special,
+            reasoning_rules=rules,
+            limits_reasoning=limited,
+            format=chat.tool_format,
+            tools=use.callable,
+            choice=use.mode,
+            parallel=use.parallel,
+            body=body_asked,
+        )
+    check(grammar)
+    return Plan(
+        grammar,
+        use.callable,
+        opened,
+        reasons=reasoning is not None or chat.whole_format is not None,
+        thoughts=_thoughts(body),
+        thought_markers=(reasoning.begin, reasoning.end) if reasoning is not None else ("", ""),
+        old_calls=use.old,
+    )
+
+
+def _whole_grammar(form: WholeFormat, chat: ChatModel, use: ToolUse, switches: Switches, body: Body | None) -> str:
+    if switches.budget:
+        raise InvalidRequest(
+            f"Reasoning cannot be limited to {switches.budget} tokens: answers of this model ({form.name}) have no one "
+            "place for it. Use reasoning_effort.",
+            param="max_reasoning_tokens",
+        )
+    if not use.callable and body is None and switches.on is not False:
+        return ""
+    rules = form.answer(
+        use.callable,
+        chat.special,
+        choice=use.mode,
+        parallel=use.parallel,
+        body=body.rules if body is not None else "",
+        thinking=switches.on is not False,
+    )
+    return with_sub_grammar(rules, body.grammar if body is not None else "")
 
 
 def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: int) -> None:
@@ -113,13 +186,6 @@ def _check_messages(messages: list[dict[str, Any]], chat: ChatModel, context: in
 def _check_message(message: dict[str, Any], where: str) -> int:
     """How many characters its content has."""
     content = message.get("content")
-    for name in _PREFILL:
-        if message.get(name):
-            raise InvalidRequest(
-                f"{where}.{name} {shorten(message[name])}: this server always starts a new turn; use /v1/completions "
-                "to go on with a text.",
-                param=f"{where}.{name}",
-            )
     if message.get("audio") is not None:
         raise InvalidRequest(
             f"{where}.audio: this model reads text only (got {shorten(message['audio'])}).", param=f"{where}.audio"
@@ -146,20 +212,21 @@ def _check_message(message: dict[str, Any], where: str) -> int:
     return characters
 
 
-def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
-    """Templates know two switches: ``enable_thinking`` and, a few, ``reasoning_effort``."""
-    kwargs: dict[str, Any] = {}
+def _switches(body: ChatRequest) -> Switches:
+    """What the client says about thinking, in whatever spelling."""
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
     if isinstance(body.think, str):
         effort = effort or body.think
-    if effort is not None:
-        kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    switches = [body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body)]
-    for switch in switches:
-        if isinstance(switch, bool):
-            kwargs["enable_thinking"] = switch
-            break
-    return kwargs | (body.chat_template_kwargs or {})
+    switches = (body.enable_thinking, body.think, body.reasoning.enabled if body.reasoning else None, _thinking(body))
+    enabled = next((switch for switch in switches if isinstance(switch, bool)), None)
+    return Switches(enabled, effort, body.reasoning_budget_asked)
+
+
+def _thoughts(body: ChatRequest) -> Thoughts:
+    excluded = body.reasoning is not None and body.reasoning.exclude
+    if excluded or body.include_reasoning is False or body.reasoning_format == "hidden":
+        return "hidden"
+    return "within" if body.separate_reasoning is False or body.reasoning_format in ("none", "raw") else "apart"
 
 
 def _thinking(body: ChatRequest) -> bool | None:
@@ -168,28 +235,34 @@ def _thinking(body: ChatRequest) -> bool | None:
     return {"enabled": True, "disabled": False}.get(body.thinking.type)
 
 
-def _completion(body: CompletionRequest, chat: ChatModel, context: int) -> Prepared:
-    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if given and isinstance(given[0], int):
-        given = [given]
+def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel, context: int) -> Prepared:
+    listed: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if listed and isinstance(listed[0], int):
+        listed = [listed]
     # All of them first: no work for a request that is refused in the end.
-    for prompt in given:
+    for prompt in listed:
         if isinstance(prompt, str):
             chat.check_length(len(prompt), context, "prompt")
         else:
             chat.check_tokens(len(prompt), context, "prompt")
             _check_ids(prompt, chat, "prompt")
     texts, prompts = [], []
-    for prompt in given:
+    stop_ids: tuple[int, ...] = ()
+    add_special = body.add_special_tokens is not False
+    for prompt in listed:
         tokens = prompt
-        if isinstance(prompt, str):
-            add_special = body.add_special_tokens is not False
+        if body.suffix:
+            chat.check_length(len(body.suffix), context, "suffix")
+            tokens, stop_ids = chat.encode_middle(prompt, body.suffix, add_special=add_special)
+        elif isinstance(prompt, str):
             tokens = chat.tokenize(prompt, add_special=add_special, parse_special=True)
         if not tokens:
             raise InvalidRequest(f"prompt {shorten(prompt)} has no tokens; give at least one.", param="prompt")
         prompts.append(array("I", tokens))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else chat.decode(prompt))
-    return Prepared(prompts, texts)
+    grammar = answer_grammar(special=chat.special, body=body_of(given))
+    check(grammar)
+    return Prepared(prompts, texts, Plan(grammar), True, stop_ids)
 
 
 def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:
@@ -210,7 +283,7 @@ def _tokenize(body: TokenizeRequest, given: dict[str, Any], chat: ChatModel, con
         _check_messages(given["messages"], chat, context)
         ids = chat.encode_chat(
             given["messages"],
-            tools=given.get("tools") or None,
+            tools=[tool for tool in given.get("tools") or () if tool["type"] == "function"] or None,
             template_kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special=bool(body.add_special_tokens),

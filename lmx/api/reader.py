@@ -5,11 +5,12 @@ can abort the process that runs it. Here all of that ends one request: the serve
 or that takes too long (``lmx.serving.readers``, which starts it as ``python -m lmx.api.reader``). It must end when the
 server does, and when it takes more memory than the body can explain.
 
-The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); where that
-model's words are and its context, or None; ("done", body, Prepared). Instead of an answer ("error", LmxError) or
-("bug", text).
+The conversation, as length-prefixed pickles: the request's kind, and its bytes as they are; ("model", name); what that
+model's words are made from (``ChatModel.source``) and its context, or None; ("done", body, Prepared). Instead of an
+answer ("error", LmxError) or ("bug", text).
 """
 
+import json
 import os
 import pickle
 import signal
@@ -24,9 +25,11 @@ from typing import Any
 
 import psutil
 
+from lmx.api import prepare_embeddings
 from lmx.api.parse import parse_object, validate
 from lmx.api.prepare import KINDS, prepare, slimmed
-from lmx.chat.model import ChatModel
+from lmx.chat.encoder import TextEncoder
+from lmx.chat.model import ChatModel, Source
 from lmx.errors import InvalidRequest, LmxError
 
 WATCH_S = 0.1
@@ -41,15 +44,16 @@ class Reader:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._incoming = sock.makefile("rb")
-        self._chats: dict[str, ChatModel] = {}
+        self._words: dict[tuple[Source, bool], ChatModel | TextEncoder] = {}
+        """By what they are made from, and whether that is to make embeddings."""
         self._limit_bytes = 0
         """Of memory, while a body is read."""
 
-    def run(self, words: Sequence[str]) -> None:
-        """Until the server closes the socket. ``words``: of models that will be asked for."""
+    def run(self, sources: Sequence[Source]) -> None:
+        """Until the server closes the socket. ``sources``: of models that will be asked for."""
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
-        for folder in words:
-            self._chat(folder)
+        for source in sources:
+            self._read(source, embeds=False)
         while True:
             kind, raw = self._receive(), self._receive_bytes()
             self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
@@ -62,13 +66,18 @@ class Reader:
     def _answer(self, kind: str, raw: bytes) -> tuple[Any, ...] | None:
         try:
             given = parse_object(raw)
-            body = validate(KINDS[kind], given)
+            embeds = kind in prepare_embeddings.KINDS
+            body = validate((prepare_embeddings.KINDS if embeds else KINDS)[kind], given)
             self._send(("model", body.model))
             model = self._receive()
             if model is None:
                 return None
-            words, context = model
-            prepared = prepare(body, given, self._chat(words), context)
+            source, context = model
+            words = self._read(source, embeds=embeds)
+            if isinstance(words, TextEncoder):
+                prepared = prepare_embeddings.prepare_embeddings(body, words, context)
+                return "done", prepare_embeddings.slimmed(body), prepared
+            prepared = prepare(body, given, words, context)
             return "done", slimmed(body), prepared
         except LmxError as error:
             return "error", error
@@ -77,10 +86,11 @@ class Reader:
         except Exception:
             return "bug", traceback.format_exc()
 
-    def _chat(self, words: str) -> ChatModel:
-        if words not in self._chats:
-            self._chats[words] = ChatModel.load(Path(words))
-        return self._chats[words]
+    def _read(self, source: Source, *, embeds: bool) -> ChatModel | TextEncoder:
+        if (source, embeds) not in self._words:
+            made = TextEncoder.load(Path(source.folder)) if embeds else ChatModel.load(*source)
+            self._words[source, embeds] = made
+        return self._words[source, embeds]
 
     def _receive(self) -> Any:
         return pickle.loads(self._receive_bytes())
@@ -113,11 +123,11 @@ def _resident_bytes() -> int:
 
 
 def main() -> None:
-    number, *words = sys.argv[1:]
+    number, *sources = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which lets requests finish
     # Behind the server and the engines: whoever sends much can wait a little.
     os.nice(5)
-    Reader(socket.socket(fileno=int(number))).run(words)
+    Reader(socket.socket(fileno=int(number))).run([Source(*json.loads(source)) for source in sources])
 
 
 if __name__ == "__main__":

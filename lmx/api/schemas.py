@@ -24,6 +24,7 @@ MAX_BIASES = 1024
 MAX_SEQUENCES = 1024
 """Prompts times n, as many as may wait (``[engine] max_queue``)."""
 MAX_DETOKENIZED = 2**18
+MAX_STOP_TOKENS = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 TokenCount = Annotated[int, Field(ge=-1, le=INT64_MAX)]
@@ -31,6 +32,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=4096)]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Strict = bool | Literal["true", "false"]
+"""Some clients write it as a string."""
+Budget = Annotated[int, Field(ge=-1, le=INT64_MAX)]
+"""In tokens; -1: none."""
 ModelName = Annotated[
     str | None, Field(max_length=1000, description="Id, path or alias of the model; left out: the default model.")
 ]
@@ -49,9 +54,11 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
+    """``lmx.chat.structured`` reads what else belongs to the type."""
+
     model_config = ConfigDict(strict=True)
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: str = Field(description="text, json_object, json_schema, grammar or regex")
 
 
 def _few_biases(value: Any) -> Any:
@@ -87,18 +94,44 @@ class GenerationFields(Request):
         None, ge=INT64_MIN, le=INT64_MAX, description="Left out or -1: a fresh one, told in the answer."
     )
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="Tokens that end the answer, besides the model's own."
+    )
+    min_tokens: int | None = Field(
+        None, ge=0, le=INT64_MAX, description="Nothing ends the answer before so many tokens but max_tokens."
+    )
+    min_new_tokens: int | None = Field(None, ge=0, le=INT64_MAX, description="Another name for min_tokens.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Leave the stop string, or the text of the stop token, at the answer's end."
+    )
+    no_stop_trim: bool | None = Field(None, description="SGLang's name for include_stop_str_in_output.")
+    return_token_ids: bool | None = Field(
+        None, description="`token_ids` in each choice or delta, and `prompt_token_ids`."
+    )
     n: int | None = Field(
         None, ge=1, le=16, description="How many answers; answer i has its own seed, derived from `seed`."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = Field(None, description='Only {"type": "text"} yet.')
+    response_format: ResponseFormat | None = Field(None, description="What the answer must be: enforced.")
+    structured_outputs: dict[str, Any] | None = Field(None, description="vLLM's name for it.")
+    guided_json: dict[str, Any] | str | bool | None = Field(None, description="vLLM's older names, and others' ones.")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = Field(None, description="In llama.cpp's GBNF, or llguidance's Lark.")
+    json_schema: dict[str, Any] | str | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    format: dict[str, Any] | str | None = None
     user: str | None = Field(None, description="Whom fair scheduling counts the tokens for, when no API key does.")
     metadata: dict[str, Any] | None = None
     priority: int | None = Field(None, ge=-1000, le=1000)
     timeout: float | None = Field(None, gt=0, description="Seconds until the request is given up with 504.")
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens whatever the model says; for measuring.")
-    best_of: int | None = Field(None, ge=1, le=16, description="Must equal n.")
+    best_of: int | None = Field(
+        None, ge=1, le=16, description="So many are made, and the n with the highest mean log-probability sent."
+    )
     ttl: float | None = Field(None, ge=0)
     draft_model: str | None = None
 
@@ -106,6 +139,16 @@ class GenerationFields(Request):
     def most_tokens(self) -> int | None:
         """``max_tokens`` under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def least_tokens(self) -> int:
+        """``min_tokens`` under either name."""
+        return self.min_tokens or self.min_new_tokens or 0
+
+    @property
+    def keeps_stop(self) -> bool:
+        """``include_stop_str_in_output`` under either name."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
 
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerationFields":
@@ -119,15 +162,20 @@ class GenerationFields(Request):
                 f"stream_options is only allowed with stream: true (got stream: {shorten(self.stream)}).",
                 param="stream_options",
             )
-        wanted = self.response_format.type if self.response_format else "text"
-        if wanted != "text":
+        if 0 < (self.most_tokens or 0) < self.least_tokens:
             raise InvalidRequest(
-                f"response_format {shorten(wanted)}: this server does not constrain output yet; ask for the format in "
-                'a message and use {"type": "text"}.',
-                param="response_format",
+                f"min_tokens must not be more than max_tokens (got {self.least_tokens} and {self.most_tokens}).",
+                param="min_tokens",
             )
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest(f"best_of must equal n (got {self.best_of} and {self.n or 1}).", param="best_of")
+        n, best_of = self.n or 1, self.best_of
+        if best_of is not None and best_of < n:
+            raise InvalidRequest(f"best_of must be at least n (got {best_of} and {n}).", param="best_of")
+        if best_of is not None and best_of > n and self.stream:
+            raise InvalidRequest(
+                f"best_of must equal n with stream: true (got {best_of} and {n}): which answers are best is known when "
+                "all have ended.",
+                param="best_of",
+            )
         return self
 
 
@@ -159,6 +207,8 @@ class Message(BaseModel):
     function_call: CalledFunction | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
+    prefix: bool | None = None
+    partial: bool | None = None
 
 
 class Function(BaseModel):
@@ -167,6 +217,7 @@ class Function(BaseModel):
     name: str = Field(min_length=1)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Strict | None = None
 
 
 class Tool(BaseModel):
@@ -176,54 +227,124 @@ class Tool(BaseModel):
     function: Function
 
 
+class OtherTool(BaseModel):
+    """A client's own kind, or one that OpenAI runs itself: ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: str
+
+
+def _tool_kind(tool: Any) -> str:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else getattr(tool, "type", "function")
+    return "a function" if kind == "function" or not isinstance(kind, str) else "another tool"
+
+
 class Reasoning(BaseModel):
     model_config = ConfigDict(strict=True)
 
     effort: Effort | None = None
     enabled: bool | None = None
-    max_tokens: None = None
-    exclude: Literal[False] | None = None
+    max_tokens: Budget | None = None
+    exclude: bool | None = None
 
 
 class Thinking(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["enabled", "disabled", "auto", "adaptive"]
-    budget_tokens: None = None
+    budget_tokens: Budget | None = None
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+AnyTool = Annotated[
+    Annotated[Tool, Tag("a function")] | Annotated[OtherTool, Tag("another tool")],
+    Discriminator(_tool_kind),
+]
+Tools = Annotated[list[AnyTool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 
 
 class Conversation(Request):
     """What makes a prompt of messages."""
 
     messages: Messages
-    tools: Tools | None = Field(None, description="Given to the chat template.")
+    tools: Tools | None = Field(None, description="Functions that the model may call; other types are ignored.")
     add_generation_prompt: bool | None = Field(None, description="false: without the beginning of the answer.")
+    continue_final_message: bool | None = Field(
+        None, description="The answer goes on with the last message, which must be the assistant's."
+    )
+    continue_: bool | None = Field(None, description="text-generation-webui's name for continue_final_message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
+    @property
+    def continues(self) -> bool:
+        """The answer goes on with the last message: vLLM's field, or the message's own mark (DeepSeek's and Mistral's
+        ``prefix``, Moonshot's and Qwen's ``partial``)."""
+        last = self.messages[-1]
+        return bool(self.continue_final_message or self.continue_ or last.prefix or last.partial)
 
-_AUTO = ("auto", {"type": "auto"})
-_NONE = ("none", {"type": "none"})
-"""As strings, and as Anthropic spells them."""
+    @model_validator(mode="after")
+    def _fit_a_continuation(self) -> "Conversation":
+        for index, message in enumerate(self.messages):
+            for name in ("prefix", "partial"):
+                last = index == len(self.messages) - 1
+                if getattr(message, name) and not (last and message.role == "assistant"):
+                    param = f"messages[{index}].{name}"
+                    raise InvalidRequest(
+                        f"{param}: only the last message can be gone on with, and only the assistant's (this is a "
+                        f"message of the {message.role}, {index + 1} of {len(self.messages)}).",
+                        param=param,
+                    )
+        if not self.continues:
+            return self
+        if self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message: the last message must be the assistant's (its role is "
+                f"{self.messages[-1].role!r}).",
+                param="continue_final_message",
+            )
+        if self.messages[-1].tool_calls:
+            raise InvalidRequest(
+                "continue_final_message: a message with tool_calls is whole and cannot be gone on with.",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true: one goes on with a turn, the "
+                "other begins one.",
+                param="add_generation_prompt",
+            )
+        return self
 
 
 class ChatRequest(GenerationFields, Conversation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tool_choice: str | dict[str, Any] | None = Field(None, description="none or auto; allowed_tools with mode auto.")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, a function's name, or allowed_tools: enforced."
+    )
     functions: Annotated[list[Function], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
         None, description="OpenAI's older name for tools."
     )
-    function_call: str | dict[str, Any] | None = Field(None, description="none or auto.")
-    parallel_tool_calls: bool | None = None
+    function_call: str | dict[str, Any] | None = Field(None, description="OpenAI's older name for tool_choice.")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = Field(None, description="`effort` and `enabled`, as OpenRouter has them.")
     thinking: Thinking | bool | None = Field(None, description='As GLM and DeepSeek have it: {"type": "disabled"}.')
     think: bool | Effort | None = Field(None, description="Ollama's name for reasoning_effort.")
     enable_thinking: bool | None = None
+    max_reasoning_tokens: Budget | None = Field(None, description="Tokens after which the reasoning is ended.")
+    thinking_budget: Budget | None = Field(None, description="Another name for max_reasoning_tokens, as are the next.")
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    reasoning_budget: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    max_thinking_tokens: Budget | None = None
+    include_reasoning: bool | None = Field(None, description="false: the reasoning is not sent.")
+    separate_reasoning: bool | None = Field(None, description="false: the reasoning is part of the content.")
+    reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy", "parsed", "raw", "hidden"] | None = Field(
+        None, description="none or raw: the reasoning is part of the content; hidden: it is not sent."
+    )
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: Literal[False] | None = None
@@ -232,51 +353,23 @@ class ChatRequest(GenerationFields, Conversation):
     def _fit_a_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest(f"top_logprobs needs logprobs: true (got {self.top_logprobs}).", param="top_logprobs")
-        _check_choice("function_call", self.function_call, "functions", self.functions)
-        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "allowed_tools":
-            self.allowed_tools()
-        else:
-            _check_choice("tool_choice", self.tool_choice, "tools", self.tools)
         return self
 
-    def allowed_tools(self) -> frozenset[str] | None:
-        """The tools that tool_choice leaves, None for all. Raises InvalidRequest."""
-        choice = self.tool_choice
-        if choice in _NONE or self.function_call == "none":
-            return frozenset()
-        if not isinstance(choice, dict) or choice in _AUTO:
-            return None
-        rule = choice.get("allowed_tools", choice)  # OpenAI's chat face nests it, its Responses face does not
-        mode, allowed = (rule.get("mode"), rule.get("tools")) if isinstance(rule, dict) else (None, None)
-        if mode != "auto":
-            raise InvalidRequest(
-                f'tool_choice.mode {shorten(mode)}: only "auto", this server cannot force a tool call yet.',
-                param="tool_choice",
-            )
-        names = [_tool_name(tool) for tool in allowed] if isinstance(allowed, list) else [None]
-        known = {tool.function.name for tool in self.tools or ()}
-        if not known.issuperset(names):
-            raise InvalidRequest(
-                f"tool_choice.tools {shorten(allowed)} must be a list of tools that are in tools.", param="tool_choice"
-            )
-        return frozenset(name for name in names if name)
-
-
-def _tool_name(tool: Any) -> str | None:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _check_choice(param: str, choice: Any, needed: str, given: Any) -> None:
-    if choice not in (None, *_AUTO, *_NONE):
-        raise InvalidRequest(
-            f"{param} {shorten(choice)}: this server does not constrain output yet and cannot force a call; use "
-            '"auto" or "none".',
-            param=param,
+    @property
+    def reasoning_budget_asked(self) -> int | None:
+        """Tokens that the reasoning may take, under any name; None: as many as it wants."""
+        asked = (
+            self.max_reasoning_tokens,
+            self.thinking_budget,
+            self.thinking_token_budget,
+            self.thinking_budget_tokens,
+            self.reasoning_budget,
+            self.reasoning_budget_tokens,
+            self.max_thinking_tokens,
+            self.reasoning.max_tokens if self.reasoning else None,
+            self.thinking.budget_tokens if isinstance(self.thinking, Thinking) else None,
         )
-    if choice in _AUTO and given is None:
-        raise InvalidRequest(f"{param} {shorten(choice)} needs {needed}.", param=param)
+        return next((budget for budget in asked if budget is not None and budget >= 0), None)
 
 
 def _prompt_kind(prompt: Any) -> str | None:
@@ -300,7 +393,9 @@ class CompletionRequest(GenerationFields):
             custom_error_message="Should be a text, a list of texts, of token ids, or of lists of token ids",
         ),
     ] = Field(description="Text, texts, token ids or lists of them.")
-    suffix: str | None = None
+    suffix: str | None = Field(
+        None, description="What follows the answer; for models that were trained to fill in the middle."
+    )
     echo: bool | None = Field(None, description="Repeat the prompt before the answer.")
     logprobs: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = Field(None, description="false: without the model's BOS.")
@@ -309,11 +404,6 @@ class CompletionRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _fit_a_completion(self) -> "CompletionRequest":
-        if self.suffix:
-            raise InvalidRequest(
-                f"suffix {shorten(self.suffix)}: no model here can fill in the middle; put everything into prompt.",
-                param="suffix",
-            )
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(
                 f"echo with logprobs (got {self.logprobs}): this server gives log-probabilities of new tokens only.",
@@ -322,11 +412,12 @@ class CompletionRequest(GenerationFields):
         if self.prompt == []:
             raise InvalidRequest("prompt must not be an empty list (got []).", param="prompt")
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        sequences = (1 if single else len(self.prompt)) * (self.n or 1)
+        each = max(self.n or 1, self.best_of or 1)
+        sequences = (1 if single else len(self.prompt)) * each
         if sequences > MAX_SEQUENCES:
             raise InvalidRequest(
-                f"prompt: {len(self.prompt)} prompts times n {self.n or 1} are {sequences} answers; this server makes "
-                f"{MAX_SEQUENCES} a request.",
+                f"prompt: {len(self.prompt)} prompts times n or best_of {each} are {sequences} answers; this server "
+                f"makes {MAX_SEQUENCES} a request.",
                 param="prompt",
             )
         return self

@@ -24,22 +24,21 @@ TRUE: Neutral = (True,)
 _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     # Constrained output
     (
-        "grammar json_schema structured_outputs structured_output guided_json guided_regex guided_choice "
-        "guided_grammar guided_whitespace_pattern guided_decoding structural_tag regex ebnf bnf choice format "
+        "structured_output guided_whitespace_pattern guided_decoding guided_json_object structural_tag bnf choice "
         "grammar_triggers grammar_lazy grammar_string gbnf_grammar json_mode json_object regex_pattern",
         NOTHING,
-        "this server does not constrain output yet; ask for the format in a message",
+        "response_format and structured_outputs are the fields for that",
     ),
     # Which tokens may come, and what ends an answer
     (
-        "stop_token_ids allowed_token_ids allowed_tokens bad_words bad_words_ids banned_tokens custom_token_bans "
+        "allowed_token_ids allowed_tokens bad_words bad_words_ids banned_tokens custom_token_bans "
         "banned_strings logits_processors logit_processors logits_processor custom_logit_processor custom_params "
         "stop_regex suppress_tokens begin_suppress_tokens force_words_ids forced_bos_token_id forced_eos_token_id "
         "sequence_bias repetition_detection ban_eos_token eos_token_id",
         NOTHING,
         "this server chooses among all tokens; the model's own end tokens, stop and max_tokens end an answer",
     ),
-    ("min_tokens min_new_tokens min_length", ZERO, "an answer ends where the model ends it"),
+    ("min_length", ZERO, "min_tokens is the field for that, and counts the answer's tokens only"),
     # Other servers' names for what is built
     (
         "n_predict num_predict max_new_tokens max_length max_output_tokens max_gen_toks max_gen_len",
@@ -88,8 +87,8 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
         "this server gives log-probabilities of new tokens only",
     ),
     (
-        "return_token_ids return_tokens return_tokens_as_token_ids return_prompt_text return_hidden_states "
-        "return_routed_experts return_full_text include_stop_str_in_output no_stop_trim details response_fields "
+        "return_tokens return_tokens_as_token_ids return_prompt_text return_hidden_states "
+        "return_routed_experts return_full_text details response_fields "
         "post_sampling_probs return_meta_info return_progress",
         NOTHING,
         "this server does not return that",
@@ -114,11 +113,6 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ("context_overflow_policy", ("stopAtLimit", ""), "this server never cuts a prompt"),
     ("num_ctx n_ctx context_length", (0, -1), "[model] context_length in lmx.toml is the setting for that"),
     (
-        "continue_final_message continue_",
-        NOTHING,
-        "this server always starts a new turn; /v1/completions goes on with a text",
-    ),
-    (
         "chat_template documents template system system_prompt instructions input previous_response_id conversation "
         "raw instruction_template input_ids input_embeds prompt_embeds context",
         NOTHING,
@@ -132,14 +126,6 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ("lora lora_path lora_request adapters adapter adapter_id", NOTHING, "this server loads no adapters"),
     ("vllm_xargs", NOTHING, "this server knows none of them"),
     # Reasoning
-    (
-        "thinking_budget thinking_token_budget thinking_budget_tokens reasoning_budget reasoning_budget_tokens "
-        "max_thinking_tokens max_reasoning_tokens",
-        (-1,),
-        "this server does not limit reasoning",
-    ),
-    ("include_reasoning separate_reasoning", TRUE, "the answer is sent as it comes"),
-    ("reasoning_format", ("none", "auto"), "the answer is sent as it comes"),
     ("prompt_mode", (), "reasoning_effort is the field for that"),
 )
 _FIELDS = {name: (neutral, why) for names, neutral, why in _GROUPS for name in names.split()}
@@ -154,7 +140,7 @@ def refuse_unbuilt(body: dict[str, Any], built: frozenset[str]) -> None:
         meant = _spellings(built).get(_letters(name)) if len(name) < LONGEST_NAME else None
         if meant is not None and body[name] is not None:
             raise _refusal(name, body[name], f"the field is spelled {meant}")
-    for name in body.keys() & _FIELDS.keys():
+    for name in (body.keys() & _FIELDS.keys()) - built:
         neutral, why = _FIELDS[name]
         value = body[name]
         if value is not None and not any(_same(value, harmless) for harmless in neutral):

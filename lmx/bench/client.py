@@ -78,12 +78,16 @@ class Stream:
         event: dict[str, Any] = json.loads(data)
         if "error" in event:
             raise BenchError(f"the server ended a stream with {event['error']}")
-        if any(choice.get("text") or choice.get("logprobs") for choice in event.get("choices", ())):
+        if any(map(_says_something, event.get("choices", ()))):
             self.event_times.append(now)
         if usage := event.get("usage"):
             self.prompt_tokens = usage["prompt_tokens"]
             self.completion_tokens = usage["completion_tokens"]
             self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    return bool(choice.get("text") or choice.get("logprobs") or choice.get("delta", {}).get("content"))
 
 
 class _ChunkedBody:
@@ -112,13 +116,16 @@ class _ChunkedBody:
 class Client:
     """Streams to one server: greedy completions that go on to ``max_tokens``. A context manager; leaving closes all."""
 
-    def __init__(self, url: str, model: str, fields: Mapping[str, Any] | None = None) -> None:
-        """``fields`` are added to every request's body."""
+    def __init__(self, url: str, model: str, fields: Mapping[str, Any] | None = None, *, chat: bool = False) -> None:
+        """``fields`` are added to every request's body. ``chat``: prompts are messages."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise BenchError(f"{url!r} is not a URL like http://127.0.0.1:1234")
         self._address = (parts.hostname, parts.port or 80)
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + (
+            "/v1/chat/completions" if chat else "/v1/completions"
+        )
+        self._chat = chat
         self._host = parts.netloc
         self._fields = {
             "model": model,
@@ -140,7 +147,10 @@ class Client:
 
     def start(self, request: Request) -> Stream:
         """Connect and send. Raises BenchError."""
-        body = json.dumps(self._fields | {"prompt": request.prompt, "max_tokens": request.max_tokens}).encode()
+        prompt = (
+            {"messages": [{"role": "user", "content": request.prompt}]} if self._chat else {"prompt": request.prompt}
+        )
+        body = json.dumps(self._fields | prompt | {"max_tokens": request.max_tokens}).encode()
         head = (
             f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

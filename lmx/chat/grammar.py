@@ -22,6 +22,7 @@ Choice = Literal["none", "auto", "required"]
 """A named choice is "required" with that one tool, allowed_tools the choice with those."""
 _GAP: Final = r"ANSWER_GAP: /[ \t\r\n]{1,8}/"
 _TEXT: Final = r"ANSWER_TEXT: /(?s:.*)/"
+_NOT_BEGUN: Final = " & ~REASONING_BEGUN"
 
 
 def answer_grammar(
@@ -46,6 +47,8 @@ def answer_grammar(
     if calls is None and body is None and not (reasoning_rules and limits_reasoning):
         return ""
     first = "reasoning " if reasoning_rules else ""
+    # Else the lexer, which takes the longest, would read reasoning in text as more of the text.
+    guard = _NOT_BEGUN if "REASONING_BEGUN:" in reasoning_rules else ""
     # Behind reasoning come line breaks, whatever follows; before calls they may come anyway.
     gap = "ANSWER_GAP? "
     rules: list[str] = []
@@ -56,7 +59,7 @@ def answer_grammar(
     elif body is not None:
         ways = [f"{gap}answer_calls", f"{gap if first else ''}body"]
     else:
-        ways = _text_or_calls(calls, literal(calls.trigger, special), rules)
+        ways = _text_or_calls(calls, literal(calls.trigger, special), rules, guard)
     if calls is not None:
         rules.append(f"answer_calls: {literal(calls.trigger, special)} calls ANSWER_GAP?")
     lark = "\n".join(
@@ -65,7 +68,7 @@ def answer_grammar(
             f"answer: {' | '.join(ways)}",
             *rules,
             *([_GAP] if any("ANSWER_GAP" in line for line in (*ways, *rules)) else []),
-            *([_TEXT] if any("ANSWER_TEXT" in line for line in (*ways, *rules)) else []),
+            *([_TEXT + guard] if any("ANSWER_TEXT" in line for line in (*ways, *rules)) else []),
             *(part.strip() for part in (reasoning_rules, calls.rules if calls else "", body.rules if body else "")),
             "",
         )
@@ -73,12 +76,12 @@ def answer_grammar(
     return with_sub_grammar(lark, body.grammar if body else "")
 
 
-def _text_or_calls(calls: "Calls", trigger: str, rules: list[str]) -> list[str]:
+def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -> list[str]:
     """Free text, which the trigger ends wherever it comes up; behind it there are calls."""
     if trigger.startswith("<["):  # a special token is no text
         return ["ANSWER_GAP? answer_calls" if calls.at_start else "ANSWER_TEXT answer_calls", "ANSWER_TEXT"]
     if calls.at_start:
-        rules.append(f"ANSWER_PLAIN: /(?s:.*)/ & ~(/[ \\t\\r\\n]*/ {trigger} /(?s:.*)/)")
+        rules.append(f"ANSWER_PLAIN: /(?s:.*)/ & ~(/[ \\t\\r\\n]*/ {trigger} /(?s:.*)/){guard}")
         return ["ANSWER_GAP? answer_calls", "ANSWER_PLAIN"]
     plain, _, rest = trigger.partition(" <[")
     rules.append(f"answer_head[lazy]: ANSWER_TEXT {plain}")

@@ -6,12 +6,13 @@ validated here, with limits, so that no client's schema costs an engine more tha
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits
 
 from lmx.chat.rewrite import Refused, TooComplex, rewritten
+from lmx.chat.stack import on_a_large_stack
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 LAYOUT: Final = {
@@ -88,7 +89,8 @@ def _compiled(schema: dict[str, Any] | bool, layout: Mapping[str, Any] = LAYOUT)
 
 def complaint(grammar: str) -> str:
     """What llguidance says against this grammar; empty: nothing."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
+    validate = partial(LLMatcher.validate_grammar_with_warnings, grammar, limits=LIMITS)
+    failed, messages = on_a_large_stack(validate)
     return messages[0] if failed else ""
 
 

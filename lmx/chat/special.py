@@ -6,12 +6,12 @@ own, and the stretches between them that were broken up are to be encoded litera
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from lmx.chat.messages import map_strings
+from lmx.chat.messages import collector, map_strings
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
@@ -33,11 +33,10 @@ class SpecialTokens:
     def break_up(self, conversation: Any) -> tuple[Any, str]:
         """``conversation`` with spelled-out tokens broken up, and the character put in: "" if there are none."""
         strings: list[str] = []
-        map_strings(conversation, _collector(strings))
+        map_strings(conversation, collector(strings))
         if not any(map(self._spelled.search, strings)):
             return conversation, ""
-        used = set().union(*strings)
-        breaker = next(character for character in map(chr, _PRIVATE_USE) if character not in used)
+        breaker = _unused(strings)
 
         def change(string: str) -> str:
             while self._spelled.search(string):  # again, because matches may overlap
@@ -65,9 +64,13 @@ class SpecialTokens:
             yield text[pending:], False
 
 
-def _collector(strings: list[str]) -> Callable[[str], str]:
-    def collect(string: str) -> str:
-        strings.append(string)
-        return string
+def unused_character(conversation: Any) -> str:
+    """One that no string of the conversation has."""
+    strings: list[str] = []
+    map_strings(conversation, collector(strings))
+    return _unused(strings)
 
-    return collect
+
+def _unused(strings: Sequence[str]) -> str:
+    used = set().union(*strings)
+    return next(character for character in map(chr, _PRIVATE_USE) if character not in used)

@@ -13,9 +13,11 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lmx.chat.messages import collector, map_strings
 from lmx.errors import InvalidRequest
 
 SHOWN_CHARACTERS = 300
@@ -43,6 +45,16 @@ class ChatTemplate:
         environment.globals.update(special_tokens)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = sources.get("tool_use") or sources.get("default") or next(iter(sources.values()))
+        """Of the one that tells of tools, for those who look what it knows."""
+        trees = [environment.parse(source) for source in sources.values()]
+        self.variables = frozenset[str]().union(*map(find_undeclared_variables, trees))
+        """What it may be told beside the conversation."""
+        texts: list[str] = [node.attr for tree in trees for node in tree.find_all(jinja2.nodes.Getattr)]
+        # Lists of constants are read as one constant.
+        map_strings([node.value for tree in trees for node in tree.find_all(jinja2.nodes.Const)], collector(texts))
+        self.names = frozenset(texts)
+        """Every field that it may read, and every other string in it."""
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
 
     def render(

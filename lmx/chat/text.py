@@ -16,21 +16,29 @@ class TextStream:
     a step for each of its characters and theirs, and never the text before.
     """
 
-    def __init__(self, pieces: Sequence[bytes], stop: Sequence[str] = (), *, strip_space: bool = False) -> None:
-        self.stopped = False
-        """A stop string was met; it and everything after it is dropped."""
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        stop: Sequence[str] = (),
+        *,
+        strip_space: bool = False,
+        keep_stop: bool = False,
+    ) -> None:
         self._pieces = pieces
         self._strip_space = strip_space
         # UTF-8 with U+FFFD for each maximal invalid part (Unicode's "substitution of maximal subparts").
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = [_Matcher(string) for string in filter(None, stop)]
-        self._held = ""
-        self._found: int | None = None
-        """Where in what is held back a stop string begins, while one that begins earlier is still possible."""
+        self._stop = StopStrings(stop, keep=keep_stop) if any(stop) else None
 
-    def feed(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens make safe to send; "" once ``stopped``. Unknown ids give no text."""
-        return self._take(tokens, final=False)
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met; everything after it is dropped, and without ``keep_stop`` itself."""
+        return self._stop is not None and self._stop.stopped
+
+    def feed(self, tokens: Sequence[int], *, stops: bool = True) -> str:
+        """The text that these tokens make safe to send; "" once ``stopped``. Unknown ids give no text. Without
+        ``stops`` no stop string begins in it; for the beginning of an answer only."""
+        return self._take(tokens, final=False, stops=stops)
 
     def finish(self) -> str:
         """What was held back, when the sequence ended for another reason than a stop string. Call it once, last.
@@ -39,8 +47,8 @@ class TextStream:
         """
         return self._take((), final=True)
 
-    def _take(self, tokens: Sequence[int], *, final: bool) -> str:
-        if self.stopped:
+    def _take(self, tokens: Sequence[int], *, final: bool, stops: bool = True) -> str:
+        if self._stop is not None and self._stop.stopped:
             return ""
         pieces = self._pieces
         size = len(pieces)
@@ -49,25 +57,40 @@ class TextStream:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._utf8.decode(data, final)
-        return self._cut(text, final=final) if self._stop else text
+        return self._stop.feed(text, final=final) if self._stop is not None and stops else text
 
-    def _cut(self, new: str, *, final: bool) -> str:
-        """The stop string that begins first in the whole text wins, so the result is the same for every chunking."""
+
+class StopStrings:
+    """Cuts a text that comes in pieces at the stop string that begins first in it, whatever the pieces."""
+
+    def __init__(self, strings: Sequence[str], *, keep: bool = False) -> None:
+        self.stopped = False
+        """One was met; everything after it is dropped, and without ``keep`` itself."""
+        self._stop = [_Matcher(string) for string in filter(None, strings)]
+        self._held = ""
+        self._found: tuple[int, int] | None = None
+        """Where in what is held back a stop string begins and ends, while one that begins earlier is still possible."""
+        self._keep = keep
+
+    def feed(self, new: str, *, final: bool = False) -> str:
+        """What is safe to send; with ``final`` all of it, once, last. "" once ``stopped``."""
+        if self.stopped:
+            return ""
         text = self._held + new
         found, keep = self._found, len(text)
         for matcher in self._stop:
             end, pending = matcher.feed(new)
             begin = len(self._held) + end - len(matcher.string)
-            if end and (found is None or begin < found):
-                found = begin
+            if end and (found is None or begin < found[0]):
+                found = begin, len(self._held) + end
             keep = min(keep, len(text) - pending)
         if final:
             keep = len(text)
         # Before ``found``, a stop string that begins at ``keep`` may still come, and would be the first.
-        if found is not None and found <= keep:
+        if found is not None and found[0] <= keep:
             self.stopped = True
-            keep = found
-        self._found = None if found is None else found - keep
+            keep = found[self._keep]
+        self._found = None if found is None else (found[0] - keep, found[1] - keep)
         self._held = "" if self.stopped else text[keep:]
         return text[:keep]
 

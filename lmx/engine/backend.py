@@ -39,6 +39,9 @@ class Sequence:
     min_tokens: int = 0
     constraint: "Constraint | None" = None
     """How far the answer has come in its grammar."""
+    prompt_logprobs: int = -1
+    scored_tokens: int = 0
+    """Prompt tokens whose log-probabilities were told."""
     computed_tokens: int = 0
     """Prompt positions prefilled, over all prefills."""
     ended: bool = False
@@ -74,6 +77,15 @@ class Draw:
     logprobs: Logprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of a sequence's prompt tokens from ``start`` on, each given those before it."""
+
+    sequence: Sequence
+    start: int
+    logprobs: tuple[Logprobs, ...]
+
+
 class Launch(Protocol):
     """A step: made by ``Backend.launch``, then started, its masked rows drawn, then read."""
 
@@ -84,6 +96,9 @@ class Launch(Protocol):
     def draw(self) -> None:
         """Now that the tokens of the step before are known: give the device the masks and what was left of the step.
         Nothing where no row is masked."""
+
+    def scores(self) -> list[Scores]:
+        """Once the step is read: of its chunks' tokens, for sequences that want ``prompt_logprobs``."""
 
     def wait(self) -> list[Draw]:
         """Block until the step is done (what was not given to the device before is now); the decoding rows' draws in
@@ -116,6 +131,8 @@ class Facts:
     path_reason: str
     probes: dict[str, str]
     """What was measured of the device and the model at load, in words: name → result."""
+    forks: bool = False
+    """Whether ``Backend.fork`` works: not where a state stands for all tokens, or a window has moved on."""
     max_chunk_area: int = 0
     """Most tokens times context that prefill may compute in a step, for the memory that attention takes; 0: any
     number."""
@@ -137,6 +154,10 @@ class Backend(Protocol):
 
     def start(self, sequence: Sequence) -> None:
         """Give the sequence a row; its prefill begins with the next launch."""
+
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        """The same, with a copy of the parent's KV of its first ``tokens``: the prefill begins after those. (What they
+        are is given to the device already.) Only where ``Facts.forks``."""
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
         """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the

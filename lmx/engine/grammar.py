@@ -7,9 +7,11 @@ The algorithm (an Earley parser over a lexer of derivatives, along the tokenizer
 https://github.com/guidance-ai/llguidance
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,19 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from tokenizers import Tokenizer
 
 from lmx.chat.pieces import read_pieces
+from lmx.chat.stack import MOST_CHARACTERS, on_a_large_stack
 from lmx.engine.backend import Sequence as EngineSequence
 from lmx.engine.requests import Refused
 
+# What is kept compiled, since agents send the same tools in every turn: so many grammars, of so many characters in all.
+# A compiled one takes up to 170 bytes for each of its characters (measured: nested anyOf).
 _KEPT = 256
-"""Compiled grammars. Agents send the same tools in every turn."""
+_KEPT_CHARACTERS = 2 << 20
+# Masks are computed one after the other, 30 µs each for a JSON schema, until those of a step take this long: handing
+# them to threads costs more than that, and 2 to 6 ms where other processes want the cores.
+_SLOW_S = 0.002
 _SHOWN_CHARACTERS = 500
-_TOO_MUCH = ("too complex", "too large", "too many", "too big", "limit", "fuel")
+_TOO_MUCH = ("too complex", "too large", "too many", "too big", "limit", "fuel", "max is", "symbols.len()")
 
 Masks = npt.NDArray[np.uint32]
 """(rows, ⌈vocabulary / 32⌉): the tokens that each row may draw."""
@@ -41,6 +49,16 @@ class Constraint:
     def advance(self, token: int) -> bool:
         """Take the token that was drawn. False: no further one can be found, ``refusal`` says why."""
         return bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
+
+    def rollback(self, tokens: int) -> None:
+        """Take so many tokens back (rejected drafts)."""
+        if not self.matcher.rollback(tokens):
+            raise ValueError(f"{tokens} tokens cannot be taken back: {self.refusal}")
+
+    @property
+    def accepting(self) -> bool:
+        """The answer may end here."""
+        return bool(self.matcher.is_accepting())
 
     @property
     def complete(self) -> bool:
@@ -59,36 +77,52 @@ class Constraint:
 
 
 class Grammars:
-    """The compiler of one engine. ``compile`` never blocks; the rest of its methods are of the loop's thread, too."""
+    """The compiler of one engine, for the loop's thread."""
 
     def __init__(
         self, words: str, vocab_size: int, end_ids: Sequence[int], *, wake: Callable[[], None] = lambda: None
     ) -> None:
-        """``words``: the folder with tokenizer.json. ``wake``: called, by another thread, when something is
-        compiled."""
+        """``words``: the folder with tokenizer.json, "": there is none. ``wake``: called, by another thread, when
+        something is compiled."""
         self._wake = wake
         self._pool = ThreadPoolExecutor(2, "grammar")
-        self._tokenizer = self._pool.submit(_read_tokenizer, Path(words), vocab_size, tuple(end_ids))
-        self._compiled: OrderedDict[str, Constraint] = OrderedDict()
-        self._running: dict[str, Future[Constraint]] = {}
+        self._tokenizer: Future[llguidance.LLTokenizer] | None = None
+        if words:
+            self._tokenizer = self._pool.submit(_read_tokenizer, Path(words), vocab_size, tuple(end_ids))
+        self._compiled: OrderedDict[str, Future[Constraint | Refused]] = OrderedDict()
+        self._characters = 0
 
     def compile(self, grammar: str) -> Constraint | None:
-        """A constraint at its beginning; None: not yet, ask again when woken. Raises Refused."""
-        if grammar not in self._compiled:
-            running = self._running.get(grammar)
-            if running is None:
-                running = self._running[grammar] = self._pool.submit(_compile, self._tokenizer, grammar)
-                running.add_done_callback(lambda _: self._wake())
-            if not running.done():
-                return None
-            del self._running[grammar]
-            self._compiled[grammar] = running.result()
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
+        """A constraint at its beginning; None: not yet, ask again when woken. Never blocks. Raises Refused."""
+        if self._tokenizer is None:
+            raise Refused("grammar_invalid", "this model has no tokenizer.json to constrain its output by")
+        if len(grammar) > MOST_CHARACTERS:
+            raise Refused(
+                "grammar_too_complex", f"it has {len(grammar):,} characters, and {MOST_CHARACTERS:,} can be compiled"
+            )
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = self._compiled[grammar] = self._pool.submit(_compile, self._tokenizer, grammar)
+            compiled.add_done_callback(lambda _: self._wake())
+            self._characters += len(grammar)
+            self._forget()
         self._compiled.move_to_end(grammar)
-        return self._compiled[grammar].copy()
+        if not compiled.done():
+            return None
+        found = compiled.result()
+        if isinstance(found, Refused):
+            raise Refused(found.code, str(found))
+        return found.copy()
+
+    def _forget(self) -> None:
+        """The grammars that were not asked for the longest, but never the last one."""
+        while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or self._characters > _KEPT_CHARACTERS):
+            grammar, compiled = self._compiled.popitem(last=False)
+            compiled.cancel()
+            self._characters -= len(grammar)
 
     def close(self) -> None:
+        """Compile nothing more. What is being compiled goes on: nothing can interrupt it."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -97,11 +131,12 @@ class _Words:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        tokens = read_pieces(tokenizer).all
-        # The model's output may have more rows than there are tokens: nothing ever matches an empty one.
+        # The model's output may have more rows than there are tokens, and nothing ever matches an empty one; or fewer.
+        tokens = read_pieces(tokenizer).all[:vocab_size]
         self.tokens = [*tokens, *[b""] * (vocab_size - len(tokens))]
         added = tokenizer.get_added_tokens_decoder()
-        self.special_token_ids = sorted({*(index for index, token in added.items() if token.special), *end_ids})
+        special = {*(index for index, token in added.items() if token.special), *end_ids}
+        self.special_token_ids = sorted(index for index in special if index < vocab_size)
         self.eos_token_id = end_ids[0]
         self.bos_token_id = None
 
@@ -113,25 +148,29 @@ class _Words:
 
 
 def _read_tokenizer(words: Path, vocab_size: int, end_ids: Sequence[int]) -> llguidance.LLTokenizer:
+    end_ids = [token for token in end_ids if token < vocab_size]
+    if not end_ids:
+        raise ValueError("it has no token that ends an answer")
     tokenizer = Tokenizer.from_file(str(words / "tokenizer.json"))
     wrapper: Any = llguidance.TokenizerWrapper(_Words(tokenizer, vocab_size, end_ids))
-    return llguidance.LLTokenizer(wrapper, eos_token=list(end_ids))
+    return llguidance.LLTokenizer(wrapper, eos_token=end_ids)
 
 
-def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Constraint:
+def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Constraint | Refused:
+    """Raises nothing: the Rust side's panics are BaseExceptions, and would end the step loop that asks for the
+    result."""
     try:
         vocabulary = tokenizer.result()
-    except Exception as error:
-        raise Refused(
-            "grammar_invalid", f"this model's tokenizer cannot be constrained ({type(error).__name__}: {error})"
-        ) from None
+    except BaseException as error:
+        return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
     limits = llguidance.LLParserLimits(verbose_errors=False)
-    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-    constraint = Constraint(matcher)
-    if matcher.is_error():
-        raise constraint.refusal
-    return constraint
+    try:
+        made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
+    except BaseException as error:
+        return Refused("grammar_invalid", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
+    constraint = Constraint(made)
+    return constraint.refusal if made.is_error() else constraint
 
 
 class Masker:
@@ -139,34 +178,45 @@ class Masker:
 
     def __init__(self, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._words = (vocab_size + 31) // 32
-        self._end_ids = tuple(end_ids)
+        self._end_ids = tuple(token for token in end_ids if token < vocab_size)
         self._executor: Any = None
+        self._slow = False
+        """The last step's masks were."""
 
     def masks(self, rows: Sequence[EngineSequence | None]) -> Masks | None:
         """For the rows' next draw; None if none of them has a mask. Rows without one may draw anything."""
-        if not any(row is not None and row.masked for row in rows):
+        masked = [(i, row) for i, row in enumerate(rows) if row is not None and row.masked and not row.ended]
+        if not masked:
             return None
         bits = np.full((len(rows), self._words), -1, np.int32)
-        matchers = [(row.constraint.matcher, i) for i, row in enumerate(rows) if row is not None and row.constraint]
-        if len(matchers) == 1:
-            fill_next_token_bitmask(*matchers[0][:1], bits, matchers[0][1])
-        elif matchers:
-            self._executor = self._executor or llguidance.LLExecutor()
-            fill_next_token_bitmask_par(self._executor, matchers, bits)
+        self._fill([(row.constraint.matcher, i) for i, row in masked if row.constraint], bits)
         masks = bits.view(np.uint32)
-        for mask, row in zip(masks, rows, strict=True):
-            if row is not None and row.masked:
-                self._ends(mask, row)
+        for i, row in masked:
+            self._ends(masks[i], row)
         return masks
 
+    def _fill(self, matchers: list[tuple[llguidance.LLMatcher, int]], bits: npt.NDArray[np.int32]) -> None:
+        started = time.perf_counter()
+        if self._slow and len(matchers) > 1:
+            self._executor = self._executor or llguidance.LLExecutor()
+            fill_next_token_bitmask_par(self._executor, matchers, bits)
+        else:
+            for matcher, i in matchers:
+                fill_next_token_bitmask(matcher, bits, i)
+        self._slow = time.perf_counter() - started > _SLOW_S
+
     def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence) -> None:
-        """An answer's own end tokens, and those that come too early."""
-        if row.stop_ids and row.constraint and row.constraint.matcher.is_accepting():
+        """An answer's own end tokens, and those that come too early. Where nothing else can follow, they may come."""
+        if row.stop_ids and row.constraint and row.constraint.accepting:
             _set(mask, row.stop_ids, True)
-        if row.generated_tokens < row.min_tokens:
+        early = row.generated_tokens < row.min_tokens
+        unwanted = self._end_ids if early or row.ignore_eos else ()
+        if early:
+            unwanted += row.stop_ids
+        if unwanted:
             before = mask.copy()
-            _set(mask, (*self._end_ids, *row.stop_ids), False)
-            if not mask.any():  # the answer is complete: nothing else can follow
+            _set(mask, unwanted, False)
+            if not mask.any():
                 mask[:] = before
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmx._sched import NeverFits, Scheduler
-from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Sequence
+from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
-from lmx.engine.requests import Refused, check_ends, check_sampling, read_prompt
+from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
     Cancel,
@@ -28,6 +28,7 @@ from lmx.protocol import (
     Freed,
     Load,
     Message,
+    PromptLogprobs,
     Running,
     Shutdown,
     Started,
@@ -89,8 +90,14 @@ class _Compiling:
 
 class StepLoop:
     def __init__(
-        self, link: Link, backend: Backend, options: Load, clock: Callable[[], float] = time.monotonic
+        self,
+        link: Link,
+        backend: Backend,
+        options: Load,
+        clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
+        """``grammars``: other than those of the model's own words."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -108,7 +115,7 @@ class StepLoop:
             itl_target_ms=options.itl_target_ms,
         )
         self._sequences: dict[int, Sequence] = {}
-        self._grammars = Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
+        self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
         self._compiling: dict[int, _Compiling] = {}
         """Requests that wait for their grammar; the scheduler does not know them yet."""
@@ -240,7 +247,7 @@ class StepLoop:
         try:
             prompt = read_prompt(message, facts)
             check_sampling(message.sampling, facts)
-            check_ends(message, facts)
+            check_answer(message, facts)
         except Refused as error:
             self._refuse(message.seq, error)
             return
@@ -272,6 +279,7 @@ class StepLoop:
     def _enter(self, waiting: _Compiling, constraint: Constraint | None) -> None:
         """Queue a request with the scheduler, or fail it alone."""
         submit, prompt = waiting.submit, waiting.prompt
+        parent = self._parent(submit, prompt)
         try:
             max_tokens = self._scheduler.submit(
                 submit.seq,
@@ -280,6 +288,8 @@ class StepLoop:
                 client=submit.client,
                 priority=submit.priority,
                 deadline=waiting.deadline,
+                cached_tokens=len(prompt) - 1 if parent else 0,
+                parent=submit.parent if parent else -1,
             )
         except ValueError as error:
             self._refuse(submit.seq, error)
@@ -295,6 +305,18 @@ class StepLoop:
             submit.stop_ids,
             submit.min_tokens,
             constraint,
+            submit.prompt_logprobs,
+        )
+
+    def _parent(self, submit: Submit, prompt: list[int]) -> bool:
+        """Whether its parent can give it the prompt's KV. (Log-probabilities come from the prefill itself.)"""
+        parent = self._sequences.get(submit.parent)
+        return (
+            parent is not None
+            and self._backend.facts.forks
+            and submit.prompt_logprobs < 0
+            and parent.prompt_tokens == len(prompt)
+            and parent.tokens[: len(prompt)] == prompt
         )
 
     def _refuse(self, seq: int, error: ValueError) -> None:
@@ -317,10 +339,14 @@ class StepLoop:
             return None
         decode = [self._sequences[seq] for seq in plan.decode]
         chunks = [Chunk(self._sequences[p.seq], p.start, p.tokens, p.last) for p in plan.prefills]
-        joining = [chunk.sequence for chunk in chunks if chunk.start == 0]
-        for sequence in joining:
-            self._backend.start(sequence)
-        started = tuple(Started(sequence.seq, 0) for sequence in joining)
+        forks = {join.seq: join for join in plan.joins}
+        joining = [chunk for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in forks]
+        for chunk in joining:
+            if fork := forks.get(chunk.sequence.seq):
+                self._backend.fork(chunk.sequence, self._sequences[fork.parent], fork.cached_tokens)
+            else:
+                self._backend.start(chunk.sequence)
+        started = tuple(Started(chunk.sequence.seq, chunk.start) for chunk in joining)
         members = (*plan.decode, *(p.seq for p in plan.prefills))
         if members != self._members:
             self._members = members
@@ -379,17 +405,28 @@ class StepLoop:
             sequence.ended = finish is not None
             logprobs = (draw.logprobs,) if draw.logprobs else ()
             rows.append(Tokens(sequence.seq, (draw.token,), finish, logprobs))
+        for scores in running.launch.scores():
+            self._tell_scores(scores)
         for chunk in running.chunks:
             chunk.sequence.computed_tokens += chunk.tokens
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
 
+    def _tell_scores(self, scores: Scores) -> None:
+        """Each once: after a preemption the prompt is prefilled again."""
+        sequence = scores.sequence
+        known = max(sequence.scored_tokens + 1 - scores.start, 0)
+        logprobs = scores.logprobs[known:]
+        if logprobs and sequence.seq in self._sequences:
+            sequence.scored_tokens += len(logprobs)
+            self._link.send(PromptLogprobs(sequence.seq, logprobs))
+
     def _ends(self, sequence: Sequence, token: int) -> bool:
-        if token in sequence.stop_ids:
-            return True
-        # Of an answer that must match a grammar, an end is a part.
-        return token in self._eos and (not sequence.ignore_eos or sequence.constraint is not None)
+        """Whether the token ends the answer. Elsewhere than at its end a grammar may ask for such a token."""
+        if sequence.constraint:
+            return (token in self._eos or token in sequence.stop_ids) and sequence.constraint.accepting
+        return token in sequence.stop_ids or (token in self._eos and not sequence.ignore_eos)
 
     def _measure(self, running: _Running, asked_at: float, *, alone: bool) -> tuple[float, bool]:
         """What a step that was just read took, from done to done, and whether that says what such a step costs.

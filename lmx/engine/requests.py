@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 from lmx.engine.backend import Facts
+from lmx.engine.sampling import TOP_LOGPROBS
 from lmx.protocol import Sampling, Submit, unpack_tokens
 
 
@@ -52,9 +53,13 @@ def check_sampling(sampling: Sampling, facts: Facts) -> None:
         raise Refused("invalid_request", f"temperature must be at least 0, got {sampling.temperature}")
 
 
-def check_ends(submit: Submit, facts: Facts) -> None:
+def check_answer(submit: Submit, facts: Facts) -> None:
     """Raises Refused."""
     highest = facts.vocab_size - 1
+    if submit.prompt_logprobs > TOP_LOGPROBS:
+        raise Refused(
+            "invalid_request", f"prompt_logprobs must be at most {TOP_LOGPROBS}, got {submit.prompt_logprobs}"
+        )
     for token in submit.stop_ids:
         if not 0 <= token <= highest:
             raise Refused(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lmx.protocol import Sampling
+from lmx.protocol import Logprobs, Sampling
 
 TOP_LOGPROBS = 20
 _MASK = (1 << 64) - 1
@@ -171,7 +171,7 @@ class SamplingBatch:
         inputs = dict(self._inputs)
         if masks is not None:
             signature = replace(signature, masked=True)
-            inputs["masks"] = xp.array(masks)
+            inputs["masks"] = xp.array(masks if self._compiled else _limits(masks, signature.vocab_size))
         if self._signature.sampled:
             inputs["keys"] = xp.array(np.asarray(keys, np.uint32)[:, None])
             inputs["ids"] = self._ids
@@ -223,14 +223,33 @@ def _draw(xp: Any, signature: _Signature, logits: Array, inputs: dict[str, Array
         tokens = xp.argmax(x, axis=-1).astype(xp.int32)
     if not signature.logprobs:
         return tokens, bad
+    return tokens, bad, *_logprobs(xp, raw, top, tokens, TOP_LOGPROBS)
+
+
+def score(xp: Any, logits: Array, tokens: Array, n: int) -> tuple[Array, Array, Array]:
+    """The log-probabilities (N,) of ``tokens`` (N,) under ``logits`` (N, V), each row's ``n`` likeliest tokens (N, n)
+    and theirs: of the unscaled distribution, as ``Drawn`` has them."""
+    raw = logits.astype(xp.float32)
+    with np.errstate(all="ignore"):
+        return _logprobs(xp, raw, xp.max(raw, axis=-1, keepdims=True), tokens, n)
+
+
+def as_logprobs(drawn: Array, ids: Array, values: Array) -> tuple[Logprobs, ...]:
+    """What ``score`` gave, read back, for the protocol."""
+    rows = zip(drawn.tolist(), ids.tolist(), values.tolist(), strict=True)
+    return tuple(Logprobs(logprob, tuple(top), tuple(of_top)) for logprob, top, of_top in rows)
+
+
+def _logprobs(xp: Any, raw: Array, top: Array, tokens: Array, n: int) -> tuple[Array, Array, Array]:
     logprobs = raw - (top + xp.log(xp.sum(xp.exp(raw - top), axis=-1, keepdims=True)))
-    n = min(TOP_LOGPROBS, raw.shape[-1])
+    drawn = xp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    n = min(n, raw.shape[-1])
+    if not n:
+        return drawn, xp.zeros((len(drawn), 0)), xp.zeros((len(drawn), 0))
     values, ids = _candidates(xp, logprobs, n)
     order = xp.argsort(-values, axis=-1)[:, :n]
     return (
-        tokens,
-        bad,
-        xp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0],
+        drawn,
         xp.take_along_axis(ids, order, axis=-1).astype(xp.int32),
         xp.take_along_axis(values, order, axis=-1),
     )
@@ -268,9 +287,19 @@ def _add_bias(xp: Any, x: Array, inputs: dict[str, Array]) -> Array:
 
 
 def _mask_out(xp: Any, x: Array, masks: Array) -> Array:
-    """Last, so that no bias can lift what a mask forbids."""
+    """Last, so that no bias can lift what a mask forbids. ``masks``: bits, or limits."""
+    if masks.dtype == xp.float32:
+        return x + masks
     bits = (masks[:, :, None] >> xp.arange(32, dtype=xp.uint32)) & xp.array(1, dtype=xp.uint32)
     return xp.where(bits.reshape(len(masks), -1)[:, : x.shape[-1]] != 0, x, -xp.inf)
+
+
+def _limits(masks: Any, vocab_size: int) -> Any:
+    """0 for a set bit, -inf for others: on a CPU NumPy makes it and MLX adds it in 0.4 ms for 8 rows of 49,152, where
+    MLX's own shifts take 2.1."""
+    bits = np.unpackbits(masks.astype("<u4").view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    infinity = np.float32(-np.inf).view(np.int32)
+    return ((bits.astype(np.int32) - 1) & infinity).view(np.float32)
 
 
 def _sample(xp: Any, signature: _Signature, x: Array, inputs: dict[str, Array]) -> Array:

@@ -4,18 +4,19 @@ The server only passes bytes on. A reader serves one body at a time; who leaves 
 deadline) kills it, which ends the work. None outlives ``aclose``, nor the server. Used by ``lmx.api.body``.
 """
 
+import json
 import pickle
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
 import trio
 
+from lmx.chat.model import Source
 from lmx.errors import InvalidRequest
 
 READERS = 2
@@ -35,11 +36,11 @@ class ReaderProcess:
         self._stream = stream
 
     @classmethod
-    async def start(cls, words: Iterable[Path]) -> "ReaderProcess":
+    async def start(cls, sources: Iterable[Source]) -> "ReaderProcess":
         ours, theirs = socket.socketpair()
         try:
             # No code from the working directory (-P), no text of its own on our stderr: a client could fill it.
-            command = [sys.executable, "-P", "-m", "lmx.api.reader", str(theirs.fileno()), *map(str, words)]
+            command = [sys.executable, "-P", "-m", "lmx.api.reader", str(theirs.fileno()), *map(json.dumps, sources)]
             process = await trio.lowlevel.open_process(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -109,9 +110,9 @@ class ReaderProcess:
 class Readers:
     """At most READERS processes, none until a large body comes."""
 
-    def __init__(self, words: Callable[[], Iterable[Path]]) -> None:
-        """``words``: of the models that a new reader gets ready for."""
-        self._words = words
+    def __init__(self, sources: Callable[[], Iterable[Source]]) -> None:
+        """``sources``: of the models that a new reader gets ready for."""
+        self._sources = sources
         self._free = trio.CapacityLimiter(READERS)
         self._idle: list[ReaderProcess] = []
         self._live = 0
@@ -129,7 +130,7 @@ class Readers:
     async def _start(self) -> ReaderProcess:
         self._live += 1
         try:
-            return await ReaderProcess.start(self._words())
+            return await ReaderProcess.start(self._sources())
         except BaseException:
             self._live -= 1
             raise

@@ -8,16 +8,36 @@ from collections.abc import Mapping
 
 from lmx.chat.tools.base import Format
 from lmx.chat.tools.command_r import COMMAND_R, COMMAND_R_OLD
+from lmx.chat.tools.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
+from lmx.chat.tools.deepseek_v32 import DEEPSEEK_V4, DEEPSEEK_V32
+from lmx.chat.tools.gemma import FUNCTION_GEMMA, GEMMA4
 from lmx.chat.tools.generic import GENERIC
+from lmx.chat.tools.glm import GLM45, GLM47
 from lmx.chat.tools.granite import GRANITE
+from lmx.chat.tools.harmony import HARMONY
 from lmx.chat.tools.hermes import HERMES
+from lmx.chat.tools.kimi_k2 import KIMI_K2
 from lmx.chat.tools.llama3 import LLAMA3
+from lmx.chat.tools.minimax_m2 import MINIMAX_M2
 from lmx.chat.tools.mistral import MISTRAL, MISTRAL_OLD
 from lmx.chat.tools.phi4 import FUNCTOOLS, PHI4
 from lmx.chat.tools.pythonic import LFM2, PYTHONIC
+from lmx.chat.tools.qwen3_coder import QWEN3_CODER
 from lmx.chat.tools.tagged import APRIEL, NEMOTRON
 
 FORMATS: tuple[Format, ...] = (
+    HARMONY,
+    QWEN3_CODER,
+    GLM47,
+    GLM45,
+    MINIMAX_M2,
+    DEEPSEEK_V32,
+    DEEPSEEK_V4,
+    DEEPSEEK_V3,
+    DEEPSEEK_V31,
+    KIMI_K2,
+    GEMMA4,
+    FUNCTION_GEMMA,
     COMMAND_R,
     COMMAND_R_OLD,
     MISTRAL,

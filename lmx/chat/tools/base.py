@@ -6,7 +6,7 @@ table of them and chooses. Called by ``lmx.chat.model`` and the API faces.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lmx.chat.events import Event
 
@@ -61,3 +61,25 @@ class Format(Protocol):
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         """``parallel``: one call or more; otherwise exactly one. Arguments match their tool's schema."""
+
+
+@runtime_checkable
+class WholeFormat(Format, Protocol):
+    """A format of which the whole answer is one: its parser reads what the model wrote after the prompt, markers and
+    reasoning included, and gives Reasoning too."""
+
+    def answer(
+        self,
+        tools: Sequence[Tool],
+        special: Mapping[str, int],
+        *,
+        choice: Literal["none", "auto", "required"],
+        parallel: bool,
+        body: str = "",
+        thinking: bool = True,
+    ) -> str:
+        """The grammar of all that follows the prompt: Lark rules, ``start`` among them.
+
+        ``body``: rules that define ``body``, the final message as it must be; empty: any text. ``thinking``: whether
+        the model may reason first.
+        """

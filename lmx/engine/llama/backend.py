@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
 from lmx.engine.grammar import Masker
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
-from lmx.engine.sampling import SamplingBatch, draw_key, penalised
+from lmx.engine.sampling import SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
 
@@ -68,17 +68,23 @@ class _Part:
     row: _Row
     tokens: Seq[int]
     draws: bool
+    scored: bool = False
+    """Log-probabilities of the tokens after these are wanted."""
 
 
 class LlamaLaunch:
     """A step; started means done: llama.cpp returns when it has computed, and the draws need the logits on the host."""
 
-    def __init__(self, compute: Callable[[], list[Draw]]) -> None:
+    def __init__(self, compute: Callable[[dict[int, Scores]], list[Draw]]) -> None:
         self._compute = compute
+        self._scores: dict[int, Scores] = {}
         self._draws: list[Draw] | None = None
 
+    def scores(self) -> list[Scores]:
+        return list(self._scores.values())
+
     def start(self) -> None:
-        self._draws = self._compute()
+        self._draws = self._compute(self._scores)
 
     def draw(self) -> None:
         """Done: there is no lookahead, so the tokens of the step before were known."""
@@ -139,6 +145,7 @@ class LlamaBackend:
             max_rows=rows,
             max_chunk_tokens=chunk_tokens,
             launch_share=1.0,
+            forks=rows > 1 and not model.window and not model.recurrent,
             weights_bytes=model.weights_bytes,
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
@@ -175,6 +182,16 @@ class LlamaBackend:
             counts = [self._count(sequence.tokens), answer]
         self._rows[sequence.seq] = _Row(sequence, self._take_slot(), counts)
 
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        self.start(sequence)
+        row, source = self._rows[sequence.seq], self._rows[parent.seq]
+        if source.bad:
+            row.bad = True  # and so would this one be, of the same prompt
+        elif not self._context.copy(source.slot, row.slot, tokens):
+            raise RuntimeError("llama.cpp does not copy the KV of a sequence")
+        else:
+            row.tokens = sequence.tokens[:tokens]
+
     def _take_slot(self) -> int:
         """The free one with most neighbours, so that few gaps arise."""
         free = set(self._free_slots)
@@ -189,19 +206,21 @@ class LlamaBackend:
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
         return LlamaLaunch(partial(self._step, decode, chunks))
 
-    def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> list[Draw]:
+    def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk], scores: dict[int, Scores]) -> list[Draw]:
         rows = (self._rows[sequence.seq] for sequence in decode)
         parts = [_Part(row, [row.next_token], True) for row in rows]
         for chunk in chunks:
             row = self._rows[chunk.sequence.seq]
             assert row.bad or len(row.tokens) == chunk.start, (len(row.tokens), chunk)
-            parts.append(_Part(row, chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens], chunk.last))
+            tokens = chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens]
+            scored = chunk.sequence.prompt_logprobs >= 0 and chunk.start + 1 < chunk.sequence.prompt_tokens
+            parts.append(_Part(row, tokens, chunk.last, scored))
         draws = {part.row.slot: Draw(part.row.sequence, 0, True) for part in parts}
         sound = [part for part in parts if not part.row.bad]
-        draws |= self._compute(sound)
+        draws |= self._compute(sound, scores)
         bad = [part for part in sound if draws[part.row.slot].bad]
         if len(bad) > 1 and not self._streams:
-            draws |= self._compute_alone(bad)
+            draws |= self._compute_alone(bad, scores)
         elif bad:
             self._give_up(bad)
         for part in parts:
@@ -212,9 +231,34 @@ class LlamaBackend:
                     counts[0, draw.token] += 1
         return [draws[part.row.slot] for part in parts if part.draws or draws[part.row.slot].bad]
 
-    def _compute(self, parts: Seq[_Part]) -> dict[int, Draw]:
-        """All parts together; by slot."""
-        return {part.row.slot: self._draw(part, logits) for part, logits in self._forward(parts)}
+    def _compute(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
+        """All parts together, but for those to be scored; by slot."""
+        draws = {}
+        for part in parts:
+            if part.scored:
+                draws[part.row.slot] = self._draw(part, self._score(part, scores))
+        for part, logits in self._forward([part for part in parts if not part.scored]):
+            draws[part.row.slot] = self._draw(part, logits)
+        return draws
+
+    def _score(self, part: _Part, scores: dict[int, Scores]) -> npt.NDArray[np.float32]:
+        """Compute a part by itself, as many tokens at a time as there is room for their logits; those of its last."""
+        row, sequence = part.row, part.row.sequence
+        start = len(row.tokens)
+        found: list[Logprobs] = []
+        logits = np.empty((0, 0), np.float32)
+        for first in range(0, len(part.tokens), self._context.outputs):
+            tokens = part.tokens[first : first + self._context.outputs]
+            position, count = start + first, len(tokens)
+            logits = self._context.decode(tokens, range(position, position + count), [row.slot] * count, [True] * count)
+            following = sequence.tokens[position + 1 : min(position + count + 1, sequence.prompt_tokens)]
+            if following:
+                ids = np.asarray(following, np.int32)
+                found += as_logprobs(*score(np, logits[: len(ids)], ids, sequence.prompt_logprobs))
+        row.tokens += part.tokens
+        scores[sequence.seq] = Scores(sequence, start + 1, tuple(found))
+        last: npt.NDArray[np.float32] = logits[-1]
+        return last
 
     def _forward(self, parts: Seq[_Part]) -> Iterator[tuple[_Part, npt.NDArray[np.float32]]]:
         """Compute all parts together, in as few calls as llama.cpp's batch allows; for each part the logits (V,) of its
@@ -248,7 +292,7 @@ class LlamaBackend:
         for slot in fillers:
             self._context.forget(slot)
 
-    def _compute_alone(self, parts: Seq[_Part]) -> dict[int, Draw]:
+    def _compute_alone(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
         """Parts of a step over shared cells again that came out bad, one at a time.
 
         No mask stops a NaN, so one sequence's reaches all that share the cells, and with it the KV that they write in
@@ -258,7 +302,7 @@ class LlamaBackend:
         self._clean()
         draws: dict[int, Draw] = {}
         for part in again:
-            draws |= self._compute([part])
+            draws |= self._compute([part], scores)
             if draws[part.row.slot].bad:
                 self._give_up([part])
         return draws
@@ -273,7 +317,7 @@ class LlamaBackend:
             self._context.forget(row.slot)
         tokens = row.tokens[start:]
         del row.tokens[start:]
-        return _Part(row, tokens, part.draws)
+        return _Part(row, tokens, part.draws, part.scored)
 
     def _give_up(self, parts: Seq[_Part]) -> None:
         """Rows that are bad themselves."""

@@ -29,6 +29,8 @@ import llama_cpp as C
 
 KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
 MAX_SLOTS = int(C.llama_max_parallel_sequences())
+OUTPUTS = 32
+"""Tokens of a batch whose logits can be had, at least: what is held is so many times the vocabulary."""
 # GCC 12 takes most of the tile configuration that ggml's AMX kernels load for dead stores and drops them: the first
 # product with quantised weights faults (a Sapphire Rapids under Debian 12). A build does not say what compiled it, so
 # none of them gets weights laid out for AMX.
@@ -150,8 +152,10 @@ class Context:
         parameters.n_batch = batch_tokens
         parameters.n_ubatch = forward_tokens
         parameters.n_seq_max = slots
-        # One row of logits for each slot: otherwise buffers are made for logits of every token of a batch.
-        parameters.n_outputs_max = slots
+        # One row of logits for each slot, and some for prompts whose log-probabilities are wanted: otherwise buffers
+        # are made for logits of every token of a batch.
+        self.outputs = min(max(slots, OUTPUTS), batch_tokens)
+        parameters.n_outputs_max = self.outputs
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
         # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
@@ -169,6 +173,7 @@ class Context:
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self._window = model.window
+        self._streams = streams
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -227,6 +232,14 @@ class Context:
         """The highest position whose KV the slot holds; -1: none."""
         return int(C.llama_memory_seq_pos_max(self._memory, slot))
 
+    def copy(self, source: int, target: int, tokens: int) -> bool:
+        """Give an empty slot the first ``tokens`` of another one. Shared cells are then both's, until one forgets them;
+        cells of its own are filled. False: the cache cannot be cut there."""
+        if self._streams:
+            return self.import_slot(target, self.export_slot(source)) and self.forget(target, tokens)
+        C.llama_memory_seq_cp(self._memory, source, target, 0, tokens)
+        return True
+
     def wipe(self) -> None:
         """Forget every slot and zero every cell."""
         C.llama_memory_clear(self._memory, True)
@@ -241,3 +254,60 @@ class Context:
         """Fill a free slot; False for data that do not fit this model and KV type, of which the slot may hold some."""
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         return bool(C.llama_state_seq_set_data(self.pointer, buffer, len(data), slot))
+
+
+POOLING = {
+    "mean": C.LLAMA_POOLING_TYPE_MEAN,
+    "cls": C.LLAMA_POOLING_TYPE_CLS,
+    "last": C.LLAMA_POOLING_TYPE_LAST,
+    "": C.LLAMA_POOLING_TYPE_UNSPECIFIED,
+}
+"""By ``protocol.Pooling.mode``; "": what the file says."""
+
+
+class EmbeddingContext:
+    """What makes vectors: at most ``tokens`` of at most ``slots`` inputs in one forward. Raises ModelInvalid."""
+
+    def __init__(self, model: Model, *, tokens: int, slots: int, pooling: str, threads: int) -> None:
+        parameters = C.llama_context_default_params()
+        # An encoder sees an input whole: all of a batch is one forward.
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = tokens
+        parameters.n_seq_max = slots
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.embeddings = True
+        parameters.pooling_type = POOLING[pooling]
+        parameters.kv_unified = True
+        parameters.no_perf = True
+        _log.errors.clear()
+        self.pointer = C.llama_init_from_model(model.pointer, parameters)
+        if not self.pointer:
+            raise ModelInvalid(f"llama.cpp cannot make a context of {tokens} tokens: {_reason()}.")
+        weakref.finalize(self, lambda pointer, _: C.llama_free(pointer), self.pointer, model)
+        kind = C.llama_pooling_type(self.pointer)
+        self.pooling = next((name for name, value in POOLING.items() if value == kind), "")
+        """The one in use; "": none that makes a vector of a text."""
+        self.dimension = int(C.llama_model_n_embd(model.pointer))
+        self._memory = C.llama_get_memory(self.pointer)
+        self._batch = C.llama_batch_init(tokens, 0, 1)
+        weakref.finalize(self, C.llama_batch_free, self._batch)
+
+    def embed(self, inputs: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """The vectors (n, dimension), as they come out of the pooling."""
+        batch, place = self._batch, 0
+        for slot, tokens in enumerate(inputs):
+            for position, token in enumerate(tokens.tolist()):
+                batch.token[place], batch.pos[place] = token, position
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, slot
+                batch.logits[place] = 1
+                place += 1
+        batch.n_tokens = place
+        if self._memory:
+            C.llama_memory_clear(self._memory, True)
+        status = C.llama_decode(self.pointer, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode of {place} tokens failed (status {status}): {_reason()}")
+        vectors = np.empty((len(inputs), self.dimension), np.float32)
+        for slot in range(len(inputs)):
+            found = C.llama_get_embeddings_seq(self.pointer, slot)
+            vectors[slot] = np.ctypeslib.as_array(found, (self.dimension,))
+        return vectors

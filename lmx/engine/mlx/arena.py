@@ -15,7 +15,7 @@ vouches for it (``Seen``). No I/O, no decisions: the MLX back end is the only ca
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,8 +225,20 @@ class Lane:
             mx.eval(mine.arrays)
         self.last_tokens[row] = other.last_tokens[source]
 
-    def prefill(self, row: int, tokens: Sequence[int], *, last: bool) -> mx.array | None:
-        """Run a chunk of one row's prompt; after the ``last`` chunk, its logits (1, V), else None."""
+    def fork(self, row: int, other: "Lane", source: int, tokens: int) -> None:
+        """Copy the keys and values of the first ``tokens`` of a row of ``other`` (or of this lane) into an empty row;
+        its prefill goes on from there. For models without recurrent states. Costs as ``move``."""
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            assert isinstance(mine, KVLayer)
+            mine.put(row, theirs.take(source, tokens))
+            mx.eval(mine.arrays)
+        self.lengths[row] = tokens
+
+    def prefill(
+        self, row: int, tokens: Sequence[int], *, last: bool, see: Callable[[mx.array], None] | None = None
+    ) -> mx.array | None:
+        """Run a chunk of one row's prompt; after the ``last`` chunk, its logits (1, V), else None. ``see`` is shown the
+        hidden states (1, L, D)."""
         start = int(self.lengths[row])
         caches: list[Any] = []
         states: list[Any] = []
@@ -247,6 +259,8 @@ class Lane:
             caches.append(cache)
         hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self.kinds, caches))
         self.lengths[row] = end
+        if see:
+            see(hidden)
         if not last:
             if states:
                 self._private[row] = states

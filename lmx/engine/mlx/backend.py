@@ -19,13 +19,13 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Sequence
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
 from lmx.engine.mlx import adapter, device, kv_bytes, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.placement import Place, Placement
-from lmx.engine.sampling import Drawn, SamplingBatch, draw_key, penalised
+from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.protocol import Load, Logprobs, Sampling
 
 # Without a setting, KV may take this share of the memory that is free after the load.
@@ -42,6 +42,8 @@ _PASS_PADDING_SHARE = 0.25
 # Metal's own limit is nine tenths of the memory and more.
 _POOL_BYTES = 4 * 1024**3
 _POOL_SHARE = 1 / 16
+# Prompt tokens whose logits are held at once, for their log-probabilities: 40 MB for a vocabulary of 152,000.
+_SCORED_TOKENS = 64
 _DUMMY = Sampling(seed=0, temperature=0.0)
 
 
@@ -105,12 +107,18 @@ class MLXBackend:
             path=self._probe.path,
             path_reason=self._probe.reason,
             probes=probes,
+            forks=self._probe.path == "arena" and all(kind.kind == "kv" for kind in self._probe.kinds),
             max_chunk_area=area,
         )
 
     def start(self, sequence: Sequence) -> None:
         self._assert_thread()
         self._placement.enter(sequence)
+
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        self.start(sequence)
+        place, source = self._placement[sequence], self._placement[parent]
+        place.lane.fork(place.row, source.lane, source.row, tokens)
 
     def free(self, sequence: Sequence) -> None:
         self._assert_thread()
@@ -130,11 +138,10 @@ class MLXBackend:
                 self._placement.compact(lane, members)
                 decoding.append((lane, members))
         for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
-            draw = partial(self._decode, launch, lane, members, logits)
             if any(place.sequence.masked for place in members):
-                launch.defer(lane, logits, draw)
+                launch.defer(lane, logits, partial(self._decode, launch, lane, members, logits, late=True))
             else:
-                draw()
+                self._decode(launch, lane, members, logits)
         launch.begin = partial(self._begin, launch, [lane for lane, _ in decoding], chunks)
         return launch
 
@@ -161,16 +168,20 @@ class MLXBackend:
             return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
         return [lane.decode(rows)[:, 0] for lane, rows in parts]
 
-    def _decode(self, launch: "MLXLaunch", lane: Lane, members: list[Place], logits: mx.array) -> None:
-        """Draw the next token of each; ``logits``: of the lane's rows as far as they were computed."""
-        count = max(place.row for place in members) + 1
+    def _decode(
+        self, launch: "MLXLaunch", lane: Lane, members: list[Place], logits: mx.array, *, late: bool = False
+    ) -> None:
+        """Draw the next token of each; ``logits``: of the lane's rows as far as they were computed. ``late``: rows
+        between them may have ended their prefill meanwhile."""
+        rows = [place.row for place in members]
+        count = max(rows) + 1
         by_row: list[Sequence | None] = [None] * count
         for place in members:
             by_row[place.row] = place.sequence
         members_then, batch = self._batches.get(lane, ([], None))
         if batch is None or len(members_then) != count or any(map(operator.is_not, members_then, by_row)):
-            rows = [sequence.sampling if sequence else _DUMMY for sequence in by_row]
-            batch = SamplingBatch(mx, rows, self.facts.vocab_size)
+            sampling = [sequence.sampling if sequence else _DUMMY for sequence in by_row]
+            batch = SamplingBatch(mx, sampling, self.facts.vocab_size)
             self._batches[lane] = (by_row, batch)
         if lane.counts is not None and not any(
             penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
@@ -184,10 +195,15 @@ class MLXBackend:
         counts = [array[:count] for array in lane.counts.arrays] if lane.counts and batch.penalised else None
         drawn = batch.draw(logits, keys, counts, self._masker.masks(by_row))
         # Written into, never replaced by, the draw's own array: that one is read later and must not change.
-        lane.last_tokens[:count] = drawn.tokens
-        lane.add_counts(range(count), drawn.tokens)
+        if late and len(rows) < count:
+            index = mx.array(rows)
+            lane.last_tokens[index] = drawn.tokens[index]
+            lane.add_counts(rows, drawn.tokens[index])
+        else:
+            lane.last_tokens[:count] = drawn.tokens
+            lane.add_counts(range(count), drawn.tokens)
         launch.add(drawn, [(place.row, place.sequence) for place in members])
-        launch.watch(lane, [place.row for place in members])
+        launch.watch(lane, rows)
 
     def _prefill(self, lane: Lane, chunks: Seq[Chunk], launch: "MLXLaunch") -> None:
         """Prefill chunks of one lane and draw for those that are ``last``."""
@@ -197,11 +213,14 @@ class MLXBackend:
             rows = [self._placement[chunk.sequence].row for chunk in group]
             assert [int(lane.lengths[row]) for row in rows] == [chunk.start for chunk in group], group
             pieces = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens] for chunk in group]
-            found = (
-                lane.prefill_whole(rows, pieces)
-                if len(group) > 1
-                else lane.prefill(rows[0], pieces[0], last=group[0].last)
-            )
+            if len(group) == 1:
+                see = partial(self._score, launch, group[0]) if _scored(group[0]) else None
+                found = lane.prefill(rows[0], pieces[0], last=group[0].last, see=see)
+            elif group[0].start == 0:
+                found = lane.prefill_whole(rows, pieces)
+            else:  # the last tokens of forks
+                lane.last_tokens[mx.array(rows)] = mx.array([token for (token,) in pieces], mx.int32)
+                found = lane.decode(rows)[mx.array(rows), 0]
             if found is not None:
                 logits.append(found)
                 ending += [chunk.sequence for chunk in group]
@@ -214,6 +233,17 @@ class MLXBackend:
                 launch.defer(lane, found, draw)
             else:
                 draw()
+
+    def _score(self, launch: "MLXLaunch", chunk: Chunk, hidden: mx.array) -> None:
+        """The log-probabilities of the tokens after those of the chunk, as far as they are the prompt's: so many at a
+        time that their logits take no more memory than is small."""
+        following = _scored(chunk)
+        for first in range(0, len(following), _SCORED_TOKENS):
+            tokens = following[first : first + _SCORED_TOKENS]
+            logits = self._loaded.logits(hidden[:, first : first + len(tokens)])[0]
+            found = score(mx, logits, mx.array(tokens, mx.int32), chunk.sequence.prompt_logprobs)
+            mx.async_eval(*found)  # type: ignore[no-untyped-call]
+            launch.add_scores(chunk.sequence, chunk.start + 1 + first, found)
 
     def _draw_first(self, launch: "MLXLaunch", lane: Lane, sequences: Seq[Sequence], logits: mx.array) -> None:
         """The tokens that follow what was just prefilled; ``logits``: (B, V)."""
@@ -287,6 +317,7 @@ class MLXLaunch:
         self._ends: list[mx.array] = []
         self._order = {seq: index for index, seq in enumerate(order)}
         self._watched: list[tuple[Seen, int]] = []
+        self._scores: list[tuple[Sequence, int, tuple[mx.array, ...]]] = []
         self._deferred: list[tuple[Lane, mx.array, Callable[[], None]]] = []
         self.begin: Callable[[], None] | None = None
         """Has all of the step computed; not yet called."""
@@ -305,6 +336,13 @@ class MLXLaunch:
     def add_ends(self, written: Seq[mx.array]) -> None:
         """What is there when a chunk without a draw is computed."""
         self._ends += written
+
+    def add_scores(self, sequence: Sequence, start: int, found: tuple[mx.array, ...]) -> None:
+        self._scores.append((sequence, start, found))
+
+    def scores(self) -> list[Scores]:
+        scores, self._scores = self._scores, []
+        return [Scores(sequence, start, as_logprobs(*map(np.array, found))) for sequence, start, found in scores]
 
     def start(self) -> None:
         if self.begin is not None:
@@ -347,12 +385,15 @@ class MLXLaunch:
 
 def _passes(chunks: Seq[Chunk], *, together: bool) -> list[list[Chunk]]:
     """The forward passes of one lane: whole prompts ``together`` where lengths are so alike that padding stays within
-    its share, then each other chunk. (Those read the lane's buffers, which must not be written after that.)"""
+    its share, then each other chunk, and single tokens (of forks) in one. (Those read the lane's buffers, which must
+    not be written after that.)"""
     groups: list[list[Chunk]] = []
-    whole = [chunk for chunk in chunks if chunk.start == 0 and chunk.last]
-    others = [[chunk] for chunk in chunks if chunk not in whole]
-    if not together:
-        return [[chunk] for chunk in whole] + others
+    apart = [chunk for chunk in chunks if not chunk.last or _scored(chunk) or not together]
+    whole = [chunk for chunk in chunks if chunk.start == 0 and chunk not in apart]
+    forked = [chunk for chunk in chunks if chunk.start and chunk.tokens == 1 and chunk not in apart]
+    others = [[chunk] for chunk in chunks if chunk not in whole and chunk not in forked]
+    if forked:
+        others.append(forked)
     for chunk in sorted(whole, key=lambda chunk: chunk.tokens, reverse=True):
         padded = (len(groups[-1]) + 1) * groups[-1][0].tokens if groups else 0
         if groups and sum(member.tokens for member in [*groups[-1], chunk]) >= (1 - _PASS_PADDING_SHARE) * padded:
@@ -360,6 +401,14 @@ def _passes(chunks: Seq[Chunk], *, together: bool) -> list[list[Chunk]]:
         else:
             groups.append([chunk])
     return groups + others
+
+
+def _scored(chunk: Chunk) -> list[int]:
+    """The prompt's tokens after those of the chunk, where their log-probabilities are wanted."""
+    sequence = chunk.sequence
+    if sequence.prompt_logprobs < 0:
+        return []
+    return sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.tokens + 1, sequence.prompt_tokens)]
 
 
 def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:

@@ -1,0 +1,38 @@
+"""Room for llguidance's recursion. It goes down a grammar's rules, and a schema's references, one frame of the stack
+for each: the usual 8 MB end at some 900 references one behind the other (70 kB of JSON), and with them the process.
+
+Pure. Called by whoever gives llguidance a client's grammar: ``lmx.chat`` in the server, ``lmx.engine.grammar``.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+MOST_CHARACTERS = 1 << 20
+"""Of a grammar that fits: rules of 10 characters, one behind the other, take 4 kB of stack each, references 10 kB."""
+# Address space: a thread uses what it touches, and gives that back when it ends.
+_STACK_BYTES = 1 << 30
+_Result = TypeVar("_Result")
+_starting = threading.Lock()
+
+
+def on_a_large_stack(work: Callable[[], _Result]) -> _Result:
+    """``work()``, in a thread of its own. Blocks. Raises what it raises."""
+    result: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="large stack")
+    with _starting:
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    return result.result()
