@@ -21,6 +21,13 @@ LAYOUT: Final = {
     # Without \u: "\u0061" would be another spelling of the key "a", and "\ud800" is half a character.
     "json_allowed_escapes": 'nrbtf\\"',
 }
+TIGHT: Final = {
+    **LAYOUT,
+    "whitespace_flexible": False,
+    "whitespace_pattern": None,
+    "item_separator": r",(?: |\n[ \t]{0,32})?",
+    "key_separator": ": ?",
+}
 LIMITS: Final = LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
 """Five times the usual: two hundred tools in one grammar take it, and 0.7 s. ``lmx.engine.grammar`` has the same."""
 MAX_CHARACTERS: Final = 2**20
@@ -86,6 +93,15 @@ def _compiled(schema: dict[str, Any] | bool, layout: Mapping[str, Any] = LAYOUT)
     if problem:
         raise Refused("schema", "", said(problem))
     return expression
+
+
+def tightened(rules: str) -> str:
+    """The rules with white space only behind commas and colons.
+
+    With white space of its own a schema has a lexer of its own, and llguidance must choose between that and what else
+    may begin with a bracket, at the bracket.
+    """
+    return rules.replace(f'"x-guidance": {json.dumps(LAYOUT)}', f'"x-guidance": {json.dumps(TIGHT)}')
 
 
 def complaint(grammar: str) -> str:
