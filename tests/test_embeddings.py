@@ -228,7 +228,7 @@ def test_a_deadline(server: Server) -> None:
     for options in ({"json": {"input": [LONG] * 1000, "timeout": 0.5}}, {"headers": {"x-request-timeout": "0.5"}}):
         body: dict[str, Any] = {"json": {"input": [LONG] * 1000}, **options}
         answer = httpx.post(f"{server.url}/v1/embeddings", timeout=60, **body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), answer.text
     idle(server)
 
 

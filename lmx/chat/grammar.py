@@ -8,6 +8,7 @@ Whatever comes without end is text or the client's own wish: white space between
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
 from lmx.chat.rewrite import TooComplex
@@ -89,6 +90,7 @@ def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -
     return ["ANSWER_TEXT", "answer_begun"]
 
 
+@lru_cache(maxsize=32)  # agents send the same tools in every turn, and fifty of them take a quarter of a second
 def check(grammar: str, param: str | None = None) -> None:
     """Raises InvalidRequest for a grammar that llguidance does not take: the engine would refuse it later."""
     problem = complaint(grammar) if grammar else ""

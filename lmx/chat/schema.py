@@ -21,7 +21,8 @@ LAYOUT: Final = {
     # Without \u: "\u0061" would be another spelling of the key "a", and "\ud800" is half a character.
     "json_allowed_escapes": 'nrbtf\\"',
 }
-LIMITS: Final = LLParserLimits(verbose_errors=False)
+LIMITS: Final = LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
+"""Five times the usual: two hundred tools in one grammar take it, and 0.7 s. ``lmx.engine.grammar`` has the same."""
 MAX_CHARACTERS: Final = 2**20
 """Of one schema or grammar."""
 _SIZE: Final = ("too large", "too big", "limit", "fuel", "Unable to determine")

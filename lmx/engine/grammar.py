@@ -162,7 +162,7 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
     except BaseException as error:
         return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    limits = llguidance.LLParserLimits(verbose_errors=False)
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
     try:
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import call_rules
+from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.reader import CallReader
 from lmx.chat.tools.source import Broken, Cut, Steps
@@ -37,6 +38,7 @@ class _DeepSeek:
             before, after, end, between = f"function{_SEPARATOR}", "\n```json\n", f"\n```{_CALL_END}", f"\n{_CALL}"
         else:
             before, after, end, between = "", _SEPARATOR, _CALL_END, _CALL
+        special = within(special, self.markers)
         heads = [literal(f"{before}{tool.name}{after}", special) for tool in tools]
         more = f" ({literal(between, special)} call)*" if parallel else ""
         rules = call_rules(tools, heads, literal(end, special))

@@ -14,6 +14,7 @@ import regex
 from lmx.chat.tools import literals, parameters
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.gemma_grammar import AFTER, gemma_calls
+from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space
 from lmx.chat.tools.parameters import TYPES, Parameters, escaped
 from lmx.chat.tools.patterns import until
@@ -45,6 +46,7 @@ class _Gemma:
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         markers = (self.begin, self.end, self.quote)
+        special = within(special, markers)
         return Calls(self.begin, gemma_calls(markers, tools, special, parallel=parallel))
 
 

@@ -19,6 +19,7 @@ from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, M
 from lmx.chat.grammar import literal
 from lmx.chat.schema import json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
+from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.patterns import match, until
 from lmx.chat.tools.source import Broken, Cut, Source, Steps
@@ -184,6 +185,7 @@ class _Harmony:
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
         """The calls alone; ``answer`` is what models are held to."""
+        special = within(special, self.markers)
         trigger = f"{_CHANNEL}commentary to={_FUNCTIONS}"
         again = f" ({literal(f'{_CALL}{_START}assistant{trigger}', special)} call)*" if parallel else ""
         heads = [json.dumps(tool.name) for tool in tools]
@@ -201,6 +203,7 @@ class _Harmony:
     ) -> str:
         """Calls are on the commentary channel, the recipient before or after it, as gpt-oss's template and its makers
         have it. What ends the last message is an end of generation, or may follow."""
+        special = within(special, self.markers)
 
         def spelled(text: str) -> str:
             return literal(text, special)

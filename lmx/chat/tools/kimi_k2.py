@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from lmx.chat.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import call_rules
+from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.reader import CallReader
 from lmx.chat.tools.source import Broken, Cut, Steps
@@ -30,6 +31,7 @@ class _KimiK2:
         return CallReader(tools, (_CALLS,), _read)
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
+        special = within(special, self.markers)
         begin, end, arguments = (literal(token, special) for token in (_CALL, _CALL_END, _ARGUMENTS))
         heads = [f"{literal(f'functions.{tool.name}:', special)} /[0-9]{{1,4}}/ {arguments}" for tool in tools]
         more = f" ({begin} call)*" if parallel else ""

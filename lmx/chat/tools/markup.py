@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmx.chat.tools.base import Calls, Parser, Tool
+from lmx.chat.tools.lark import within
 from lmx.chat.tools.markup_grammar import markup_calls
 from lmx.chat.tools.markup_parser import Markup, MarkupReading
 from lmx.chat.tools.reader import CallReader
@@ -35,4 +36,5 @@ class MarkupFormat:
         return CallReader(tools, triggers, MarkupReading(self.markup, tools).read)
 
     def grammar(self, tools: Sequence[Tool], special: Mapping[str, int], *, parallel: bool) -> Calls:
+        special = within(special, self.markers)
         return Calls(self.markup.begin, markup_calls(self.markup, tools, special, parallel=parallel))

@@ -7,6 +7,7 @@ ends at the first of them (``lazy``), unless the markers are special tokens, whi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 from lmx.chat.grammar import literal
@@ -40,13 +41,13 @@ class _Ways(NamedTuple):
 class _Rules:
     def __init__(self, markup: Markup, special: Mapping[str, int]) -> None:
         self._markup = markup
-        self._special = special
         close, after = markup.parameter_end, (markup.key[0], markup.call_end)
         found = [close.index(token) for token in special if token in close]
         self._head = close[: min(found)] if found else None
         """What text ends in before the special token that closes it; None: what closes it is text."""
         self._more, self._end = (f"{plain(close)}{SPACE}{plain(marker)}" for marker in after)
         self._lexemes: dict[str, str] = {}
+        self._literal = cache(partial(literal, special=special))
 
     def block(self, tools: Sequence[Tool], *, parallel: bool) -> Iterator[str]:
         markup = self._markup
@@ -158,9 +159,6 @@ class _Rules:
             else:
                 rule = f"(({body}) & ~/{ANY}({self._more}|{self._end}){ANY}/) /{line}{marker}/"
             yield f"{self._lexeme(rule)} {goes_on}"
-
-    def _literal(self, text: str) -> str:
-        return literal(text, self._special)
 
     def _lexeme(self, expression: str, *, terminal: bool = False) -> str:
         """The name of a rule, which ends as soon as it may, or of a terminal, for ``expression``."""
