@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from lmx.chat.rewrite import TooComplex
 from lmx.chat.schema import complaint, said, tightened
+from lmx.chat.stack import too_large
 from lmx.chat.structured import Body, with_sub_grammar
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
@@ -103,10 +104,12 @@ def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -
 @lru_cache(maxsize=32)  # agents send the same tools in every turn, and fifty of them take a quarter of a second
 def check(grammar: str, param: str | None = None) -> None:
     """Raises InvalidRequest for a grammar that llguidance does not take: the engine would refuse it later."""
-    problem = complaint(grammar) if grammar else ""
-    if not problem:
-        return
     try:
+        if size := too_large(grammar):
+            raise TooComplex(size)
+        problem = complaint(grammar) if grammar else ""
+        if not problem:
+            return
         reason = said(problem)
     except TooComplex as size:
         raise GrammarTooComplex(

@@ -12,7 +12,7 @@ from typing import Any, Final
 from llguidance import LLMatcher, LLParserLimits
 
 from lmx.chat.rewrite import Refused, TooComplex, rewritten
-from lmx.chat.stack import on_a_large_stack
+from lmx.chat.stack import FLAT_CHARACTERS, on_a_large_stack
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 LAYOUT: Final = {
@@ -107,7 +107,7 @@ def tightened(rules: str) -> str:
 def complaint(grammar: str) -> str:
     """What llguidance says against this grammar; empty: nothing."""
     validate = partial(LLMatcher.validate_grammar_with_warnings, grammar, limits=LIMITS)
-    failed, messages = on_a_large_stack(validate)
+    failed, messages = validate() if len(grammar) <= FLAT_CHARACTERS else on_a_large_stack(validate)
     return messages[0] if failed else ""
 
 
