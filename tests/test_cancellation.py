@@ -148,6 +148,32 @@ def test_in_decode(server: Server, go: Callable[[socket.socket], None], behind: 
     server.idle()
 
 
+LONG_STRING = {"type": "string", "minLength": 2000}
+WRITE = {"type": "object", "properties": {"text": LONG_STRING}, "required": ["text"]}
+
+
+def test_in_a_grammar(server: Server, go: Callable[[socket.socket], None]) -> None:
+    described = {"type": "json_schema", "json_schema": {"name": "text", "schema": LONG_STRING}}
+    sock = send(server, response_format=described)
+    read_chunks(sock, 3)
+    go(sock)
+    server.idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_in_a_tool_call(server: Server, go: Callable[[socket.socket], None], stream: bool) -> None:
+    tool = {"type": "function", "function": {"name": "write", "parameters": WRITE}}
+    sock = send(server, tools=[tool], tool_choice="required", stream=stream)
+    if stream:
+        data = b""
+        while data.count(b'"tool_calls":') < 4:
+            data += sock.recv(65536)
+    else:
+        server.until(live_leases=1, waiting=0)
+    go(sock)
+    server.idle()
+
+
 def test_just_before_the_end(server: Server, go: Callable[[socket.socket], None]) -> None:
     for tokens in (1, 2, 12):
         sock = send(server, max_tokens=tokens)
