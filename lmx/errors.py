@@ -37,6 +37,15 @@ class GrammarTooComplex(InvalidRequest):
     code = "grammar_too_complex"
 
 
+def input_too_long(index: int, tokens: int, context: int) -> ContextLengthExceeded:
+    """For one of the texts that vectors are asked of."""
+    return ContextLengthExceeded(
+        f"This model takes inputs of at most {context} tokens; input[{index}] has {tokens}. Nothing is cut: send less "
+        "of it, or in several inputs.",
+        param=f"input[{index}]",
+    )
+
+
 class Unauthorized(LmxError):
     status = 401
     type = "invalid_request_error"

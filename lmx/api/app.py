@@ -15,7 +15,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, chat, completions, docs
+from lmx.api import admin, chat, completions, docs, embeddings
 from lmx.api import models as model_routes
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.call import Call, current_call, request_id
@@ -27,7 +27,7 @@ from lmx.errors import DeadlineExceeded, ModelOverloaded
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
-NEED_A_MODEL = ("chat", "completions", "models")
+NEED_A_MODEL = ("chat", "completions", "embeddings", "models")
 """Faces whose requests wait while the words of a model are made, at its first start."""
 
 
@@ -51,6 +51,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
         _root(),
         chat.blueprint(models, settings),
         completions.blueprint(models, settings),
+        embeddings.blueprint(models, settings),
         model_routes.blueprint(models, settings),
         admin.blueprint(models, metrics),
         docs.blueprint(),

@@ -6,7 +6,8 @@ process (``lmx.serving.readers``).
 
 import math
 import zlib
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import trio
 from quart import request
@@ -14,10 +15,11 @@ from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 from lmx.api.parse import parse_object, validate
 from lmx.api.prepare import Prepared, check_length, prepare
+from lmx.api.prepare_embeddings import prepare_embeddings
 from lmx.api.schemas import Request
 from lmx.config import Settings
 from lmx.errors import InvalidRequest, LmxError
-from lmx.serving.models import Models, Served
+from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding
 
 SMALL_BYTES = 64 * 1024
 """Parsing and checking takes 5 ms at most, templating and tokenising 60 ms of a thread, of which the GIL is free for
@@ -27,6 +29,7 @@ PIECE_BYTES = 64 * 1024
 UNPACK_BYTES = 256 * 1024
 
 Kind = TypeVar("Kind", bound=Request)
+Model = TypeVar("Model", Served, ServedEmbedding)
 
 
 class UnsupportedEncoding(LmxError):
@@ -41,6 +44,19 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
+    return await _receive(kind, models, settings, lambda name: models.resolve(name or settings.model.default))
+
+
+async def receive_embedding(
+    kind: type[Kind], models: Models, settings: Settings
+) -> tuple[Kind, ServedEmbedding, Prepared]:
+    """As ``receive``, for a model that makes embeddings."""
+    return await _receive(kind, models, settings, models.resolve_embedding)
+
+
+async def _receive(
+    kind: type[Kind], models: Models, settings: Settings, resolve: Callable[[str | None], Model]
+) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
     pieces = await _read(settings.server.max_body_bytes)
@@ -49,15 +65,19 @@ async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple
         pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, settings.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
-            await trio.to_thread.run_sync(_refuse_early, kind, pieces, models, settings, abandon_on_cancel=True)
-        return await _receive_large(kind, pieces, models, settings)
+            await trio.to_thread.run_sync(_refuse_early, kind, pieces, resolve, abandon_on_cancel=True)
+        return await _receive_large(kind, pieces, models, resolve)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = models.resolve(body.model or settings.model.default)
-    prepared = await trio.to_thread.run_sync(
-        prepare, body, given, served.chat, served.context_length, abandon_on_cancel=True
-    )
+    served = resolve(body.model)
+    prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
+
+
+def _prepare(body: Request, given: dict[str, Any], served: AnyServed) -> Prepared:
+    if isinstance(served, Served):
+        return prepare(body, given, served.chat, served.context_length)
+    return prepare_embeddings(body, served.encoder, served.context_length)
 
 
 async def _read(limit: int) -> list[bytes]:
@@ -87,7 +107,7 @@ def _is_plain(pieces: list[bytes]) -> bool:
     return True
 
 
-def _refuse_early(kind: type[Kind], pieces: list[bytes], models: Models, settings: Settings) -> None:
+def _refuse_early(kind: type[Kind], pieces: list[bytes], resolve: Callable[[str | None], Model]) -> None:
     """Refuse a plain body for a text that is certainly too long, without a reader. Blocking.
 
     Raises InvalidRequest, ModelNotFound.
@@ -97,13 +117,14 @@ def _refuse_early(kind: type[Kind], pieces: list[bytes], models: Models, setting
     if sum(map(len, outside_strings)) <= SMALL_BYTES:
         given = parse_object(raw)
         body = validate(kind, given)
-        served = models.resolve(body.model or settings.model.default)
-        check_length(body, given, served.chat, served.context_length)
+        served = resolve(body.model)
+        if isinstance(served, Served):
+            check_length(body, given, served.chat, served.context_length)
 
 
 async def _receive_large(
-    kind: type[Kind], pieces: list[bytes], models: Models, settings: Settings
-) -> tuple[Kind, Served, Prepared]:
+    kind: type[Kind], pieces: list[bytes], models: Models, resolve: Callable[[str | None], Model]
+) -> tuple[Kind, Model, Prepared]:
     served, refusal = None, None
     async with models.readers.reader() as reader:
         await reader.send(kind.__name__)
@@ -112,12 +133,12 @@ async def _receive_large(
         answer = await reader.receive()
         if answer[0] == "model":
             try:
-                served = models.resolve(answer[1] or settings.model.default)
+                served = resolve(answer[1])
             except LmxError as error:
                 refusal = error
                 await reader.send(None)
             else:
-                await reader.send((served.chat.source, served.context_length))
+                await reader.send((served.source, served.context_length))
                 answer = await reader.receive()
     if refusal is not None:
         raise refusal

@@ -9,7 +9,7 @@ from lmx.api.body import receive
 from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
 from lmx.chat.model import ChatModel
 from lmx.config import Settings
-from lmx.serving.models import Models, Served
+from lmx.serving.models import AnyServed, Models, Served
 
 
 def blueprint(models: Models, settings: Settings) -> Blueprint:
@@ -24,7 +24,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @routes.get("/v1/models/<path:model_id>")
     async def get_model(model_id: str) -> dict[str, Any]:
         """One model, by id or alias."""
-        return _model_object(models.resolve(model_id))
+        return _model_object(models.find(model_id))
 
     @routes.post("/tokenize")
     @document_request(TokenizeRequest)
@@ -43,8 +43,11 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     return routes
 
 
-def formats(chat: ChatModel) -> dict[str, str]:
+def formats(served: AnyServed) -> dict[str, str]:
     """How the model writes what is more than text, and why we think so."""
+    if not isinstance(served, Served):
+        return {}
+    chat = served.chat
     return {
         "tool_format": chat.tool_format.name,
         "tool_format_reason": chat.tool_format_reason,
@@ -58,14 +61,15 @@ def _reasoning(chat: ChatModel) -> str:
     return known.name if known is not None else "none"
 
 
-def _model_object(served: Served) -> dict[str, Any]:
+def _model_object(served: AnyServed) -> dict[str, Any]:
     return {
         "id": served.id,
         "object": "model",
         "created": served.created,
         "owned_by": "lmx",
+        "type": served.kind,
         "max_model_len": served.context_length,
         "backend": served.folder.backend,
         "backend_reason": served.folder.backend_reason,
-        **formats(served.chat),
+        **formats(served),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
-_WITHOUT_V1 = re.compile(r"/(chat/completions|completions|models|embeddings|responses|messages)(/|$)")
+_WITHOUT_V1 = re.compile(r"/(chat/completions|completions|models|embeddings|rerank|responses|messages)(/|$)")
 
 
 def normalised(path: str) -> str:

@@ -48,6 +48,8 @@ class Prepared:
     """The answers go on with a text, and begin no turn."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answers, besides the model's own and the request's."""
+    seconds: list[int] = field(default_factory=list)
+    """Of pairs of texts: where the second one of each begins."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 

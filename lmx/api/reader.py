@@ -20,12 +20,15 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lmx.api import prepare_embeddings
 from lmx.api.parse import parse_object, validate
 from lmx.api.prepare import KINDS, prepare, slimmed
+from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel, Source
 from lmx.errors import InvalidRequest, LmxError
 
@@ -41,7 +44,8 @@ class Reader:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._incoming = sock.makefile("rb")
-        self._chats: dict[Source, ChatModel] = {}
+        self._words: dict[tuple[Source, bool], ChatModel | TextEncoder] = {}
+        """By what they are made from, and whether that is to make embeddings."""
         self._limit_bytes = 0
         """Of memory, while a body is read."""
 
@@ -49,7 +53,7 @@ class Reader:
         """Until the server closes the socket. ``sources``: of models that will be asked for."""
         threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         for source in sources:
-            self._chat(source)
+            self._read(source, embeds=False)
         while True:
             kind, raw = self._receive(), self._receive_bytes()
             self._limit_bytes = _resident_bytes() + FREE_BYTES + BYTES_PER_BYTE * len(raw)
@@ -62,13 +66,18 @@ class Reader:
     def _answer(self, kind: str, raw: bytes) -> tuple[Any, ...] | None:
         try:
             given = parse_object(raw)
-            body = validate(KINDS[kind], given)
+            embeds = kind in prepare_embeddings.KINDS
+            body = validate((prepare_embeddings.KINDS if embeds else KINDS)[kind], given)
             self._send(("model", body.model))
             model = self._receive()
             if model is None:
                 return None
             source, context = model
-            prepared = prepare(body, given, self._chat(source), context)
+            words = self._read(source, embeds=embeds)
+            if isinstance(words, TextEncoder):
+                prepared = prepare_embeddings.prepare_embeddings(body, words, context)
+                return "done", prepare_embeddings.slimmed(body), prepared
+            prepared = prepare(body, given, words, context)
             return "done", slimmed(body), prepared
         except LmxError as error:
             return "error", error
@@ -77,10 +86,11 @@ class Reader:
         except Exception:
             return "bug", traceback.format_exc()
 
-    def _chat(self, source: Source) -> ChatModel:
-        if source not in self._chats:
-            self._chats[source] = ChatModel.load(*source)
-        return self._chats[source]
+    def _read(self, source: Source, *, embeds: bool) -> ChatModel | TextEncoder:
+        if (source, embeds) not in self._words:
+            made = TextEncoder.load(Path(source.folder)) if embeds else ChatModel.load(*source)
+            self._words[source, embeds] = made
+        return self._words[source, embeds]
 
     def _receive(self) -> Any:
         return pickle.loads(self._receive_bytes())

@@ -140,7 +140,7 @@ def refuse_unbuilt(body: dict[str, Any], built: frozenset[str]) -> None:
         meant = _spellings(built).get(_letters(name)) if len(name) < LONGEST_NAME else None
         if meant is not None and body[name] is not None:
             raise _refusal(name, body[name], f"the field is spelled {meant}")
-    for name in body.keys() & _FIELDS.keys():
+    for name in (body.keys() & _FIELDS.keys()) - built:
         neutral, why = _FIELDS[name]
         value = body[name]
         if value is not None and not any(_same(value, harmless) for harmless in neutral):

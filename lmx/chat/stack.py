@@ -11,10 +11,20 @@ from typing import TypeVar
 
 MOST_CHARACTERS = 1 << 20
 """Of a grammar that fits: rules of 10 characters, one behind the other, take 4 kB of stack each, references 10 kB."""
+MOST_LINES = 5000
+"""A rule each. 4,000 terminals that refer to the next are compiled in a second, 8,000 not in a minute."""
 # Address space: a thread uses what it touches, and gives that back when it ends.
 _STACK_BYTES = 1 << 30
 _Result = TypeVar("_Result")
 _starting = threading.Lock()
+
+
+def too_large(grammar: str) -> str:
+    """Why llguidance should not be asked to compile it; empty: it may be."""
+    if len(grammar) > MOST_CHARACTERS:
+        return f"it has {len(grammar):,} characters, and {MOST_CHARACTERS:,} can be compiled"
+    lines = grammar.count("\n") + 1
+    return f"it has {lines:,} lines, and {MOST_LINES:,} can be compiled" if lines > MOST_LINES else ""
 
 
 def on_a_large_stack(work: Callable[[], _Result]) -> _Result:

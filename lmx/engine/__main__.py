@@ -3,6 +3,7 @@ inherited socket."""
 
 import argparse
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmx.engine.backend import Backend
+from lmx.engine.embedding.backend import ENCODERS, Embedder, read_config
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
 from lmx.errors import ModelInvalid
@@ -33,6 +35,8 @@ def _serve(link: Link) -> int:
     options = next(link.receive(None))
     if not isinstance(options, Load):
         raise ValueError(f"the first frame must be Load, not {type(options).__name__}")
+    if options.embedding is not None:
+        return _serve_embeddings(link, options)
     load = _loader(options.backend)
     started = time.monotonic()
     try:
@@ -63,6 +67,59 @@ def _serve(link: Link) -> int:
     return 0
 
 
+def _serve_embeddings(link: Link, options: Load) -> int:
+    from lmx.engine.embedding.loop import EmbeddingLoop
+
+    started = time.monotonic()
+    try:
+        embedder = _load_embedder(options)
+    except ModelInvalid as error:
+        link.send(Failed(-1, "model_invalid", error.message))
+        return 3
+    facts = embedder.facts
+    link.send(
+        Ready(
+            backend=options.backend,
+            architecture=facts.architecture,
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            eos_ids=(),
+            kv_bytes_per_token=0,
+            kv_budget_bytes=0,
+            weights_bytes=facts.weights_bytes,
+            device=facts.device,
+            dtype=facts.dtype,
+            path="embedding",
+            path_reason=facts.reason,
+            probes=facts.probes,
+            load_s=time.monotonic() - started,
+            dimension=facts.dimension,
+        )
+    )
+    EmbeddingLoop(link, embedder, options).run()
+    return 0
+
+
+def _load_embedder(options: Load) -> Embedder:
+    """Imports one back end only."""
+    if options.backend == "llama":
+        from lmx.engine.embedding.llama import LlamaEmbedder
+
+        return LlamaEmbedder.load(options)
+    if read_config(Path(options.path)).get("model_type") in ENCODERS:
+        # Each core takes a share of a step, products included.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    used = _load_blas(options)
+    from lmx.engine.embedding.embedder import MLXEmbedder
+
+    embedder = MLXEmbedder.load(options)
+    embedder.facts.probes["BLAS"] = used
+    # The model lives as long as the process: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    return embedder
+
+
 def _loader(backend: str) -> Callable[[Load], Backend]:
     """Imports one back end only: MLX alone takes half a second."""
     if backend == "llama":
@@ -73,18 +130,23 @@ def _loader(backend: str) -> Callable[[Load], Backend]:
 
 
 def _load_mlx(options: Load) -> Backend:
-    from lmx.engine.mlx import blas
-
-    weights_bytes = sum(file.stat().st_size for file in Path(options.path).glob("*.safetensors"))
-    try:
-        used = blas.load(options.openblas, weights_bytes)
-    except OSError as error:
-        raise ModelInvalid(f"[engine] openblas: {options.openblas!r} cannot be loaded: {error}.") from None
+    used = _load_blas(options)
     from lmx.engine.mlx.backend import MLXBackend
 
     backend = MLXBackend.load(options)
     backend.facts.probes["BLAS"] = used
     return backend
+
+
+def _load_blas(options: Load) -> str:
+    """Before MLX is imported; which one, in words."""
+    from lmx.engine.mlx import blas
+
+    weights_bytes = sum(file.stat().st_size for file in Path(options.path).glob("*.safetensors"))
+    try:
+        return blas.load(options.openblas, weights_bytes)
+    except OSError as error:
+        raise ModelInvalid(f"[engine] openblas: {options.openblas!r} cannot be loaded: {error}.") from None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ API faces.
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeVar
 
 import trio
 
@@ -19,7 +20,7 @@ from lmx.config import EngineSettings
 from lmx.errors import LmxError, ModelLoadingFailed, ModelOverloaded
 from lmx.serving.breaker import Breaker
 from lmx.serving.failures import Failure, classify, failed_load
-from lmx.serving.lease import Chunk, GenerateRequest, Lease, TokenStream
+from lmx.serving.lease import AnyRequest, Chunk, EmbedRequest, GenerateRequest, Lease, TokenStream, VectorStream
 from lmx.serving.ledger import Ledger
 from lmx.serving.meter import Meter
 from lmx.serving.metrics import Metrics
@@ -27,7 +28,9 @@ from lmx.serving.process import EngineProcess
 from lmx.serving.statistics import EngineStatistics
 from lmx.serving.windows import percentiles
 
-__all__ = ["Chunk", "Engine", "EngineStatistics", "GenerateRequest", "TokenStream"]
+__all__ = ["Chunk", "EmbedRequest", "Engine", "EngineStatistics", "GenerateRequest", "TokenStream", "VectorStream"]
+
+Stream = TypeVar("Stream", TokenStream, VectorStream)
 
 STOP_GRACE_S = 5.0
 HANG_STEPS = 4.0
@@ -93,16 +96,20 @@ class Engine:
         shielded from cancellation; it takes a step, or at worst ``free_timeout_s``, after which the engine is killed
         and restarted.
         """
-        return self._generate(request)
+        return self._hold(request, TokenStream)
+
+    def embed(self, request: EmbedRequest) -> AbstractAsyncContextManager[VectorStream]:
+        """As ``generate``, for a model that was loaded to make vectors."""
+        return self._hold(request, VectorStream)
 
     @asynccontextmanager
-    async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenStream]:
+    async def _hold(self, request: AnyRequest, stream: Callable[[Lease], Stream]) -> AsyncIterator[Stream]:
         await trio.lowlevel.checkpoint()
         self._refuse_if_down()
         lease = self._ledger.take(request)
         reason = "stopped"
         try:
-            yield TokenStream(lease)
+            yield stream(lease)
         except Exception:
             reason = "error"
             raise

@@ -1,11 +1,12 @@
 """One request's place in the engine, seen from both sides: what the engine gave, and what the reader has taken.
 
-``Lease`` is the account that ``lmx.serving.engine`` keeps of a sequence (it alone writes to it); ``TokenStream`` is the
-face that the request's task reads. Adding tokens costs an append and at most one wake-up, never an await: one Step
-frame carries every row, and no reader may hold up another.
+``Lease`` is the account that ``lmx.serving.engine`` keeps of a sequence (it alone writes to it); ``TokenStream``, and
+``VectorStream`` of an embedding model, are the faces that the request's task reads. Adding tokens costs an append and
+at most one wake-up, never an await: one Step frame carries every row, and no reader may hold up another.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,23 @@ class GenerateRequest:
     parent: int = -1
     request_id: str = ""
     """The client's or ours, for logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """Texts, as token ids, to make a vector of each."""
+
+    inputs: Sequence["array[int]"]
+    seconds: Sequence[int] = ()
+    """For pairs of texts: where the second one of each begins."""
+    client: str = ""
+    """This and the following as in ``GenerateRequest``."""
+    priority: int = 0
+    deadline_s: float | None = None
+    request_id: str = ""
+
+
+AnyRequest = GenerateRequest | EmbedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +89,11 @@ class Lease:
         "submitted",
         "taken_at",
         "tokens",
+        "vectors",
         "wake",
     )
 
-    def __init__(self, seq: int, request: GenerateRequest, now: float) -> None:
+    def __init__(self, seq: int, request: AnyRequest, now: float) -> None:
         self.seq = seq
         self.request = request
         self.taken_at = now
@@ -82,6 +101,7 @@ class Lease:
         self.tokens: list[int] = []
         """Not yet read."""
         self.logprobs: list[protocol.Logprobs] = []
+        self.vectors: list[protocol.Embedded] = []
         self.prompt_logprobs: list[protocol.Logprobs] = []
         self.finish: str | None = None
         self.error: LmxError | None = None
@@ -96,6 +116,7 @@ class Lease:
         self.alone_tokens = 0
         """An engine died over it: it must get so many tokens alone before others join it."""
         self.drawn_tokens = 0
+        """Or vectors made."""
         self.closed = False
         """The reader has left."""
         self.freed = trio.Event()
@@ -117,6 +138,32 @@ class Lease:
         if row.finish is not None:
             self.finish = row.finish
         self.wake.set()
+
+    def feed_vectors(self, message: protocol.Embedded) -> None:
+        """Take one step's vectors."""
+        assert isinstance(self.request, EmbedRequest)
+        self.vectors.append(message)
+        self.drawn_tokens += len(message.inputs) // 4
+        if self.drawn_tokens == len(self.request.inputs):
+            self.finish = "stop"
+            self.wake.set()
+
+    def begin_again(self) -> bool:
+        """Whether the next engine may do it from the start: of tokens some may be with the client, of vectors none is
+        before the last has come."""
+        if self.over or (self.first_token_at is not None and isinstance(self.request, GenerateRequest)):
+            return False
+        self.vectors.clear()
+        self.drawn_tokens, self.first_token_at = 0, None
+        return True
+
+    async def changed(self) -> None:
+        """For the reader: wait for news, at most until the deadline, which fails it. Cancelled: nothing changes."""
+        self.wake = trio.Event()
+        with trio.move_on_at(self.deadline) as limit:
+            await self.wake.wait()
+        if limit.cancelled_caught:
+            self.fail(DeadlineExceeded("The request's time is up."), cancel_reason="deadline")
 
     def fail(self, error: LmxError, *, cancel_reason: str | None = None) -> None:
         """Nothing more comes: tokens that wait may still be read, then ``error`` is raised. The first error counts."""
@@ -160,11 +207,7 @@ class TokenStream:
                 raise lease.error
             if lease.finish is not None:
                 raise trio.EndOfChannel
-            lease.wake = trio.Event()
-            with trio.move_on_at(lease.deadline) as limit:
-                await lease.wake.wait()
-            if limit.cancelled_caught:
-                lease.fail(DeadlineExceeded("The request's time is up."), cancel_reason="deadline")
+            await lease.changed()
         chunk = Chunk(tuple(lease.tokens), tuple(lease.logprobs), lease.finish)
         lease.tokens.clear()
         lease.logprobs.clear()
@@ -178,3 +221,23 @@ class TokenStream:
             return await self.receive()
         except trio.EndOfChannel:
             raise StopAsyncIteration from None
+
+
+class VectorStream:
+    """What the lease of an ``EmbedRequest`` gives to read. For one task at a time."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    async def receive(self) -> list[protocol.Embedded]:
+        """Wait for the vectors of all inputs, in the pieces they came in. Cancelled: nothing was taken.
+
+        Raises as ``TokenStream.receive`` does.
+        """
+        lease = self._lease
+        await trio.lowlevel.checkpoint()
+        while lease.finish is None:
+            if lease.error is not None:
+                raise lease.error
+            await lease.changed()
+        return lease.vectors

@@ -25,9 +25,10 @@ from lmx.errors import (
     QueueFull,
     RequestCrashesEngine,
     SequenceFailed,
+    input_too_long,
 )
 from lmx.serving.failures import Failure
-from lmx.serving.lease import GenerateRequest, Lease
+from lmx.serving.lease import AnyRequest, EmbedRequest, Lease
 from lmx.serving.meter import Meter
 from lmx.serving.suspects import Suspects
 
@@ -84,7 +85,7 @@ class Ledger:
 
     # --- leases ----------------------------------------------------------------------------------
 
-    def take(self, request: GenerateRequest) -> Lease:
+    def take(self, request: AnyRequest) -> Lease:
         """A new lease, submitted as soon as there is an engine to take it. Raises QueueFull, or RequestCrashesEngine
         for what has ended engines before."""
         now = trio.current_time()
@@ -159,7 +160,7 @@ class Ledger:
                 lease.fail(ModelOverloaded(f"The model {self._name!r} was stopped: {failure}."))
             elif refusal:
                 lease.fail(RequestCrashesEngine(refusal))
-            elif lease.first_token_at is None and not lease.over:
+            elif self._begin_again(lease):
                 waiting.append(lease)
                 continue
             else:
@@ -171,6 +172,12 @@ class Ledger:
         self.stats, self.kv_sequence_bytes = None, 0
         self._probe, self._in_forward, self._canary_due = None, frozenset(), False
         self._note_work()
+
+    def _begin_again(self, lease: Lease) -> bool:
+        begun = lease.first_token_at is not None
+        can = lease.begin_again()
+        self.waiting += can and begun
+        return can
 
     def _running(self) -> list[Lease]:
         """Who may have been the cause of a death: the one that ran alone, else whose forward ran, else (the engine may
@@ -244,41 +251,59 @@ class Ledger:
         return trio.current_time() - max(first.taken_at, self._attached_at) < PROBE_PATIENCE_S
 
     def _submit(self, lease: Lease, send: Send) -> bool:
-        request, now = lease.request, trio.current_time()
-        room = self._context_length - len(request.prompt)
-        if room < 1:
-            lease.fail(
-                ContextLengthExceeded(
-                    f"This model's maximum context length is {self._context_length} tokens. However, your prompt "
-                    f"resulted in {len(request.prompt)} tokens. Please reduce its length."
-                )
-            )
+        now = trio.current_time()
+        if refusal := self._too_long(lease.request):
+            lease.fail(refusal)
         elif lease.deadline <= now:
             lease.fail(DeadlineExceeded("The request's time was up before the model could take it."))
         else:
-            send(
-                protocol.Submit(
-                    lease.seq,
-                    protocol.pack_tokens(request.prompt),
-                    min(request.max_tokens, room),
-                    request.sampling,
-                    request.client,
-                    request.priority,
-                    None if request.deadline_s is None else lease.deadline - now,
-                    request.ignore_eos,
-                    request.grammar,
-                    request.stop_ids,
-                    request.min_tokens,
-                    request.prompt_logprobs,
-                    request.request_id,
-                    request.parent,
-                )
-            )
+            send(self._message(lease, None if lease.request.deadline_s is None else lease.deadline - now))
             lease.prompt_logprobs.clear()  # an engine that died may have told some
             lease.submitted = True
             self.submitted[lease.seq] = lease
             self._note_work()
         return lease.submitted
+
+    def _too_long(self, request: AnyRequest) -> LmxError | None:
+        if isinstance(request, EmbedRequest):
+            index, tokens = max(enumerate(map(len, request.inputs)), key=lambda pair: pair[1])
+            return input_too_long(index, tokens, self._context_length) if tokens > self._context_length else None
+        if len(request.prompt) < self._context_length:
+            return None
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self._context_length} tokens. However, your prompt "
+            f"resulted in {len(request.prompt)} tokens. Please reduce its length."
+        )
+
+    def _message(self, lease: Lease, remaining_s: float | None) -> protocol.Submit | protocol.Embed:
+        request = lease.request
+        if isinstance(request, EmbedRequest):
+            return protocol.Embed(
+                lease.seq,
+                b"".join(map(protocol.pack_tokens, request.inputs)),
+                protocol.pack_tokens([len(tokens) for tokens in request.inputs]),
+                request.client,
+                request.priority,
+                remaining_s,
+                protocol.pack_tokens(request.seconds),
+                request.request_id,
+            )
+        return protocol.Submit(
+            lease.seq,
+            protocol.pack_tokens(request.prompt),
+            min(request.max_tokens, self._context_length - len(request.prompt)),
+            request.sampling,
+            request.client,
+            request.priority,
+            remaining_s,
+            request.ignore_eos,
+            request.grammar,
+            request.stop_ids,
+            request.min_tokens,
+            request.prompt_logprobs,
+            request.request_id,
+            request.parent,
+        )
 
     # --- messages ----------------------------------------------------------------------------------
 
@@ -287,6 +312,8 @@ class Ledger:
         match message:
             case protocol.Step():
                 self._step(message)
+            case protocol.Embedded():
+                self._embedded(message)
             case protocol.PromptLogprobs(seq=seq, logprobs=logprobs):
                 if seq in self.submitted:
                     self.submitted[seq].prompt_logprobs += logprobs
@@ -328,10 +355,27 @@ class Ledger:
             lease.feed(row)
             if len(lease.tokens) > self._settings.max_unread_tokens and lease.finish is None:
                 self._drop_slow_reader(lease)
-            if lease is self._probe and not self._probing():
-                if lease.drawn_tokens >= lease.alone_tokens:
-                    self._suspects.clear(lease.request)
-                self._pump()
+            self._check_probe(lease)
+
+    def _embedded(self, message: protocol.Embedded) -> None:
+        lease, now = self.submitted.get(message.seq), trio.current_time()
+        if lease is None:
+            return
+        if lease.first_token_at is None:
+            self._meter.started(lease, now)
+            lease.first_token_at = now
+            self.waiting -= 1
+            self._on_success()
+        lease.last_token_at = now
+        if not lease.over:
+            lease.feed_vectors(message)
+            self._check_probe(lease)
+
+    def _check_probe(self, lease: Lease) -> None:
+        if lease is self._probe and not self._probing():
+            if lease.drawn_tokens >= lease.alone_tokens:
+                self._suspects.clear(lease.request)
+            self._pump()
 
     def _drop_slow_reader(self, lease: Lease) -> None:
         text = (
@@ -367,7 +411,8 @@ class Ledger:
                 ContextLengthExceeded(f"This request can never fit into the model's KV memory: {message.message}.")
             )
         elif message.code == "invalid_token":
-            lease.fail(InvalidRequest(message.message, param="prompt"))
+            param = "input" if isinstance(lease.request, EmbedRequest) else "prompt"
+            lease.fail(InvalidRequest(message.message, param=param))
         elif message.code == "invalid_request":
             lease.fail(InvalidRequest(message.message))
         elif message.code in ("grammar_invalid", "grammar_too_complex"):

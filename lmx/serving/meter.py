@@ -38,14 +38,18 @@ class Meter:
         self.generated.add(now, tokens)
         self._generated_tokens.inc(tokens)
         if lease.first_token_at is None:
-            self.starts.add(now)
             self._cached_tokens.inc(lease.cached_tokens)
-            self._ttft.observe(now - lease.taken_at)
-            self.ttft_ms.append((now - lease.taken_at) * 1000)
+            self.started(lease, now)
         else:
             gap_s = (now - lease.last_token_at) / tokens
             self._itl.observe(gap_s)
             self.itl_ms.append(gap_s * 1000)
+
+    def started(self, lease: Lease, now: float) -> None:
+        """The first of what ``lease`` waits for has come."""
+        self.starts.add(now)
+        self._ttft.observe(now - lease.taken_at)
+        self.ttft_ms.append((now - lease.taken_at) * 1000)
 
     def freed(self, message: protocol.Freed, now: float) -> None:
         self.computed.add(now, message.prompt_tokens_computed)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lmx.protocol import pack_tokens
-from lmx.serving.lease import GenerateRequest
+from lmx.serving.lease import AnyRequest, EmbedRequest
 
 MEMORY_S = 3600.0
 KILLED_MEMORY_S = 120.0
@@ -21,8 +21,11 @@ MANY_DEATHS = 3
 MOST = 4096
 
 
-def content_key(request: GenerateRequest) -> bytes:
+def content_key(request: AnyRequest) -> bytes:
     """Equal for requests that ask for the same: the seed aside, which we draw anew for each retry."""
+    if isinstance(request, EmbedRequest):
+        lengths = pack_tokens([len(tokens) for tokens in request.inputs])
+        return hashlib.sha256(lengths + b"".join(map(pack_tokens, request.inputs))).digest()
     sampling = replace(request.sampling, seed=0)
     rest = replace(
         request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="", parent=-1
@@ -30,7 +33,9 @@ def content_key(request: GenerateRequest) -> bytes:
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 
-def _size(request: GenerateRequest) -> tuple[int, int]:
+def _size(request: AnyRequest) -> tuple[int, int]:
+    if isinstance(request, EmbedRequest):
+        return sum(map(len, request.inputs)), -len(request.inputs)
     return len(request.prompt), request.max_tokens
 
 
@@ -54,17 +59,17 @@ class Suspects:
         are of no suspect's size."""
         self._deaths = 0
 
-    def tokens_alone(self, request: GenerateRequest, now: float) -> int:
+    def tokens_alone(self, request: AnyRequest, now: float) -> int:
         """How many tokens ``request`` must get alone before others join it; 0: nothing is known against it."""
         entry = self._find(request, now)
         return entry.tokens if entry is not None else 0
 
-    def refusal(self, request: GenerateRequest, now: float) -> str:
+    def refusal(self, request: AnyRequest, now: float) -> str:
         """Why ``request`` must not run again; empty: it may."""
         entry = self._find(request, now)
         return entry.refusal if entry is not None else ""
 
-    def _find(self, request: GenerateRequest, now: float) -> _Entry | None:
+    def _find(self, request: AnyRequest, now: float) -> _Entry | None:
         if _size(request) not in self._sizes:
             return None
         key = content_key(request)
@@ -75,7 +80,7 @@ class Suspects:
         return entry
 
     def accuse(
-        self, running: Collection[tuple[GenerateRequest, int]], now: float, *, killed: bool, probe: bool
+        self, running: Collection[tuple[AnyRequest, int]], now: float, *, killed: bool, probe: bool
     ) -> bytes | None:
         """The engine died with these requests running, each with the tokens it had drawn. ``probe``: it is one that ran
         alone for suspicion.
@@ -124,6 +129,6 @@ class Suspects:
             self._entries.clear()
             self._sizes.clear()
 
-    def clear(self, request: GenerateRequest) -> None:
+    def clear(self, request: AnyRequest) -> None:
         """It is past the point at which an engine died with it."""
         self._entries.pop(content_key(request), None)

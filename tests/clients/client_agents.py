@@ -89,7 +89,7 @@ def test_litellm(url: str) -> None:
     chunks = list(litellm.completion(**ask, stream=True))
     put_together = litellm.stream_chunk_builder(chunks).choices[0]
     assert put_together.message.tool_calls[0].function.arguments == whole.message.tool_calls[0].function.arguments
-    assert litellm.embedding(model="openai/all-minilm-l6-v2", api_base=url, api_key="none", input=["x"]).data
+    assert litellm.embedding(model="openai/all-MiniLM-L6-v2", api_base=url, api_key="none", input=["x"]).data
 
 
 class Song(BaseModel):
@@ -118,5 +118,5 @@ def test_llama_index(url: str, stream: bool) -> None:
         assert "".join(piece.delta or "" for piece in llm.stream_chat(message))
     else:
         assert llm.chat(message).message.content
-    embeddings = OpenAILikeEmbedding(model_name="all-minilm-l6-v2", api_base=url, api_key="none")
+    embeddings = OpenAILikeEmbedding(model_name="all-MiniLM-L6-v2", api_base=url, api_key="none")
     assert len(embeddings.get_text_embedding("hello")) == 384

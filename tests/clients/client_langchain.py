@@ -60,7 +60,7 @@ def test_async(model: ChatOpenAI) -> None:
 
 def test_embeddings(url: str) -> None:
     embeddings = OpenAIEmbeddings(
-        model="all-minilm-l6-v2", base_url=url, api_key="none", check_embedding_ctx_length=False
+        model="all-MiniLM-L6-v2", base_url=url, api_key="none", check_embedding_ctx_length=False
     )
     vectors = embeddings.embed_documents(["a cat", "a kitten", "the stock market"])
     dot = [sum(a * b for a, b in zip(vectors[0], other, strict=True)) for other in vectors]

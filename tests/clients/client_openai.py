@@ -56,5 +56,5 @@ def test_stream_of_a_forced_call(url: str) -> None:
 
 
 def test_embeddings(url: str) -> None:
-    answer = openai.OpenAI(base_url=url).embeddings.create(model="all-minilm-l6-v2", input=["one", "two"])
+    answer = openai.OpenAI(base_url=url).embeddings.create(model="all-MiniLM-L6-v2", input=["one", "two"])
     assert [len(item.embedding) for item in answer.data] == [384, 384]

@@ -1,6 +1,7 @@
 """One server with the embedded model, and MiniLM beside it, for real clients of other people. ``make clients`` runs
 them: their packages need an environment of their own (``.venv-clients``), where lmx is not installed."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ MODEL = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = {"model": {"embedding": "all-minilm-l6-v2"}, "server": {"log_level": "info"}}
-    python = [str(ROOT / ".venv" / "bin" / "python")]
-    with serve(tmp_path_factory.mktemp("clients"), settings=settings, python=python) as server:
+    python, folder = ROOT / ".venv" / "bin" / "python", tmp_path_factory.mktemp("clients")
+    unpack = "import sys, pathlib, tests.models as m; print(m.unpack_minilm(pathlib.Path(sys.argv[1])))"
+    run = subprocess.run([python, "-c", unpack, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    settings = {"model": {"embedding": run.stdout.strip()}}
+    with serve(folder, settings=settings, python=[str(python)]) as server:
         server.line(r"model smollm2\S* ready")
         yield server
         server.idle()

@@ -51,8 +51,8 @@ test("runTools calls what the model asks for", async () => {
 
 test("embeddings, which the SDK asks for in base64", async () => {
   const input = ["a cat", "a kitten", "the stock market"];
-  const sent = await client.embeddings.create({ model: "all-minilm-l6-v2", input });
-  const plain = await client.embeddings.create({ model: "all-minilm-l6-v2", input, encoding_format: "float" });
+  const sent = await client.embeddings.create({ model: "all-MiniLM-L6-v2", input });
+  const plain = await client.embeddings.create({ model: "all-MiniLM-L6-v2", input, encoding_format: "float" });
   assert.equal(sent.data.length, 3);
   sent.data.forEach((item, row) => item.embedding.forEach((value, column) =>
     assert.ok(Math.abs(value - plain.data[row].embedding[column]) < 1e-6)));
@@ -74,7 +74,7 @@ test("AI SDK: text, object, tools, embeddings", async () => {
   assert.equal(calls[0].toolName, "weather");
   assert.equal(typeof calls[0].input.city, "string");
   const { embeddings } = await embedMany({
-    model: provider.textEmbeddingModel("all-minilm-l6-v2"), values: ["a", "b"],
+    model: provider.textEmbeddingModel("all-MiniLM-L6-v2"), values: ["a", "b"],
   });
   assert.equal(embeddings[0].length, 384);
 });

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from lmx.chat.patterns import matches, translated
+from lmx.chat.rewrite import Refused, TooComplex, rewritten
 from lmx.chat.schema import LAYOUT, complaint
 
 ANY = r"(.|\n)*"
@@ -19,9 +21,14 @@ def json_value(schema: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=4096)
 def _json_value(schema: str) -> str:
     read = json.loads(schema)
-    for allowed in (read, {"type": read["type"]} if "type" in read else {}):
-        expression = "%json " + json.dumps({**allowed, "x-guidance": LAYOUT})
-        if not complaint(f"start: {expression}"):
+    own = "type" in read
+    for allowed in (read, {"type": read["type"]} if own else {}, {}):
+        try:
+            said = rewritten(allowed, lenient=True)
+        except (Refused, TooComplex, RecursionError):
+            continue
+        expression = "%json " + json.dumps({**(said if isinstance(said, dict) else {}), "x-guidance": LAYOUT})
+        if isinstance(said, dict) and not complaint(f"start: {expression}"):
             break
     return expression
 
@@ -45,7 +52,7 @@ def plain(text: str) -> str:
 def string_body(schema: Mapping[str, Any]) -> str | None:
     """The Lark terminal expression of the strings that ``pattern``, ``minLength`` and ``maxLength`` allow.
 
-    None: any. A pattern that llguidance cannot say is left out, as are formats.
+    None: any. What llguidance cannot say is left out, as are formats.
     """
     parts = []
     pattern, least, most = schema.get("pattern"), count(schema.get("minLength")), count(schema.get("maxLength"))
@@ -53,12 +60,13 @@ def string_body(schema: Mapping[str, Any]) -> str | None:
         # As JSON schema has it, a pattern may stand anywhere in the text.
         begin = "" if pattern.startswith("^") else ANY
         end = "" if pattern.endswith("$") and not pattern.endswith(r"\$") else ANY
-        inner = pattern.removeprefix("^").removesuffix("" if end else "$")
+        inner = translated(pattern).removeprefix("^").removesuffix("" if end else "$")
         expression = f"/{begin}({_slashes(inner)}){end}/"
         if inner and _is_terminal(expression):
             parts.append(expression)
     if least or most is not None:
-        parts.append(rf"/(.|\n){{{least or 0},{'' if most is None else most}}}/")
+        expression = rf"/(.|\n){{{least or 0},{'' if most is None else most}}}/"
+        parts += [expression] if _is_terminal(expression) else []
     return " & ".join(parts) or None
 
 
@@ -69,10 +77,8 @@ def count(value: object) -> int | None:
 
 def may_be_empty(schema: Mapping[str, Any]) -> bool:
     """Whether the empty string is one of those."""
-    try:
-        return not count(schema.get("minLength")) and bool(re.search(schema.get("pattern") or "", ""))
-    except (re.error, TypeError, RecursionError):
-        return False
+    pattern = schema.get("pattern")
+    return not count(schema.get("minLength")) and (not isinstance(pattern, str) or matches(pattern, ""))
 
 
 @lru_cache(maxsize=1024)

@@ -254,3 +254,60 @@ class Context:
         """Fill a free slot; False for data that do not fit this model and KV type, of which the slot may hold some."""
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         return bool(C.llama_state_seq_set_data(self.pointer, buffer, len(data), slot))
+
+
+POOLING = {
+    "mean": C.LLAMA_POOLING_TYPE_MEAN,
+    "cls": C.LLAMA_POOLING_TYPE_CLS,
+    "last": C.LLAMA_POOLING_TYPE_LAST,
+    "": C.LLAMA_POOLING_TYPE_UNSPECIFIED,
+}
+"""By ``protocol.Pooling.mode``; "": what the file says."""
+
+
+class EmbeddingContext:
+    """What makes vectors: at most ``tokens`` of at most ``slots`` inputs in one forward. Raises ModelInvalid."""
+
+    def __init__(self, model: Model, *, tokens: int, slots: int, pooling: str, threads: int) -> None:
+        parameters = C.llama_context_default_params()
+        # An encoder sees an input whole: all of a batch is one forward.
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = tokens
+        parameters.n_seq_max = slots
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.embeddings = True
+        parameters.pooling_type = POOLING[pooling]
+        parameters.kv_unified = True
+        parameters.no_perf = True
+        _log.errors.clear()
+        self.pointer = C.llama_init_from_model(model.pointer, parameters)
+        if not self.pointer:
+            raise ModelInvalid(f"llama.cpp cannot make a context of {tokens} tokens: {_reason()}.")
+        weakref.finalize(self, lambda pointer, _: C.llama_free(pointer), self.pointer, model)
+        kind = C.llama_pooling_type(self.pointer)
+        self.pooling = next((name for name, value in POOLING.items() if value == kind), "")
+        """The one in use; "": none that makes a vector of a text."""
+        self.dimension = int(C.llama_model_n_embd(model.pointer))
+        self._memory = C.llama_get_memory(self.pointer)
+        self._batch = C.llama_batch_init(tokens, 0, 1)
+        weakref.finalize(self, C.llama_batch_free, self._batch)
+
+    def embed(self, inputs: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """The vectors (n, dimension), as they come out of the pooling."""
+        batch, place = self._batch, 0
+        for slot, tokens in enumerate(inputs):
+            for position, token in enumerate(tokens.tolist()):
+                batch.token[place], batch.pos[place] = token, position
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, slot
+                batch.logits[place] = 1
+                place += 1
+        batch.n_tokens = place
+        if self._memory:
+            C.llama_memory_clear(self._memory, True)
+        status = C.llama_decode(self.pointer, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode of {place} tokens failed (status {status}): {_reason()}")
+        vectors = np.empty((len(inputs), self.dimension), np.float32)
+        for slot in range(len(inputs)):
+            found = C.llama_get_embeddings_seq(self.pointer, slot)
+            vectors[slot] = np.ctypeslib.as_array(found, (self.dimension,))
+        return vectors
