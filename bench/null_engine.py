@@ -283,7 +283,8 @@ class NullEngine:
             if prefill.done == 0:
                 self.misbehave(prefill)
             chunk_tokens = self.options.max_chunk_tokens or CHUNK_TOKENS
-            prefill.done = min(len(prefill.prompt), prefill.done + chunk_tokens)
+            done, prefill.done = prefill.done, min(len(prefill.prompt), prefill.done + chunk_tokens)
+            self.score(prefill, done)
         time.sleep(self.step_s)
         if any(self.crash in row.prompt and 0 < self.crash_after == row.drawn for row in live):
             self.abort()
@@ -309,6 +310,15 @@ class NullEngine:
         row.ended = not script or row.drawn >= row.submit.max_tokens
         finish = None if not row.ended else "length" if script else row.script_finish
         return protocol.Tokens(row.submit.seq, tokens, finish, row.logprobs * len(tokens))
+
+    def score(self, row: Row, done: int) -> None:
+        """What comes after the prompt's tokens from ``done`` on, as if each were the likeliest."""
+        following = row.prompt[done + 1 : row.done + 1]
+        if row.submit.prompt_logprobs >= 0 and following and not row.ended:
+            top = row.submit.prompt_logprobs
+            values = tuple(-1.0 - i for i in range(top))
+            scores = (protocol.Logprobs(-1.0, (token, *self.cycle[: top - 1])[:top], values) for token in following)
+            self.send(protocol.PromptLogprobs(row.submit.seq, tuple(scores)))
 
     def misbehave(self, row: Row) -> None:
         if self.crash in row.prompt and self.crash_after == 0:

@@ -142,3 +142,95 @@ async def test_a_large_body_goes_on_with_its_last_message_too(server: Server) ->
     ]
     answer = await post(server, CHAT, {"messages": messages, "max_tokens": 2, "return_token_ids": True})
     assert train_tokenizer().decode(answer["prompt_token_ids"], skip_special_tokens=False).endswith("assistant\nA")
+
+
+# --- log-probabilities --------------------------------------------------------------------------------
+
+
+def together(chunks: list[Any], index: int) -> dict[str, list[Any]]:
+    """The logprobs of a completion stream, put together."""
+    found: dict[str, list[Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            if choice["index"] == index and choice["logprobs"]:
+                for name, values in choice["logprobs"].items():
+                    found.setdefault(name, []).extend(values)
+    return found
+
+
+@with_server()
+async def test_a_prompt_is_scored_as_lm_eval_asks(server: Server) -> None:
+    """Its ``loglikelihood``: echo, logprobs 1, max_tokens 1; and the same with 0, which answers nothing."""
+    texts = ["Hello there, wörld! 🙂 Ünïcode", "Hello" * 400]
+    ids = [train_tokenizer().encode(text).ids for text in texts]
+    for prompt in (texts, ids):
+        for max_tokens in (1, 0):
+            body = {"prompt": prompt, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "temperature": 0, "n": 2}
+            answer = await post(server, PLAIN, body)
+            *chunks, _ = await events(server, PLAIN, body)
+            assert answer["usage"]["completion_tokens"] == 4 * max_tokens
+            for choice in answer["choices"]:
+                text, tokens = texts[choice["index"] // 2], ids[choice["index"] // 2]
+                assert choice["text"] == text + answer_text(max_tokens)
+                assert choice["finish_reason"] == "length"
+                logprobs = choice["logprobs"]
+                assert logprobs["token_logprobs"] == [None] + [-1.0] * (len(tokens) - 1 + max_tokens)
+                assert logprobs["top_logprobs"][0] is None
+                for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True):
+                    assert top[token] == max(top.values())
+                for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+                    assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+                assert together(chunks, choice["index"]) == logprobs
+    await server.free()
+
+
+@with_server()
+async def test_a_prompts_logprobs_in_vllms_shape(server: Server) -> None:
+    prompt = train_tokenizer().encode("Hello there").ids
+    for path, body in (
+        (PLAIN, {"prompt": "Hello there", "n": 2}),
+        (CHAT, HELLO | {"return_token_ids": True}),
+    ):
+        answer = await post(server, path, body | {"max_tokens": 2, "prompt_logprobs": 2})
+        told = [answer] if path == CHAT else answer["choices"]
+        for holder in told:
+            first, *others = holder["prompt_logprobs"]
+            tokens = answer["prompt_token_ids"] if path == CHAT else prompt
+            assert first is None
+            for token, entries in zip(tokens[1:], others, strict=True):
+                assert entries[str(token)]["logprob"] == -1.0
+                assert entries[str(token)]["rank"] == 1
+                assert len(entries) == 2
+        refused = await server.http.post(path, json=body | {"prompt_logprobs": 2, "stream": True})
+        assert refused.json()["error"]["param"] == "prompt_logprobs"
+    for options in ({"max_tokens": 0}, {"prompt_logprobs": 21}, {"echo": True, "logprobs": 1, "suffix": "x"}):
+        assert (await server.http.post(PLAIN, json={"prompt": "x"} | options)).status_code == 400
+    await server.free()
+
+
+@with_server(LMX_NULL_FIRST_TOKEN=150)
+async def test_the_bytes_of_a_token_that_is_part_of_a_character(server: Server) -> None:
+    """The null engine's tokens are single bytes here, most of them no text by themselves."""
+    names = [train_tokenizer().id_to_token(token) for token in range(150, 180)]
+    answer = await post(server, CHAT, HELLO | {"max_tokens": 30, "logprobs": True, "top_logprobs": 3})
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert all(len(entry["bytes"]) == 1 for entry in entries)
+    whole = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert whole.decode(errors="replace") == answer["choices"][0]["message"]["content"]
+    assert len({tuple(entry["bytes"]) for entry in entries}) == len(names)
+    body = {"prompt": "x", "max_tokens": 30, "logprobs": 3}
+    plain = (await post(server, PLAIN, body))["choices"][0]
+    assert any(token == f"bytes:\\x{byte:02x}" for token, byte in zip(plain["logprobs"]["tokens"], whole, strict=True))
+    assert [len(top) for top in plain["logprobs"]["top_logprobs"]] == [3, 3, 3] + [4] * 27
+    *chunks, _ = await events(server, PLAIN, body)
+    assert together(chunks, 0) == plain["logprobs"]
+
+
+@with_server()
+async def test_a_token_that_ends_a_completion_is_scored_and_one_that_ends_a_chat_is_not(server: Server) -> None:
+    stop = {"stop_token_ids": [FIRST_TOKEN + 2], "max_tokens": 9}
+    plain = (await post(server, PLAIN, {"prompt": "x", "logprobs": 0} | stop))["choices"][0]
+    assert (plain["text"], len(plain["logprobs"]["tokens"])) == (answer_text(2), 3)
+    assert plain["logprobs"]["text_offset"][-1] == len(plain["text"])
+    chat = (await post(server, CHAT, HELLO | {"logprobs": True} | stop))["choices"][0]
+    assert len(chat["logprobs"]["content"]) == 2

@@ -316,7 +316,6 @@ ASKED: dict[str, Any] = {
     "modalities": ["text", "audio"],
     "truncate_prompt_tokens": 10,
     "return_tokens": True,
-    "prompt_logprobs": 0,
     "min_length": 5,
     "allowed_token_ids": [1, 2],
     "bad_words": ["x"],

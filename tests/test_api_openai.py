@@ -243,7 +243,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [99999999]}, "prompt", "99999999"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "middle"),
     ({"prompt": "x", "best_of": 3, "n": 4}, "best_of", "3"),
-    ({"prompt": "x", "echo": True, "logprobs": 0}, "echo", "logprobs"),
+    ({"prompt": "x", "echo": True, "logprobs": 0, "suffix": "y"}, "echo", "suffix"),
 ]
 
 

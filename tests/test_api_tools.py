@@ -366,3 +366,29 @@ async def test_a_client_that_goes_in_a_call_leaves_nothing(server: Server) -> No
             await server.until(lambda engine: engine["kv_sequence_bytes"] > 0)
         await client.aclose()
         await server.free()
+
+
+@with_server(tool_format="harmony")
+async def test_harmony_is_read_whole(server: Server) -> None:
+    entry = (await server.http.get("/v1/models")).json()["data"][0]
+    assert (entry["tool_format"], entry["reasoning_format"]) == ("harmony", "harmony")
+    thought = "<|channel|>analysis<|message|>I wonder.<|end|><|start|>assistant"
+    call = f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{json.dumps(PARIS)}"
+    for steps in splits(f"{thought}{call}<|call|>")[1:]:
+        server.say(*steps)
+        message = await both(server, TOOLS)
+        assert (message["content"], message["reasoning"], message["finish"]) == (None, "I wonder.", "tool_calls")
+        assert json.loads(message["tool_calls"][0]["arguments"]) == PARIS
+    final = "<|channel|>final<|message|>Hello."
+    server.say(*f"{thought}{final}")
+    for body in (TOOLS, {"messages": HELLO}):  # with and without tools
+        message = await both(server, body)
+        assert (message["content"], message["reasoning"], message["finish"]) == ("Hello.", "I wonder.", "stop")
+    answer = (await server.http.post(CHAT, json={"messages": HELLO})).json()
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    assert server.grammars()[-1] == ""
+    await server.http.post(CHAT, json=TOOLS | {"tool_choice": "required"})
+    assert admits(server.grammars()[-1], call)  # without gpt-oss's special tokens, text before it would swallow it
+    assert not admits(server.grammars()[-1], final)
+    response = await server.http.post(CHAT, json={"messages": HELLO, "max_reasoning_tokens": 5})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "max_reasoning_tokens")

@@ -110,3 +110,53 @@ def test_a_request_that_leaves_its_sampling_open_takes_the_makers(client: openai
     hot = client.chat.completions.create(**options, temperature=1, top_p=1)
     texts = [answer.choices[0].message.content for answer in (left_open, spelled_out, hot)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_likelier_continuation_scores_higher(client: openai.OpenAI) -> None:
+    """As lm-eval asks, with greedy continuations known as such."""
+    context = "The capital of France is"
+    scores = {}
+    for word in (" Paris", " banana"):
+        options: dict[str, Any] = {"prompt": context + word, "max_tokens": 1, "logprobs": 1, "echo": True}
+        choice = client.completions.create(model=MODEL, temperature=0, **options).choices[0]
+        found = choice.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert found.token_logprobs is not None
+        assert found.top_logprobs is not None
+        assert "".join(found.tokens) == choice.text
+        assert found.text_offset is not None
+        assert found.text_offset[-2] == len(context)
+        scores[word] = found.token_logprobs[-2], max(found.top_logprobs[-2].values())
+    assert scores[" Paris"][0] == scores[" Paris"][1] > -2
+    assert scores[" banana"][0] < scores[" banana"][1] - 5
+
+
+def test_answers_of_one_prompt_share_its_prefill_and_the_best_are_chosen(
+    client: openai.OpenAI, smollm2_server: Server
+) -> None:
+    def computed() -> float:
+        smollm2_server.idle()
+        return sum(value for name, value in smollm2_server.metrics().items() if "lmx_prompt_tokens" in name)
+
+    prompt = "Once upon a time, in a small village by the sea, there lived a fisherman who"
+    options: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "logprobs": 0, "seed": 7}
+    before = computed()
+    answer = client.completions.create(n=4, **options)
+    assert answer.usage is not None
+    assert computed() - before == answer.usage.prompt_tokens + 3
+    assert len({choice.text for choice in answer.choices}) == 4
+
+    def mean_logprob(choice: Any) -> float:
+        return float(sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs))
+
+    best = client.completions.create(n=2, best_of=4, **options)
+    assert [choice.index for choice in best.choices] == [0, 1]
+    assert best.usage is not None
+    assert best.usage.completion_tokens == answer.usage.completion_tokens
+    expected = sorted(answer.choices, key=mean_logprob, reverse=True)[:2]
+    assert [choice.text for choice in best.choices] == [choice.text for choice in expected]
+    chunks = list(client.completions.create(n=4, stream=True, **options))
+    for choice in answer.choices:
+        mine = [one for chunk in chunks for one in chunk.choices if one.index == choice.index]
+        assert "".join(one.text for one in mine) == choice.text

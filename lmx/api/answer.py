@@ -7,15 +7,17 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import trio
 from quart import Response
 
 from lmx import __version__
 from lmx.api.generation import Choice, Delta, Job
+from lmx.api.logprobs import prompt_logprobs
 from lmx.chat.events import Content, Event
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served
 
-FormatLogprobs = Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]]
+FormatLogprobs = Callable[[int, Sequence[tuple[int, Logprobs | None]]], dict[str, Any]]
 """The index of a choice, and its new tokens, to the face's ``logprobs`` object: lists that go on from call to call."""
 
 
@@ -54,6 +56,8 @@ class Collected:
     """
 
     def __init__(self, job: Job, format_logprobs: FormatLogprobs) -> None:
+        self._job = job
+        self._filled_in: dict[bytes, bytes] = {}
         self._returns_ids = job.returns_ids
         self._ids: list[list[int]] = [[] for _ in job.requests]
         self._texts: list[list[str]] = [[] for _ in job.requests]
@@ -81,6 +85,17 @@ class Collected:
         """The same where more than text is told apart."""
         return self._events[choice.index] or [Content(self.text(choice))]
 
+    async def prompt_logprobs(self, choice: Choice) -> dict[str, str]:
+        """vLLM's field for them, for ``response`` to fill in: made in a thread, for a long prompt has many."""
+        mark = uuid.uuid4().hex
+        prompt = self._job.requests[choice.index].prompt
+
+        def make() -> bytes:
+            return to_json(prompt_logprobs(self._job.served.chat, prompt, choice.prompt_logprobs))
+
+        self._filled_in[to_json(mark)] = await trio.to_thread.run_sync(make)
+        return {"prompt_logprobs": mark}
+
     def ids(self, choice: Choice) -> dict[str, list[int]]:
         """vLLM's field of a choice for them, where they are wanted."""
         return {"token_ids": self._ids[choice.index]} if self._returns_ids else {}
@@ -101,7 +116,10 @@ class Collected:
         pieces = [first]
         for choice, other in zip(made, others, strict=False):
             pieces += [*self._logprobs_json(choice.index), other]
-        return Response(b"".join(pieces), content_type="application/json")
+        body = b"".join(pieces)
+        for place, value in self._filled_in.items():
+            body = body.replace(place, value)
+        return Response(body, content_type="application/json")
 
     def _logprobs_json(self, index: int) -> Iterator[bytes]:
         """In the order of a format without tokens."""

@@ -67,6 +67,8 @@ async def _answer(job: Job, body: ChatRequest, model: str) -> Response:
         for index, choice in enumerate(made)
     ]
     answer = heading("chatcmpl", "chat.completion", model, job) | {"choices": [], "usage": usage(job, choices)}
+    if job.scores:
+        answer |= await collected.prompt_logprobs(choices[0])
     if job.returns_ids:
         answer["prompt_token_ids"] = list(job.requests[0].prompt)
     return collected.response(answer, made, objects, with_logprobs=bool(body.logprobs))

@@ -39,7 +39,7 @@ class ChunkStream:
         first: Mapping[int, dict[str, Any]],
         first_fields: Mapping[str, Any] = MappingProxyType({}),
         with_usage: bool,
-        format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs]]], dict[str, Any]],
+        format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs | None]]], dict[str, Any]],
     ) -> None:
         self._job = job
         self._writer = writer

@@ -1,5 +1,6 @@
 """POST /v1/completions: OpenAI's plain completions over ``lmx.api.generation``, for text, texts and token ids."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -43,19 +44,23 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             plan=prepared.plan,
             stop_ids=prepared.stop_ids,
             continues=prepared.continues,
+            echoes_logprobs=bool(prepared.offsets),
+            shows_end=True,
         )
         echoes = [text if body.echo else "" for text in prepared.texts for _ in range(job.n)]
         model = body.model or served.id
         if body.stream:
-            produce = partial(_stream, job, body, model, echoes)
+            produce = partial(_stream, job, body, model, echoes, prepared.offsets)
             return EventStream(produce, job.call.id, settings.server.sse_comment_s)
-        return await _answer(job, body, model, echoes)
+        return await _answer(job, body, model, echoes, prepared.offsets)
 
     return routes
 
 
-async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[str]) -> Response:
-    logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
+async def _answer(
+    job: Job, body: CompletionRequest, model: str, echoes: list[str], offsets: Sequence[Sequence[int]]
+) -> Response:
+    logprobs = _logprobs(job, echoes, offsets)
     collected = Collected(job, lambda index, new: logprobs[index].format(new))
     choices = await run(job, collected)
     made = best(job, choices)
@@ -63,14 +68,22 @@ async def _answer(job: Job, body: CompletionRequest, model: str, echoes: list[st
         _choice_object(index, echoes[choice.index] + collected.text(choice), None, choice.finish)
         | collected.ids(choice)
         | _prompt_ids(job, choice.index)
+        | (await collected.prompt_logprobs(choice) if body.prompt_logprobs is not None else {})
         for index, choice in enumerate(made)
     ]
     answer = heading("cmpl", "text_completion", model, job) | {"choices": [], "usage": usage(job, choices)}
     return collected.response(answer, made, objects, with_logprobs=body.logprobs is not None)
 
 
-async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[str], writer: EventWriter) -> None:
-    logprobs = [CompletionLogprobs(job.served.chat) for _ in job.requests]
+async def _stream(
+    job: Job,
+    body: CompletionRequest,
+    model: str,
+    echoes: list[str],
+    offsets: Sequence[Sequence[int]],
+    writer: EventWriter,
+) -> None:
+    logprobs = _logprobs(job, echoes, offsets)
     chunks = ChunkStream(
         job,
         writer,
@@ -85,6 +98,14 @@ async def _stream(job: Job, body: CompletionRequest, model: str, echoes: list[st
         format_logprobs=lambda index, new: logprobs[index].format(new),
     )
     await chunks.end(await run(job, chunks))
+
+
+def _logprobs(job: Job, echoes: list[str], offsets: Sequence[Sequence[int]]) -> list[CompletionLogprobs]:
+    """Of each choice."""
+    return [
+        CompletionLogprobs(job.served.chat, offsets[index // job.n] if offsets else (), len(echoes[index]))
+        for index in range(len(job.requests))
+    ]
 
 
 def _prompt_ids(job: Job, index: int) -> dict[str, list[int]]:

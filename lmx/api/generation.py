@@ -6,9 +6,10 @@ to a ``Sink`` that knows the face's wire format. It must never return, or raise,
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import structlog
 import trio
@@ -27,6 +28,8 @@ from lmx.protocol import Logprobs, Sampling
 from lmx.serving.engine import Chunk, GenerateRequest
 from lmx.serving.models import Served
 
+T = TypeVar("T")
+
 SEED_STEP = 0x9E3779B97F4A7C15
 """Distance of two choices' seeds: 2^64 divided by the golden ratio, so that no two of n are near (Knuth, TAOCP 6.4)."""
 UINT64 = 2**64 - 1
@@ -39,6 +42,8 @@ CLIENT_CHARACTERS = 256
 """Of ``user`` that tell clients apart."""
 RANDOM_SEED = -1
 """vLLM's and llama-server's word for none."""
+ECHOED_TOKENS = 256
+"""Of a prompt, whose log-probabilities are written in one go."""
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
@@ -66,6 +71,14 @@ class Job:
     continues: bool = False
     """The answer goes on with a text."""
     returns_ids: bool = False
+    scores: bool = False
+    """The prompt's own log-probabilities are wanted."""
+    echoes_logprobs: bool = False
+    """The log-probabilities of the prompt's tokens come before the answer's."""
+    shows_end: bool = False
+    """The log-probability of a token that ends the answer is told, too."""
+    only_prompt: bool = False
+    """``max_tokens`` is 0: the one token that the engine draws does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +86,8 @@ class Delta:
     """What one choice gained."""
 
     text: str
-    logprobs: tuple[tuple[int, Logprobs], ...]
-    """Of each token that counts into the text, when asked for."""
+    logprobs: tuple[tuple[int, Logprobs | None], ...]
+    """Of each token that counts into the text, when asked for; the first of a prompt has none."""
     finish: str | None
     events: Sequence[Event] = ()
     """Instead of ``text``, of an answer in which more than text is told apart."""
@@ -94,6 +107,8 @@ class Choice:
     """No stop string begins in so many tokens."""
     keeps_stop: bool = False
     """The text of a token that ends the answer counts."""
+    shows_end: bool = False
+    only_prompt: bool = False
     completion_tokens: int = 0
     logprob: float = 0.0
     """Of all its tokens, where log-probabilities come."""
@@ -101,6 +116,8 @@ class Choice:
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
+    prompt_logprobs: Sequence[Logprobs] = ()
+    """Of its prompt's tokens but the first, when asked for."""
     told: AnswerEvents | None = None
     """Of an answer in which more than text is told apart."""
 
@@ -109,6 +126,9 @@ class Choice:
         return self.told.reasoning_tokens if self.told is not None else 0
 
     def feed(self, chunk: Chunk) -> Delta:
+        if self.only_prompt:
+            self.finish = "length"
+            return Delta("", (), self.finish)
         if self.told is not None:
             return self._feed_events(self.told, chunk)
         logprobs: tuple[tuple[int, Logprobs], ...] = ()
@@ -137,7 +157,7 @@ class Choice:
             self.completion_tokens += 1
             if self.wants_logprobs:
                 self.logprob += chunk.logprobs[position].drawn
-                if not is_end:
+                if self.shows_end or not is_end:
                     logprobs.append((token, chunk.logprobs[position]))
             if self.text.stopped:
                 self.stopped, self.finish = True, "stop"
@@ -180,6 +200,13 @@ class Choice:
                 break
 
 
+def batched(values: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """``itertools.batched``, which Python 3.11 has not."""
+    rest = iter(values)
+    while piece := tuple(islice(rest, size)):
+        yield piece
+
+
 class Sink(Protocol):
     """Where a job's pieces go. All methods may be cancelled; ``delta`` runs concurrently for n > 1."""
 
@@ -200,12 +227,14 @@ async def run(job: Job, sink: Sink) -> list[Choice]:
         try:
             async with trio.open_nursery() as nursery:
                 leased = trio.Event()
-                first = -1
+                first, scored = -1, _Scored()
                 for index, request in enumerate(job.requests):  # not all at once: there may be a thousand
                     choices.append(_choice(job, index, request))
-                    if index % job.n:  # the others of a prompt take over what the first one has computed of it
+                    if index % job.n == 0:
+                        scored = _Scored()
+                    else:  # the others of a prompt take over what the first one has computed of it
                         request = replace(request, parent=first)
-                    seq = await nursery.start(_run_choice, request, job, choices[-1], sink, leased)
+                    seq = await nursery.start(_run_choice, request, job, choices[-1], sink, leased, scored)
                     first = first if index % job.n else seq
                 await sink.begin()
                 leased.set()
@@ -231,7 +260,25 @@ def _choice(job: Job, index: int, request: GenerateRequest) -> Choice:
         text = chat.text_stream(continues=job.continues, markers=chat.markers(plan))
         ends = chat.special.values()
         told = AnswerEvents(parser, job.stop, plan, keep_stop=job.keeps_stop, end_markers=ends)
-    return Choice(index, text, bool(job.stop), wants_logprobs, request.min_tokens, job.keeps_stop, told=told)
+    return Choice(
+        index,
+        text,
+        bool(job.stop),
+        wants_logprobs,
+        request.min_tokens,
+        job.keeps_stop,
+        job.shows_end,
+        job.only_prompt,
+        told=told,
+    )
+
+
+class _Scored:
+    """The log-probabilities of one prompt, which the first of its choices brings."""
+
+    def __init__(self) -> None:
+        self.logprobs: Sequence[Logprobs] = ()
+        self.known = trio.Event()
 
 
 async def _run_choice(
@@ -240,6 +287,7 @@ async def _run_choice(
     choice: Choice,
     sink: Sink,
     leased: trio.Event,
+    scored: _Scored,
     *,
     task_status: trio.TaskStatus[int],
 ) -> None:
@@ -248,6 +296,13 @@ async def _run_choice(
         await leased.wait()
         while choice.finish is None:
             chunk = await tokens.receive()
+            if request.prompt_logprobs >= 0:
+                scored.logprobs = tokens.prompt_logprobs
+                scored.known.set()
+            if job.scores and not choice.prompt_logprobs:
+                await scored.known.wait()
+                choice.prompt_logprobs = scored.logprobs
+                await _echo_logprobs(job, choice, sink)
             job.call.took(len(chunk.tokens), trio.current_time())
             delta = choice.feed(chunk)
             choice.cached_tokens = tokens.cached_tokens
@@ -259,6 +314,16 @@ async def _run_choice(
             await sink.delta(choice, delta)
     if choice.stopped:  # only now: the lease ends before a slow client takes its last piece
         await sink.delta(choice, delta)
+
+
+async def _echo_logprobs(job: Job, choice: Choice, sink: Sink) -> None:
+    """Those of the prompt, so many at a time that others get their turn between."""
+    if not job.echoes_logprobs:
+        return
+    tokens = zip(job.requests[choice.index].prompt, (None, *choice.prompt_logprobs), strict=True)
+    for piece in batched(tokens, ECHOED_TOKENS):
+        await sink.delta(choice, Delta("", piece, None))
+        await trio.lowlevel.checkpoint()
 
 
 def make_job(
@@ -274,6 +339,8 @@ def make_job(
     plan: Plan,
     stop_ids: Sequence[int] = (),
     continues: bool = False,
+    echoes_logprobs: bool = False,
+    shows_end: bool = False,
 ) -> Job:
     """The engine requests for n choices of each prompt. ``max_tokens`` -1: as many as there is room for.
 
@@ -299,7 +366,7 @@ def make_job(
             requests.append(
                 GenerateRequest(
                     prompt=prompt,
-                    max_tokens=room if max_tokens == -1 else min(max_tokens, room),
+                    max_tokens=room if max_tokens == -1 else min(max(max_tokens, 1), room),
                     sampling=_sampling(
                         fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.folder.sampling
                     ),
@@ -310,6 +377,7 @@ def make_job(
                     grammar=plan.grammar,
                     stop_ids=(*stop_ids, *_stop_ids(fields, served.chat.vocab_size)),
                     min_tokens=min(fields.least_tokens, room),
+                    prompt_logprobs=fields.scores if index == 0 else -1,
                     request_id=call.id,
                 )
             )
@@ -327,6 +395,10 @@ def make_job(
         keeps_stop=fields.keeps_stop,
         continues=continues,
         returns_ids=bool(fields.return_token_ids),
+        scores=fields.scores >= 0,
+        echoes_logprobs=echoes_logprobs,
+        shows_end=shows_end,
+        only_prompt=max_tokens == 0,
     )
 
 

@@ -50,6 +50,8 @@ class Prepared:
     """Tokens that end the answers, besides the model's own and the request's."""
     seconds: list[int] = field(default_factory=list)
     """Of pairs of texts: where the second one of each begins."""
+    offsets: list["array[int]"] = field(default_factory=list)
+    """Where in its text each token of a prompt begins, for ``echo`` with ``logprobs``."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -256,7 +258,7 @@ def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel,
         else:
             chat.check_tokens(len(prompt), context, "prompt")
             _check_ids(prompt, chat, "prompt")
-    texts, prompts = [], []
+    texts, prompts, offsets = [], [], []
     stop_ids: tuple[int, ...] = ()
     add_special = body.add_special_tokens is not False
     for prompt in listed:
@@ -270,9 +272,11 @@ def _completion(body: CompletionRequest, given: dict[str, Any], chat: ChatModel,
             raise InvalidRequest(f"prompt {shorten(prompt)} has no tokens; give at least one.", param="prompt")
         prompts.append(array("I", tokens))
         texts.append("" if not body.echo else prompt if isinstance(prompt, str) else chat.decode(prompt))
+        if body.echo and body.logprobs is not None:
+            offsets.append(array("I", chat.offsets(tokens, prompt if isinstance(prompt, str) else None)))
     grammar = answer_grammar(special=chat.special, body=body_of(given))
     check(grammar)
-    return Prepared(prompts, texts, Plan(grammar), True, stop_ids)
+    return Prepared(prompts, texts, Plan(grammar), True, stop_ids, offsets=offsets)
 
 
 def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:

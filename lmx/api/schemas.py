@@ -105,6 +105,9 @@ class GenerationFields(Request):
         None, description="Leave the stop string, or the text of the stop token, at the answer's end."
     )
     no_stop_trim: bool | None = Field(None, description="SGLang's name for include_stop_str_in_output.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Log-probabilities of the prompt's tokens, with as many of the likeliest."
+    )
     return_token_ids: bool | None = Field(
         None, description="`token_ids` in each choice or delta, and `prompt_token_ids`."
     )
@@ -146,6 +149,11 @@ class GenerationFields(Request):
         return self.min_tokens or self.min_new_tokens or 0
 
     @property
+    def scores(self) -> int:
+        """How many of the likeliest tokens are told at each position of the prompt; -1: nothing is."""
+        return -1 if self.prompt_logprobs is None else self.prompt_logprobs
+
+    @property
     def keeps_stop(self) -> bool:
         """``include_stop_str_in_output`` under either name."""
         return bool(self.include_stop_str_in_output or self.no_stop_trim)
@@ -153,7 +161,7 @@ class GenerationFields(Request):
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerationFields":
         for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(self, name) == 0:
+            if getattr(self, name) == 0 and self.scores < 0 and not getattr(self, "echo", False):
                 raise InvalidRequest(
                     f"{name} must be at least 1, or -1 for as many as there is room for (got 0).", param=name
                 )
@@ -166,6 +174,12 @@ class GenerationFields(Request):
             raise InvalidRequest(
                 f"min_tokens must not be more than max_tokens (got {self.least_tokens} and {self.most_tokens}).",
                 param="min_tokens",
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "prompt_logprobs is not told in a stream (got stream: true); of a plain completion, echo with logprobs "
+                "is.",
+                param="prompt_logprobs",
             )
         n, best_of = self.n or 1, self.best_of
         if best_of is not None and best_of < n:
@@ -402,11 +416,16 @@ class CompletionRequest(GenerationFields):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    @property
+    def scores(self) -> int:
+        echoed = self.logprobs if self.echo and self.logprobs is not None else -1
+        return max(echoed, super().scores)
+
     @model_validator(mode="after")
     def _fit_a_completion(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
+        if self.echo and self.suffix and self.logprobs is not None:
             raise InvalidRequest(
-                f"echo with logprobs (got {self.logprobs}): this server gives log-probabilities of new tokens only.",
+                f"echo with logprobs (got {self.logprobs}) and suffix: what is filled in has no place in the echo.",
                 param="echo",
             )
         if self.prompt == []:

@@ -81,10 +81,10 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
     ),
     # What comes back
     (
-        "prompt_logprobs return_prompt_logprobs logprob_token_ids top_logprobs_num logprob_start_len return_logprob "
+        "return_prompt_logprobs logprob_token_ids top_logprobs_num logprob_start_len return_logprob "
         "decoder_input_details token_ids_logprob",
         (False, [], -1),
-        "this server gives log-probabilities of new tokens only",
+        "logprobs, top_logprobs and prompt_logprobs are the fields for that",
     ),
     (
         "return_tokens return_tokens_as_token_ids return_prompt_text return_hidden_states "

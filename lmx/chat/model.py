@@ -303,6 +303,26 @@ class ChatModel:
         """The same with special tokens spelled out."""
         return b"".join(self.token_bytes(token) for token in tokens).decode(errors="replace")
 
+    def offsets(self, tokens: Sequence[int], text: str | None = None) -> list[int]:
+        """Where in a prompt's text each token begins, in characters; of the parts of one character, where it stands.
+        ``text``: what was tokenised, with the special tokens that it spells out; otherwise they are no part of it."""
+        pieces = self._pieces.text if text is None else self._pieces.all
+        stream = TextStream(pieces, strip_space=self._pieces.strip_space)
+        found: list[int] = []
+        length = 0
+        for token in tokens:
+            found.append(length)
+            # BOS, which the tokenizer puts before a text.
+            added = (
+                text is not None
+                and not length
+                and not self._pieces.text[token]
+                and not text.startswith(self.token_bytes(token).decode(errors="replace"))
+            )
+            if not added:
+                length += len(stream.feed((token,)))
+        return found
+
     def token_name(self, token: int) -> str:
         """A token as the vocabulary spells it ("Ġthere"); "" outside it."""
         return self._tokenizer.id_to_token(token) or ""
