@@ -437,6 +437,7 @@ class Simulation:
             path="arena",
             path_reason="",
             probes={},
+            forks=True,
         )
         self.backend = SimBackend(self.clock, device, facts, self._answers)
         lookahead = {"auto": "auto", "overlapped": "on", "plain": "off"}[loop]

@@ -1,9 +1,11 @@
 """The step loop on simulated devices (``tests/sim.py``): what it must reach, and what it promises to who cancels."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from lmx.protocol import Freed
 from tests import sim
 from tests.sim import DEVICES, Costs, Device, LoopKind, Ran, Request, Simulation
 
@@ -343,3 +345,47 @@ def test_a_grammar_that_compiles_for_too_long_fails_its_request(loop: LoopKind) 
     assert request.failed.code == "grammar_too_complex"
     assert request.freed_s is not None
     assert request.freed_s <= 10.1
+
+
+# --- several answers of a prompt ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["apart", "blocks", "all blocks"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_prompt_is_computed_once_for_all_its_answers(loop: LoopKind, device: str) -> None:
+    simulation = Simulation(DEVICES[device], loop=loop, max_rows=8)
+    other = simulation.request(prompt=60, answer=300)
+    first = simulation.request(at_s=0.5, prompt=3000, answer=20)
+    others = [simulation.request(at_s=0.5, prompt=3000, answer=20, submit={"parent": first.seq}) for _ in range(5)]
+    simulation.run()
+    computed = {
+        message.seq: message.prompt_tokens_computed for _, message in simulation.messages if isinstance(message, Freed)
+    }
+    assert [computed[one.seq] for one in (first, *others)] == [3000, 1, 1, 1, 1, 1]
+    assert [len(one.token_s) for one in (other, first, *others)] == [300] + [20] * 6
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_families_keep_their_answers_where_memory_is_short_and_some_go(loop: LoopKind) -> None:
+    """Preempted, cancelled and overdue ones among them: the simulated device holds each to its own positions."""
+    for seed in range(12):
+        random_ = random.Random(seed)
+        simulation = Simulation(DEVICES["apart"], loop=loop, max_rows=4, kv_tokens=2048)
+        members = []
+        for _ in range(6):
+            at_s, prompt = random_.uniform(0, 3), random_.choice([40, 300, 900])
+            first = simulation.request(at_s=at_s, prompt=prompt, answer=random_.choice([1, 30, 500]))
+            members.append(first)
+            for _ in range(3):
+                options = random_.choice([{}, {}, {"deadline_s": 1.0}, {"priority": 1}])
+                submit = {"parent": first.seq, **options}
+                members.append(simulation.request(at_s=at_s, prompt=prompt, answer=30, submit=submit))
+        gone = random_.sample(members, 6)
+        for one in gone:
+            simulation.cancel(one, at_s=random_.uniform(0, 6))
+        simulation.run()
+        for one in members:
+            assert one.freed_s is not None
+            assert one.finish == "length" or one.failed is not None or one in gone
+            if one.finish == "length":
+                assert len(one.token_s) == one.answer
