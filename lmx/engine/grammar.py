@@ -18,7 +18,7 @@ from typing import Any
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask
 from tokenizers import Tokenizer
 
 from lmx.chat.pieces import read_pieces
@@ -30,9 +30,8 @@ from lmx.engine.requests import Refused
 # A compiled one takes up to 170 bytes for each of its characters (measured: nested anyOf).
 _KEPT = 256
 _KEPT_CHARACTERS = 2 << 20
-# Masks are computed one after the other, 30 µs each for a JSON schema, until those of a step take this long: handing
-# them to threads costs more than that, and 2 to 6 ms where other processes want the cores.
-_SLOW_S = 0.002
+# Of an answer's masks, before their average counts: the first ones build most of the lexer's states.
+_FREE_S = 1.0
 _SHOWN_CHARACTERS = 500
 _TOO_MUCH = ("too complex", "too large", "too many", "too big", "limit", "fuel", "max is", "symbols.len()")
 
@@ -41,19 +40,34 @@ Masks = npt.NDArray[np.uint32]
 
 
 class Constraint:
-    """How far one answer has come in its grammar."""
+    """How far one answer has come in its grammar. Those of one grammar share the lexer's states, and its limits."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, grammar: str, matcher: llguidance.LLMatcher) -> None:
+        self.grammar = grammar
         self.matcher = matcher
+        self.tokens = 0
+        self.masks_s = 0.0
+        """How long its masks took."""
+        self._overdue = ""
+
+    def fill(self, bits: npt.NDArray[np.int32], row: int, most_s: float) -> None:
+        """Write the mask of its next token. One whose masks take longer than that, on average, fails."""
+        started = time.perf_counter()
+        fill_next_token_bitmask(self.matcher, bits, row)
+        self.masks_s += time.perf_counter() - started
+        if self.masks_s > _FREE_S + most_s * (self.tokens + 1):
+            self._overdue = f"too complex: the masks of {self.tokens + 1} tokens took {self.masks_s:.1f} s"
 
     def advance(self, token: int) -> bool:
         """Take the token that was drawn. False: no further one can be found, ``refusal`` says why."""
-        return bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
+        self.tokens += 1
+        return not self._overdue and bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
 
     def rollback(self, tokens: int) -> None:
         """Take so many tokens back (rejected drafts)."""
         if not self.matcher.rollback(tokens):
             raise ValueError(f"{tokens} tokens cannot be taken back: {self.refusal}")
+        self.tokens -= tokens
 
     @property
     def accepting(self) -> bool:
@@ -68,12 +82,12 @@ class Constraint:
     @property
     def refusal(self) -> Refused:
         """What is told of a grammar that llguidance gave up on."""
-        error = str(self.matcher.get_error())
+        error = self._overdue or str(self.matcher.get_error())
         code = "grammar_too_complex" if any(word in error.lower() for word in _TOO_MUCH) else "grammar_invalid"
         return Refused(code, error.split("\n", 1)[0][:_SHOWN_CHARACTERS])
 
     def copy(self) -> "Constraint":
-        return Constraint(self.matcher.deep_copy())
+        return Constraint(self.grammar, self.matcher.deep_copy())
 
 
 class Grammars:
@@ -103,7 +117,7 @@ class Grammars:
             compiled = self._compiled[grammar] = self._pool.submit(_compile, self._tokenizer, grammar)
             compiled.add_done_callback(lambda _: self._wake())
             self._characters += len(grammar)
-            self._forget()
+            self._tidy()
         self._compiled.move_to_end(grammar)
         if not compiled.done():
             return None
@@ -112,10 +126,16 @@ class Grammars:
             raise Refused(found.code, str(found))
         return found.copy()
 
-    def _forget(self) -> None:
-        """The grammars that were not asked for the longest, but never the last one."""
+    def _tidy(self) -> None:
+        """Forget the grammars that were not asked for the longest, but never the last one."""
         while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or self._characters > _KEPT_CHARACTERS):
-            grammar, compiled = self._compiled.popitem(last=False)
+            self.forget(next(iter(self._compiled)))
+
+    def forget(self, grammar: str) -> None:
+        """Compile it anew when it is asked for again: after a limit of the lexer was reached, that of all its answers,
+        each further one would fail."""
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is not None:
             compiled.cancel()
             self._characters -= len(grammar)
 
@@ -167,19 +187,19 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:
         return Refused("grammar_invalid", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
-    constraint = Constraint(made)
+    constraint = Constraint(grammar, made)
     return constraint.refusal if made.is_error() else constraint
 
 
 class Masker:
-    """Fills the masks of a step's rows."""
+    """Fills the masks of a step's rows: one after the other, which for a JSON schema is 30 µs each. With threads
+    (``LLExecutor``) those of 8 rows took 0.3 to 1.5 ms instead of 0.25 on two cores, and 7 where others wanted them."""
 
-    def __init__(self, vocab_size: int, end_ids: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, end_ids: Sequence[int], most_ms: float) -> None:
+        """``most_ms``: of a mask, on average."""
         self._words = (vocab_size + 31) // 32
         self._end_ids = tuple(token for token in end_ids if token < vocab_size)
-        self._executor: Any = None
-        self._slow = False
-        """The last step's masks were."""
+        self._most_s = most_ms / 1e3
 
     def masks(self, rows: Sequence[EngineSequence | None]) -> Masks | None:
         """For the rows' next draw; None if none of them has a mask. Rows without one may draw anything."""
@@ -187,21 +207,12 @@ class Masker:
         if not masked:
             return None
         bits = np.full((len(rows), self._words), -1, np.int32)
-        self._fill([(row.constraint.matcher, i) for i, row in masked if row.constraint], bits)
         masks = bits.view(np.uint32)
         for i, row in masked:
+            if row.constraint:
+                row.constraint.fill(bits, i, self._most_s)
             self._ends(masks[i], row)
         return masks
-
-    def _fill(self, matchers: list[tuple[llguidance.LLMatcher, int]], bits: npt.NDArray[np.int32]) -> None:
-        started = time.perf_counter()
-        if self._slow and len(matchers) > 1:
-            self._executor = self._executor or llguidance.LLExecutor()
-            fill_next_token_bitmask_par(self._executor, matchers, bits)
-        else:
-            for matcher, i in matchers:
-                fill_next_token_bitmask(matcher, bits, i)
-        self._slow = time.perf_counter() - started > _SLOW_S
 
     def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence) -> None:
         """An answer's own end tokens, and those that come too early. Where nothing else can follow, they may come."""
