@@ -56,6 +56,8 @@ bench: $(VENV)/installed-dev  ## every benchmark, each with its baseline in the 
 	$(INSTALL) --group bench
 	CMAKE_ARGS="$(LLAMA_SERVER)" LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) $(INSTALL) --group llama-server \
 		|| echo "llama-server cannot be built here: vs_llama goes without it"
+	$(INSTALL) --group sentence-transformers \
+		|| echo "sentence-transformers cannot be had here: embeddings goes without it"
 	$(BIN)/python -m bench
 
 install: $(VENV)/installed

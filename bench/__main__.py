@@ -25,6 +25,7 @@ NAMES = {
     "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
+    "embeddings": "texts a second through /v1/embeddings, against sentence-transformers on the same cores",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",
 }
 

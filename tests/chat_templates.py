@@ -30,6 +30,11 @@ MISTRAL = """
     {%- endif %}
 {%- endfor %}"""
 
+MINISTRAL = MISTRAL.replace(
+    "{%- elif m.role == 'assistant' %}",
+    "{%- elif m.role == 'assistant' %}{% if not m.content %}{{ raise_exception('no content') }}{% endif %}",
+)
+
 GEMMA = """<bos>
 {%- if messages[0].role == 'system' %}{{ raise_exception('system role not supported') }}{% endif %}
 {%- for m in messages %}
@@ -154,6 +159,17 @@ GRANITE = """
     {{- '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
+
+LFM2 = """
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- if tools %}{% set system = system + '<|tool_list_start|>' + tools | tojson + '<|tool_list_end|>' %}{% endif %}
+{%- if system %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{% endif %}
+{%- for m in (messages[1:] if messages[0].role == 'system' else messages) %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {{- '<|tool_response_start|>' + m.content + '<|tool_response_end|>' if m.role == 'tool' else m.content }}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 CHATML = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}

@@ -149,6 +149,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"grammar": "root ::= ("}, "grammar"),
     ({"structured_outputs": {"choice": 5}}, "structured_outputs.choice"),
     (schema(PERSON) | {"guided_regex": "a"}, "guided_regex"),
+    (schema({"type": "object", "properties": {"x": {"type": "string", "pattern": "("}}}), "response_format"),
+    (schema({"type": "object", "properties": {f"p{i}": PERSON for i in range(3000)}}), "response_format"),
+    (schema({"$ref": "#"}), "response_format"),
+    (schema(DEEP), "response_format.json_schema.schema"),
+]
+TAKEN: list[dict[str, Any]] = [
+    schema({"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}),
+    schema({}),
+    schema(True),
 ]
 
 
@@ -162,6 +171,9 @@ async def test_what_cannot_be_enforced_is_refused(server: NullServer) -> None:
                 error = response.json()["error"]
                 assert error["type"] == "invalid_request_error"
                 assert error["param"].startswith(param), (fields, error)
+        for fields in TAKEN:
+            response = await server.http.post(path, json=body | fields | {"max_tokens": 1})
+            assert response.status_code == 200, (fields, response.text)
     await server.free()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 
 from tests.api_server import Server, with_server, write_model
 from tests.grammars import admits
@@ -235,10 +236,13 @@ async def test_an_answer_cut_in_a_call_is_length(server: Server) -> None:
 @with_server()
 async def test_what_is_no_call_is_content(server: Server) -> None:
     for text in ("<tool_call>\nno JSON\n</tool_call>", written("unknown", {}), "<tool_call>", "a <tool_cal b"):
-        for steps in splits(text):
+        for steps in splits(text)[1:4]:
             server.say(*steps)
-            message = await both(server, TOOLS)
+            with structlog.testing.capture_logs() as logs:
+                message = await both(server, TOOLS)
             assert (message["content"], message["finish"]) == (text, "stop"), steps
+            told = [log["reason"] for log in logs if "what looked like a tool call is none" in log["event"]]
+            assert len(told) == 2 * ("</tool_call>" in text), told  # whole and in a stream
 
 
 @with_server()

@@ -148,6 +148,43 @@ def test_in_decode(server: Server, go: Callable[[socket.socket], None], behind: 
     server.idle()
 
 
+IN_A_FORM = {
+    "regular expression": {"structured_outputs": {"regex": "[a-z ]+"}},
+    "schema": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "list", "schema": {"type": "array", "items": {"type": "number"}, "minItems": 4000}},
+        }
+    },
+    "tool call": {
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "write",
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"text": {"type": "string", "minLength": 9000}},
+                        "required": ["text"],
+                    },
+                },
+            }
+        ],
+        "tool_choice": "required",
+    },
+}
+
+
+@pytest.mark.parametrize(("form", "stream"), [("regular expression", True), ("schema", False), ("tool call", True)])
+def test_in_a_grammar(server: Server, go: Callable[[socket.socket], None], form: str, stream: bool) -> None:
+    before = server.metrics()["lmx_generated_tokens_total"]
+    sock = send(server, stream=stream, temperature=1, **IN_A_FORM[form])
+    server.until(live_leases=1, live_sequences=1, waiting=0)  # its first token is out
+    go(sock)
+    server.idle()
+    assert server.metrics()["lmx_generated_tokens_total"] > before
+
+
 def test_just_before_the_end(server: Server, go: Callable[[socket.socket], None]) -> None:
     for tokens in (1, 2, 12):
         sock = send(server, max_tokens=tokens)

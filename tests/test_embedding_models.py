@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,10 @@ from lmx.errors import ModelInvalid
 from lmx.hub import sentence
 from lmx.hub.sentence import read_sentence
 from lmx.protocol import Load, Pooling
+from tests.backends import needs_llama
 from tests.data.embeddings_reference import CONFIGS, IDS, TEXTS, weight
+from tests.models import build_gguf
+from tests.server import serve
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "embeddings.json").read_text())
 SECOND = 2
@@ -241,3 +245,74 @@ def test_the_kernels_of_the_cpu() -> None:
         found = attention(queries, keys, values, scale=0.5, mask=given)
         expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.5, mask=given)
         np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def write_gguf(minilm: Path, path: Path) -> Path:
+    """MiniLM as llama.cpp's converter would write it, float32."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((minilm / "config.json").read_text())
+    vocabulary = json.loads((minilm / "tokenizer.json").read_text())["model"]["vocab"]
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_tokenizer_model("bert")
+    writer.add_token_type_count(2)
+    special = {token for token in vocabulary if token[0] == "[" and token[-1] == "]" and len(token) > 2}
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_token_list([w if w in special else w[2:] if w[:2] == "##" and len(w) > 2 else f"▁{w}" for w in words])
+    writer.add_token_types([3 if word in special else 1 for word in words])
+    names = {
+        "embeddings.word_embeddings": "token_embd", "embeddings.position_embeddings": "position_embd",
+        "embeddings.token_type_embeddings": "token_types", "embeddings.LayerNorm": "token_embd_norm",
+        "attention.self.query": "attn_q", "attention.self.key": "attn_k", "attention.self.value": "attn_v",
+        "attention.output.dense": "attn_output", "attention.output.LayerNorm": "attn_output_norm",
+        "intermediate.dense": "ffn_up", "output.dense": "ffn_down", "output.LayerNorm": "layer_output_norm",
+        "encoder.layer": "blk",
+    }  # fmt: skip
+    for name, array in load_file(minilm / "model.safetensors").items():
+        if name.startswith("pooler") or "position_ids" in name:
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@needs_llama
+def test_an_encoder_as_a_gguf_file(minilm: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """On llama.cpp, with the words out of the file: special tokens, pieces of words, lower case, accents."""
+    path = write_gguf(minilm, tmp_path / "minilm.gguf")
+    settings = {"model": {"embedding": str(path), "cache_dir": str(tmp_path / "cache")}}
+    with serve(tmp_path, "--model", str(tiny_model), settings=settings) as server:
+        server.line(r"lmx: model minilm ready \(bert")
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": [*TEXTS, "a"]}, timeout=60).json()
+        found = np.array([item["embedding"] for item in answer["data"]])
+        # llama.cpp computes GELU from a table of half precision.
+        assert (found[:-1] * np.array(REFERENCE["minilm"])).sum(1).min() > 0.9999
+        assert httpx.get(f"{server.url}/v1/models/minilm").json()["backend"] == "llama"
+
+
+@needs_llama
+@pytest.mark.parametrize("mode", ["last", "mean"])
+def test_a_decoder_as_a_gguf_file_gives_what_mlx_gives(mode: str, tmp_path: Path) -> None:
+    from lmx.engine.embedding.llama import LlamaEmbedder
+
+    path = build_gguf(tmp_path / "model.gguf")
+    draw = np.random.default_rng(2)
+    some = inputs([draw.integers(3, 1000, length).tolist() for length in (5, 1, 40, 17)])
+    llama = LlamaEmbedder.load(Load(str(path), backend="llama", context_length=512, embedding=Pooling(mode)))
+    found = llama.embed(some)
+    assert (found * load(path.with_suffix(".mlx"), Pooling(mode)).embed(some)).sum(1).min() > 0.9999
+    np.testing.assert_allclose(llama.embed(some[2:3])[0], found[2], atol=1e-5)

@@ -24,7 +24,7 @@ from tests.test_embedding_models import REFERENCE, write
 NAME = "all-MiniLM-L6-v2"
 LONG = "The server hands a lease out for each request, and takes it back. " * 15
 """About 220 tokens."""
-MANY = 400
+MANY = 200
 SETTINGS = {"engine": {"restart_backoff_s": 0.05, "max_queue": 2}}
 
 
@@ -202,14 +202,14 @@ def computed(server: Server) -> float:
 
 @pytest.mark.parametrize("go", sorted(GO))
 def test_a_client_that_goes_in_a_running_batch(server: Server, go: str) -> None:
-    """Most of its 88,000 tokens are never computed."""
+    """Most of its 44,000 tokens are never computed."""
     before = computed(server)
     sock = send(server)
     until(server, lambda r: r["live_leases"] == r["live_sequences"] == 1 and r["waiting"] == 0)
     GO[go](sock)
     idle(server)
     sock.close()
-    assert computed(server) - before < 44_000
+    assert computed(server) - before < 22_000
 
 
 def test_a_client_that_goes_while_it_waits(server: Server) -> None:
@@ -228,7 +228,7 @@ def test_a_deadline(server: Server) -> None:
     for options in ({"json": {"input": [LONG] * 1000, "timeout": 0.5}}, {"headers": {"x-request-timeout": "0.5"}}):
         body: dict[str, Any] = {"json": {"input": [LONG] * 1000}, **options}
         answer = httpx.post(f"{server.url}/v1/embeddings", timeout=60, **body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), answer.text
     idle(server)
 
 

@@ -135,6 +135,10 @@ def test_few_are_kept_and_those_asked_for_last(words: Path, monkeypatch: pytest.
     [
         ('start: "' + "x" * 2**20 + '"', "grammar_too_complex"),
         (
+            "start: R0" + "".join(f'\nR{i}: "x" R{i + 1}' for i in range(20_000)) + '\nR20000: "a"',
+            "grammar_too_complex",
+        ),
+        (
             "start: A\nA: " + " & ".join(f"/(.|\\n)*[{chr(97 + i)}](.|\\n){{{i + 5}}}/" for i in range(12)),
             "grammar_too_complex",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from lmx.chat.history import Habits, candidates, probe, shaped
 from lmx.chat.messages import Message, normalise, with_arguments
@@ -116,12 +117,12 @@ def words(message: Message) -> list[str]:
 
 @pytest.mark.parametrize("name", ALL)
 @given(messages=histories(), tools=st.sampled_from([None, TOOLS]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_no_history_is_refused_and_nothing_of_it_is_lost(name: str, messages: list[Message], tools: Any) -> None:
     text = render(name, messages, tools=tools, ask=True)
     systems = [message for message in messages if message["role"] in ("system", "developer")]
     for message in messages:
-        if name == "mistral" and message in systems:
+        if name in ("mistral", "ministral") and message in systems:
             continue  # its templates show the system message beside a last user message only
         for word in words(message):
             assert word in text, (word, text)
@@ -129,7 +130,7 @@ def test_no_history_is_refused_and_nothing_of_it_is_lost(name: str, messages: li
 
 @pytest.mark.parametrize("name", ALL)
 @given(messages=histories())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_what_a_template_takes_is_rendered_as_it_is(name: str, messages: list[Message]) -> None:
     whole = with_arguments(normalise(messages, habits(name).names), habits(name).arguments)
     try:
@@ -237,6 +238,7 @@ def test_mistral_gets_ids_of_nine_and_turns_that_alternate() -> None:
     assert render("mistral", [*AGENT[:1], say("user", "b")]) == "<s>[INST]a question\n\nb[/INST]"
     interrupted = render("mistral", [*AGENT[:4], say("user", "wait")])
     assert interrupted.endswith("[/TOOL_RESULTS]</s>[INST]wait[/INST]")
+    assert "[/TOOL_RESULTS]OK.</s>[INST]wait[/INST]" in render("ministral", [*AGENT[:4], say("user", "wait")])
     kept = [say("user", "x"), say("assistant", "", tool_calls=[call("abcdefghi", "f", "{}")])]
     assert '"id": "abcdefghi"' in render("mistral", kept)
 
@@ -323,6 +325,29 @@ def test_a_template_that_says_nothing_of_tools_gets_them_in_the_system_message(t
         in text
     )
     assert "<|im_start|>user\n<tool_response>\ntwo\n</tool_response><|im_end|>" in text
+
+
+def test_calls_that_a_template_leaves_out_are_written_as_the_model_does(tmp_path: Path) -> None:
+    marks = ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>"]
+    write_tokenizer(tmp_path, chat_template=ALL["lfm2"])
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(marks)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = ChatModel.load(tmp_path)
+    assert chat.tool_format.name == "lfm2"
+    messages = [
+        say("user", f"what is {marks[0]}?"),
+        say("assistant", "so", tool_calls=[call("1", "f", {"a": "é", "b": [True]}), call("2", "g", '{"c": 1}')]),
+        say("tool", "one", tool_call_id="1"),
+    ]
+    ids = chat.encode_chat(messages, tools=TOOLS)
+    text = chat.spelled(ids)
+    assert f'so\n{marks[0]}[f(a="é", b=[True]), g(c=1)]{marks[1]}<|im_end|>' in text
+    assert f"<|im_start|>tool\n{marks[2]}one{marks[3]}" in text
+    start = tokenizer.token_to_id(marks[0])
+    assert ids.count(start) == 1  # the user's is text
+    assert text.count(marks[0]) == 2
 
 
 def test_phi_4_gets_its_tools_in_the_system_message(tmp_path: Path) -> None:

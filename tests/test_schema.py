@@ -120,6 +120,8 @@ TOO_COMPLEX = {
     "a chain in one place": chain(3000, lambda ref: {"allOf": [ref]}),
     "properties": {"properties": {f"p{n}": {} for n in range(MAX_PROPERTIES + 1)}},
     "alternatives": {"allOf": [{"anyOf": [{"minLength": n * m} for n in range(20)]} for m in range(9)]},
+    "patterns": {"anyOf": [{"pattern": f"a{n}"} for n in range(600)]},
+    "patterns of names": {"patternProperties": {f"^a{n}$": {} for n in range(40)}},
     "branches": {"oneOf": [{"const": n} for n in range(2000)]},
     "a million characters": {"description": "x" * 2**20},
     "items": {"type": "array", "minItems": 10**9},

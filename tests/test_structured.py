@@ -218,6 +218,20 @@ def test_a_trigger_that_is_common_in_text_counts_only_at_the_start():
     assert not takes(start, ' {"name": 1}')
 
 
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ({"json_schema": SCHEMA}, {'{"a": 1}', '{"a":1}'}),
+        ({"format": "json"}, {'{"a": 1}', '{"a":1}', '{"b": [1,\n  2]}'}),
+        ({"grammar": 'root ::= "{" "x"'}, {"{x"}),
+    ],
+)
+def test_calls_that_begin_like_the_format_leave_it_possible(fields, taken):
+    start = matcher(answer_grammar(special={}, format=LLAMA3, tools=TOOLS, body=body_of(fields)))
+    assert takes(start, '{"name": "f", "parameters": {"a": 1}}')
+    assert {text for text in ('{"a": 1}', '{"a":1}', '{"b": [1,\n  2]}', "{x", "Hi.") if takes(start, text)} == taken
+
+
 def test_special_tokens_of_a_trigger_are_tokens():
     grammar = answer_grammar(special={"<tool_call>": 7}, format=HERMES, tools=TOOLS)
     assert "<[7]>" in grammar

@@ -6,7 +6,8 @@ must not import the web framework. Whatever a library raises on a client's data 
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -18,10 +19,11 @@ from lmx.chat.grammar import answer_grammar, check
 from lmx.chat.model import ChatModel
 from lmx.chat.plan import PLAIN, Plan, Thoughts
 from lmx.chat.reasoning import rules as reasoning_rules
+from lmx.chat.schema import ANY_OBJECT
 from lmx.chat.structured import FIELDS, Body, body_of, with_sub_grammar
 from lmx.chat.switches import Switches
 from lmx.chat.tools.base import WholeFormat
-from lmx.errors import InvalidRequest
+from lmx.errors import GrammarTooComplex, InvalidRequest
 
 KINDS: dict[str, type[Request]] = {
     kind.__name__: kind for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -133,16 +135,24 @@ def _plan(
     if chat.whole_format is not None:
         grammar = _whole_grammar(chat.whole_format, chat, use, switches, body_asked)
     else:
-        grammar = answer_grammar(
+        make = partial(
+            answer_grammar,
             special=chat.special,
             reasoning_rules=rules,
             limits_reasoning=limited,
             format=chat.tool_format,
-            tools=use.callable,
             choice=use.mode,
             parallel=use.parallel,
             body=body_asked,
         )
+        grammar = make(tools=use.callable)
+        try:
+            check(grammar)
+        except GrammarTooComplex:
+            if not use.callable:
+                raise
+            # Each schema alone is not: so many tools are still tools, of which only the names are enforced.
+            grammar = make(tools=[replace(tool, parameters=ANY_OBJECT) for tool in use.callable])
     check(grammar)
     return Plan(
         grammar,

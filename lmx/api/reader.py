@@ -113,7 +113,8 @@ class Reader:
             time.sleep(WATCH_S)
             if os.getppid() != parent:
                 os._exit(0)
-            if self._limit_bytes and _resident_bytes() > self._limit_bytes:
+            limit_bytes = self._limit_bytes  # once: it becomes 0 when the body is read
+            if limit_bytes and _resident_bytes() > limit_bytes:
                 os._exit(TOO_LARGE_EXIT)
 
 

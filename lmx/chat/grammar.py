@@ -8,10 +8,12 @@ Whatever comes without end is text or the client's own wish: white space between
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
 from lmx.chat.rewrite import TooComplex
-from lmx.chat.schema import complaint, said
+from lmx.chat.schema import complaint, said, tightened
+from lmx.chat.stack import too_large
 from lmx.chat.structured import Body, with_sub_grammar
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
@@ -46,6 +48,8 @@ def answer_grammar(
         calls = format.grammar(tools, special, parallel=parallel)
     if calls is None and body is None and not (reasoning_rules and limits_reasoning):
         return ""
+    if calls is not None and choice == "required":
+        body = None
     first = "reasoning " if reasoning_rules else ""
     # Else the lexer, which takes the longest, would read reasoning in text as more of the text.
     guard = _NOT_BEGUN if "REASONING_BEGUN:" in reasoning_rules else ""
@@ -60,8 +64,16 @@ def answer_grammar(
         ways = [f"{gap}answer_calls", f"{gap if first else ''}body"]
     else:
         ways = _text_or_calls(calls, literal(calls.trigger, special), rules, guard)
+    alike = calls is not None and body is not None and calls.trigger[:1] in ("{", "[")
     if calls is not None:
-        rules.append(f"answer_calls: {literal(calls.trigger, special)} calls ANSWER_GAP?")
+        trigger = literal(calls.trigger, special)
+        if alike:
+            # The lexer takes the longest it may: one lexeme of {"name" would leave no { for a format.
+            trigger = f"{literal(calls.trigger[:1], special)} {literal(calls.trigger[1:], special)}"
+        rules.append(f"answer_calls: {trigger} calls ANSWER_GAP?")
+    body_rules = body.rules if body else ""
+    if alike:
+        body_rules = tightened(body_rules)
     lark = "\n".join(
         (
             f"start: {first}answer",
@@ -69,7 +81,7 @@ def answer_grammar(
             *rules,
             *([_GAP] if any("ANSWER_GAP" in line for line in (*ways, *rules)) else []),
             *([_TEXT + guard] if any("ANSWER_TEXT" in line for line in (*ways, *rules)) else []),
-            *(part.strip() for part in (reasoning_rules, calls.rules if calls else "", body.rules if body else "")),
+            *(part.strip() for part in (reasoning_rules, calls.rules if calls else "", body_rules)),
             "",
         )
     )
@@ -93,12 +105,15 @@ def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -
     return ["ANSWER_TEXT", "answer_begun"]
 
 
+@lru_cache(maxsize=32)  # agents send the same tools in every turn, and fifty of them take a quarter of a second
 def check(grammar: str, param: str | None = None) -> None:
     """Raises InvalidRequest for a grammar that llguidance does not take: the engine would refuse it later."""
-    problem = complaint(grammar) if grammar else ""
-    if not problem:
-        return
     try:
+        if size := too_large(grammar):
+            raise TooComplex(size)
+        problem = complaint(grammar) if grammar else ""
+        if not problem:
+            return
         reason = said(problem)
     except TooComplex as size:
         raise GrammarTooComplex(

@@ -6,15 +6,15 @@ began. Everything that a template takes as it stands is left as it stands.
 
 The rules, each of which leaves alone what needs none of it:
 
-1. What the template loses or always refuses (``local``): text contents become part lists; several system messages at
-   the beginning become one; a later one becomes a user's text in its place, between ``<system>`` tags; where there is
-   no system message at all, its text begins the first user turn; results without a call, and where calls are unknown
-   all calls and results, become text in the generic tool format; several calls of one turn become turns of one call,
-   each with its result; ids and arguments become what the template asks for.
+1. What the template loses or always refuses (``local``): several system messages at the beginning become one; a later
+   one becomes a user's text in its place, between ``<system>`` tags; where there is no system message at all, its text
+   begins the first user turn; results without a call, and where calls or results are not printed all of them, become
+   text, as the model writes calls or in the generic tool format; several calls of one turn become turns of one call,
+   each with its result; ids, arguments and contents become what the template asks for.
 2. Where that is refused, reasoning beside both text and calls is left out, and arguments that are no object are put
    into one.
 3. Where turns must alternate (``alternating``): results move to their calls, neighbours of one role become one turn,
-   and an empty turn stands where the other side said nothing.
+   and an empty turn (or, where that is refused, "OK.") stands where the other side said nothing.
 4. At last (``plain``), nothing but alternating user and assistant turns of text.
 """
 
@@ -26,8 +26,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmx.chat.messages import Message, normalise, with_arguments
+from lmx.chat.written import generic
 from lmx.errors import InvalidRequest
 
+WriteCalls = Callable[[Sequence[Message]], str]
+"""Functions' names and arguments as text."""
 _PARAGRAPH = "\n\n"
 _OTHER = {"user": "assistant", "assistant": "user"}
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
@@ -68,29 +71,39 @@ class Habits:
     """Of message fields that the template may read."""
 
 
-def candidates(messages: Sequence[Message], habits: Habits, instructions: str = "") -> Iterator[list[Message]]:
+def write_generic(functions: Sequence[Message]) -> str:
+    return generic(functions, str)
+
+
+def candidates(
+    messages: Sequence[Message], habits: Habits, instructions: str = "", write: WriteCalls = write_generic
+) -> Iterator[list[Message]]:
     """The conversation in forms to try one after the other, until the template takes one.
 
-    instructions: for the system message, the first or one of their own. Raises InvalidRequest for what is no message.
+    instructions: for the system message, the first or one of their own. write: calls that become text.
+    Raises InvalidRequest for what is no message.
     """
     whole = normalise(messages, habits.names)
     if instructions:
         whole = _instructed(whole, instructions)
-    first = local(with_arguments(whole, habits.arguments), habits)
+    first = local(with_arguments(whole, habits.arguments), habits, write)
     yield first
     form = "only objects" if habits.arguments == "object" else habits.arguments
     tamed = [_without_double_reasoning(message) for message in with_arguments(whole, form)]
-    tamed = local(tamed, habits)
+    tamed = local(tamed, habits, write)
     if tamed != first:
         yield tamed
     other = alternating(tamed)
     if other != tamed:
         yield other
+    filled = [_filled(message) for message in other]
+    if filled != other:
+        yield filled
     for system in (True, False) if habits.system else (False,):
-        yield plain(whole, system=system)
+        yield plain(whole, write, system=system)
     if not any(message["role"] == "user" for message in whole):
         # Some look for a user's question, and take no results for one.
-        yield plain([say("user", ""), say("assistant", ""), *whole], system=False)
+        yield plain([say("user", ""), say("assistant", ""), *whole], write, system=False)
 
 
 def tame_tools(tools: Sequence[Message]) -> list[Message]:
@@ -138,10 +151,10 @@ def _instructed(messages: list[Message], instructions: str) -> list[Message]:
 # --- rule 1: what the template always refuses or loses ------------------------------------------------
 
 
-def local(messages: Sequence[Message], habits: Habits) -> list[Message]:
+def local(messages: Sequence[Message], habits: Habits, write: WriteCalls) -> list[Message]:
     result = list(messages)
     if not habits.calls:
-        result = [_as_text(message, results=not habits.results) for message in result]
+        result = [_as_text(message, write, results=not habits.results) for message in result]
     elif not habits.orphans:
         result = _orphans_as_text(result)
     if not habits.several_calls:
@@ -151,25 +164,18 @@ def local(messages: Sequence[Message], habits: Habits) -> list[Message]:
     return _system_in_place(result, habits)
 
 
-def _as_text(message: Message, *, results: bool = True) -> Message:
-    """Calls and results as the generic tool format writes them."""
+def _as_text(message: Message, write: WriteCalls, *, results: bool = True) -> Message:
     if message["role"] == "tool" and results:
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        return _result_as_text(message)
     if not message.get("tool_calls"):
         return message
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    calls = [_call_text(call["function"]) for call in message["tool_calls"]]
-    return {**rest, "content": "\n".join(filter(None, (message["content"], *calls)))}
+    calls = write([call["function"] for call in message["tool_calls"]])
+    return {**rest, "content": "\n".join(filter(None, (message["content"], calls)))}
 
 
-def _call_text(function: Message) -> str:
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        printed = arguments
-    else:
-        printed = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    name = json.dumps(function["name"], ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {printed}}}\n</tool_call>'
+def _result_as_text(message: Message) -> Message:
+    return say("user", f"<tool_response>\n{message['content']}\n</tool_response>")
 
 
 def _orphans_as_text(messages: Sequence[Message]) -> list[Message]:
@@ -178,7 +184,7 @@ def _orphans_as_text(messages: Sequence[Message]) -> list[Message]:
     open_ids: set[str] = set()
     for message in messages:
         if message["role"] == "tool":
-            result.append(message if message.get("tool_call_id") in open_ids else _as_text(message))
+            result.append(message if message.get("tool_call_id") in open_ids else _result_as_text(message))
             continue
         open_ids = {call["id"] for call in message.get("tool_calls", ())}
         result.append(message)
@@ -301,6 +307,12 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
     return result
 
 
+def _filled(message: Message) -> Message:
+    """Ministral 3's template refuses an assistant's turn without a word."""
+    empty = message["role"] == "assistant" and not message["content"] and not message.get("tool_calls")
+    return {**message, "content": "OK."} if empty else message
+
+
 def _mergeable(first: Message, second: Message) -> bool:
     if first["role"] != second["role"] or first["role"] == "tool":
         return False
@@ -328,13 +340,13 @@ def _results_at_calls(messages: Sequence[Message]) -> list[Message]:
             for call in message.get("tool_calls", ()):
                 result += answers.pop(call["id"], [])
         elif message.get("tool_call_id") not in known:
-            result.append(_as_text(message))
+            result.append(_result_as_text(message))
     return result
 
 
-def plain(messages: Sequence[Message], *, system: bool) -> list[Message]:
+def plain(messages: Sequence[Message], write: WriteCalls, *, system: bool) -> list[Message]:
     """Nothing but text in alternating turns, behind one system message or none."""
-    texts = [_as_text(message) for message in messages]
+    texts = [_as_text(message, write) for message in messages]
     bare = [{"role": message["role"], "content": message["content"]} for message in texts]
     placed = _system_in_place(bare, Habits(system=system, late_system=False, two_systems=False))
     head = [message for message in placed[:1] if message["role"] == "system"]

@@ -174,7 +174,7 @@ def with_arguments(messages: Sequence[Message], form: str) -> list[Message]:
 def _with_arguments(call: Message, form: str) -> Message:
     function = call["function"]
     given = function.get("arguments")
-    arguments = _arguments(given)
+    arguments = read_arguments(given)
     if form == "text":
         text = given if isinstance(given, str) and given.strip() else None
         arguments = text if text is not None else json.dumps(arguments, ensure_ascii=False)
@@ -183,7 +183,7 @@ def _with_arguments(call: Message, form: str) -> Message:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _arguments(given: Any) -> Any:
+def read_arguments(given: Any) -> Any:
     """OpenAI sends arguments as a JSON string; templates print an object, as the model was trained to write it.
 
     No arguments, in any spelling (PHP's is ``[]``), are the empty object: templates ask for its items. What is no

@@ -27,6 +27,7 @@ from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
 from lmx.chat.tools.base import Format, WholeFormat
 from lmx.chat.tools.generic import GENERIC, instructions
+from lmx.chat.written import WRITERS, generic
 from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
 
 
@@ -135,10 +136,13 @@ class ChatModel:
             messages, tools = with_tools(messages, tools), None
         elif tools and not self.habits.tools:
             told, tools = instructions(tools), None
+        # Special tokens of calls that are written as text, behind a character that no client has in its messages.
+        written = not self.habits.calls and self.tool_format.name in WRITERS
+        mark = unused_character((messages, tools)) if written else ""
         text, breaker = self._first_taken(
-            partial(self._render, template_kwargs or {}, add_generation_prompt, continues),
+            partial(self._render, template_kwargs or {}, add_generation_prompt, continues, mark),
             [tools, tame_tools(tools)] if tools else [None],
-            partial(candidates, messages, self.habits, told),
+            partial(candidates, messages, self.habits, told, partial(self._write_calls, mark)),
         )
         self.check_length(len(text), context, "messages")
         tokens = self._tokenizer_bos("messages") if add_special else []
@@ -191,6 +195,7 @@ class ChatModel:
         kwargs: dict[str, Any],
         add_generation_prompt: bool,
         continues: bool,
+        mark: str,
         tools: list[dict[str, Any]] | None,
         messages: list[Message],
     ) -> tuple[str, str]:
@@ -213,7 +218,14 @@ class ChatModel:
                     param="messages",
                 )
             text = text.replace(end, "")
+        if mark:
+            for token in self.tool_format.markers:
+                text = text.replace(_marked(mark, token), token)
         return text, breaker
+
+    def _write_calls(self, mark: str, functions: Sequence[Message]) -> str:
+        """As the model does, its special tokens in a spelling that survives until the template has printed them."""
+        return WRITERS.get(self.tool_format.name, generic)(functions, partial(_marked, mark))
 
     def thinking_opened(self, prompt: Sequence[int], prefill: str = "") -> bool:
         """Whether an answer to this prompt begins within the reasoning. ``prefill``: the answer's beginning, if the
@@ -336,6 +348,10 @@ class ChatModel:
         """What ``parser`` must see of the special tokens."""
         reasoning = self.reasoning.markers if self.reasoning is not None and plan.reasons else ()
         return reasoning + (self.tool_format.markers if plan.tools or self.whole_format is not None else ())
+
+
+def _marked(mark: str, token: str) -> str:
+    return mark.join(token) + mark
 
 
 def _encode(tokenizer: Tokenizer, text: str, param: str, *, add_special: bool = False) -> list[int]:

@@ -45,9 +45,14 @@ def fault(pattern: str) -> str:
 @lru_cache(maxsize=4096)
 def matches(pattern: str, text: str) -> bool:
     """Whether the pattern occurs in the text. One that llguidance cannot read matches nothing."""
-    matcher = LLMatcher(bytes_tokenizer(), "start: %json " + json.dumps({"type": "string", "pattern": pattern}))
+    matcher = _matcher(pattern).deep_copy()
     spelled = list(json.dumps(text, ensure_ascii=False).encode(errors="replace"))
     return not matcher.is_error() and matcher.try_consume_tokens(spelled) == len(spelled) and matcher.is_accepting()
+
+
+@lru_cache(maxsize=256)
+def _matcher(pattern: str) -> LLMatcher:
+    return LLMatcher(bytes_tokenizer(), "start: %json " + json.dumps({"type": "string", "pattern": pattern}))
 
 
 _QUANTIFIER = re.compile(r"\{\d+(?:,\d*)?\}")

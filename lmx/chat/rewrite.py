@@ -41,11 +41,18 @@ from lmx.chat.shapes import (
 
 MAX_NODES: Final = 20_000
 """Subschemas written. llguidance takes 50,000, in its own count."""
+MAX_WORK: Final = 300_000
+"""Properties and alternatives brought together: about a second."""
 MAX_SHAPES: Final = 256
 """Alternatives of one subschema, after everything is multiplied out."""
 MAX_DEPTH: Final = 64
 """Subschemas inside each other. llguidance needs 2.5 kB of stack for each; the process dies where that is not there."""
 MAX_PROPERTIES: Final = 2000
+MAX_PATTERNS: Final = 200
+MAX_MATCHED: Final = 2000
+"""Constants of one ``enum`` beside a pattern: each is tried."""
+MAX_NAME_PATTERNS: Final = 16
+"""Of one object: llguidance holds each against each other."""
 MAX_ITEMS: Final = 10_000
 MAX_STEP: Final = 1000
 """Of ``multipleOf``, in units of its last digit: llguidance keeps a state for each remainder. 123,456,789 takes all
@@ -124,6 +131,8 @@ class _Rewriter:
         self._names: dict[frozenset[Place], str] = {}
         self._defs: dict[str, Any] = {}
         self._nodes = 0
+        self._work = 0
+        self._patterns: set[str] = set()
 
     @cached_property
     def _resources(self) -> dict[str, tuple[Any, str]]:
@@ -156,9 +165,15 @@ class _Rewriter:
             raise TooComplex(_multiplied(one[0]))
         met = (meet(left, right) for left in one for right in other if type(left) is type(right))
         found = tuple(shape for shape in met if shape is not None)
+        self._worked(found)
         if len(found) > MAX_SHAPES:
             raise TooComplex(_multiplied(found[0]))
         return found
+
+    def _worked(self, found: Iterable[Shape]) -> None:
+        self._work += sum(1 + len(shape.properties) if isinstance(shape, Object) else 1 for shape in found)
+        if self._work > MAX_WORK:
+            raise TooComplex("to work out what its parts admit together takes too long")
 
     def _of(self, place: Place) -> Shapes:
         known = self._read.get(place)
@@ -187,6 +202,7 @@ class _Rewriter:
                     left.append(given)
             if len(left) > MAX_SHAPES:
                 raise TooComplex(_multiplied(place))
+            self._worked(left)
             shapes = tuple(left)
         return shapes
 
@@ -330,6 +346,8 @@ class _Rewriter:
     def _object(self, shape: Object, schema: Mapping[str, Any], place: Place) -> Object:
         properties = self._named(place, "properties") if "properties" in schema else {}
         given = self._named(place, "patternProperties") if "patternProperties" in schema else {}
+        if len(given) > MAX_NAME_PATTERNS:
+            raise TooComplex(f"at {_at(place.path)} more than {MAX_NAME_PATTERNS} patterns name properties")
         patterns = [(self._pattern(pattern, child.path), child) for pattern, child in given.items()]
         required = _expect(list, place, "required") if isinstance(schema.get("required"), list) else []
         if not all(isinstance(name, str) for name in required):
@@ -350,6 +368,9 @@ class _Rewriter:
 
     def _pattern(self, pattern: str, path: str) -> str | None:
         """The pattern as llguidance takes it; None where it cannot and is left out."""
+        self._patterns.add(pattern)
+        if len(self._patterns) > MAX_PATTERNS:
+            raise TooComplex(f"it has more than {MAX_PATTERNS} patterns")
         taken = translated(pattern)
         problem = fault(taken)
         if problem:
@@ -567,7 +588,12 @@ class _Rewriter:
             return False
         rest = replace(shape, values=None)
         if isinstance(rest, String) and (rest.patterns or rest.formats):
-            return {"allOf": [{"enum": values}, self._write_string(rest)]}
+            if len(values) > MAX_MATCHED:
+                raise TooComplex(f"at {_at(shape.path)} more than {MAX_MATCHED} constants are to match a pattern")
+            values = [value for value in values if all(matches(pattern, value) for pattern in rest.patterns)]
+            if not values or not rest.formats:
+                return {"enum": values} if values else False
+            return {"allOf": [{"enum": values}, self._write_string(replace(rest, patterns=()))]}
         if isinstance(rest, Array | Object) and rest != type(rest)():
             return {"allOf": [{"enum": values}, self._shape(rest, depth)]}
         return {"enum": values}

@@ -11,10 +11,23 @@ from typing import TypeVar
 
 MOST_CHARACTERS = 1 << 20
 """Of a grammar that fits: rules of 10 characters, one behind the other, take 4 kB of stack each, references 10 kB."""
+FLAT_CHARACTERS = 1 << 13
+"""Of a grammar that goes nowhere deeper than the usual stack reaches."""
+MOST_LINES = 20_000
+"""Mostly a rule each; 200 tools need some 5,000. Terminals that refer to the next take a second where there are 4,000,
+and more than a minute where there are 8,000: of a client's own grammar ``lmx.chat.structured`` takes 500 rules."""
 # Address space: a thread uses what it touches, and gives that back when it ends.
 _STACK_BYTES = 1 << 30
 _Result = TypeVar("_Result")
 _starting = threading.Lock()
+
+
+def too_large(grammar: str) -> str:
+    """Why llguidance should not be asked to compile it; empty: it may be."""
+    if len(grammar) > MOST_CHARACTERS:
+        return f"it has {len(grammar):,} characters, and {MOST_CHARACTERS:,} can be compiled"
+    lines = grammar.count("\n") + 1
+    return f"it has {lines:,} lines, and {MOST_LINES:,} can be compiled" if lines > MOST_LINES else ""
 
 
 def on_a_large_stack(work: Callable[[], _Result]) -> _Result:

@@ -22,7 +22,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from tokenizers import Tokenizer
 
 from lmx.chat.pieces import read_pieces
-from lmx.chat.stack import MOST_CHARACTERS, on_a_large_stack
+from lmx.chat.stack import on_a_large_stack, too_large
 from lmx.engine.backend import Sequence as EngineSequence
 from lmx.engine.requests import Refused
 
@@ -96,10 +96,8 @@ class Grammars:
         """A constraint at its beginning; None: not yet, ask again when woken. Never blocks. Raises Refused."""
         if self._tokenizer is None:
             raise Refused("grammar_invalid", "this model has no tokenizer.json to constrain its output by")
-        if len(grammar) > MOST_CHARACTERS:
-            raise Refused(
-                "grammar_too_complex", f"it has {len(grammar):,} characters, and {MOST_CHARACTERS:,} can be compiled"
-            )
+        if fault := too_large(grammar):
+            raise Refused("grammar_too_complex", fault)
         compiled = self._compiled.get(grammar)
         if compiled is None:
             compiled = self._compiled[grammar] = self._pool.submit(_compile, self._tokenizer, grammar)
@@ -164,7 +162,7 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
     except BaseException as error:
         return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    limits = llguidance.LLParserLimits(verbose_errors=False)
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
     try:
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:

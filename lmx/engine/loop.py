@@ -489,7 +489,7 @@ class StepLoop:
         self._link.send(
             Stats(
                 step=self._step,
-                queued=account.queued,
+                queued=account.queued + len(self._compiling),
                 prefilling=account.prefilling,
                 decoding=account.decoding,
                 ending=account.ending,

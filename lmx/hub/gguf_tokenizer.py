@@ -1,9 +1,9 @@
 """Makes tokenizer.json and tokenizer_config.json from the vocabulary inside a GGUF file.
 
 Part of the converter process. Token ids are those that llama.cpp's own tokenizer gives (src/llama-vocab.cpp as of
-llama-cpp-python 0.3.36). Three families: byte-level BPE (GGUF's model "gpt2"), whose pre-tokenizer the file only names;
-SentencePiece BPE ("llama"), whose merges follow from the scores; and Gemma 4's ("gemma4"), SentencePiece's alphabet
-with merges of its own.
+llama-cpp-python 0.3.36). Four families: byte-level BPE (GGUF's model "gpt2"), whose pre-tokenizer the file only names;
+SentencePiece BPE ("llama"), whose merges follow from the scores; Gemma 4's ("gemma4"), SentencePiece's alphabet
+with merges of its own; and BERT's WordPiece ("bert").
 """
 
 import json
@@ -24,13 +24,17 @@ def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:
     vocabulary = read_vocabulary(file)
     if vocabulary.kind == "gpt2":
         tokenizer, add_bos = _byte_level(file, vocabulary)
+    elif vocabulary.kind == "bert":
+        tokenizer, add_bos = _word_piece(vocabulary), True
     else:
         tokenizer = _sentence_piece(file, vocabulary) if vocabulary.kind == "llama" else _gemma4(file, vocabulary)
         add_bos = True
     _add_tokens(tokenizer, vocabulary, str(file.get("general.name", "")))
     if vocabulary.kind != "gemma4":  # which needs its BOS whatever the file says
         add_bos = file.get("tokenizer.ggml.add_bos_token", add_bos)
-    _add_ends(tokenizer, vocabulary, bos=add_bos, eos=file.get("tokenizer.ggml.add_eos_token", False))
+    _add_ends(
+        tokenizer, vocabulary, bos=add_bos, eos=file.get("tokenizer.ggml.add_eos_token", vocabulary.kind == "bert")
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -83,6 +87,20 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool, eos: b
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A:0", *after], special_tokens=list(special.values())
     )
+
+
+def _word_piece(vocabulary: Vocabulary) -> Tokenizer:
+    """GGUF marks the beginnings of words (▁), BERT what is none (##)."""
+    ids = {}
+    for token, index in vocabulary.ids.items():
+        special = vocabulary.types[index] in (CONTROL, UNKNOWN) or (token[0] == "[" and token[-1] == "]")
+        ids[token if special else token[1:] if token[0] == "▁" else f"##{token}"] = index
+    unknown = vocabulary.tokens[vocabulary.named["unk"]]
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def _byte_level(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:

@@ -13,9 +13,11 @@ from lmx.hub.gguf_file import GgufFile
 # GGUF's token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
-_KINDS = ("gpt2", "llama", "gemma4")
+_KINDS = ("gpt2", "llama", "gemma4", "bert")
 _NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _SENTENCE_PIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}
+_WORD_PIECE_IDS = {"bos": 101, "eos": 102, "unk": 100, "pad": 0}
+"""[CLS] and [SEP] stand where others have BOS and EOS."""
 _END_TOKENS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>"),
     *("</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<｜end▁of▁sentence｜>", "<end_of_utterance>"),
@@ -37,14 +39,14 @@ _FILL_IN_TOKENS = (
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     kind: str
-    """tokenizer.ggml.model: "gpt2", "llama" or "gemma4"."""
+    """tokenizer.ggml.model: "gpt2", "llama", "gemma4" or "bert"."""
     tokens: list[str]
     types: list[int]
     ids: dict[str, int]
     named: dict[str, int]
     """The ids of "bos", "eos", "unk" and "pad", as far as there are such tokens."""
     ends: tuple[int, ...]
-    """The file's EOS first."""
+    """The file's EOS first; none for "bert", whose models do not write."""
 
 
 def read_vocabulary(file: GgufFile) -> Vocabulary:
@@ -56,7 +58,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     if kind not in _KINDS:
         raise ModelInvalid(
             f"{file.path} has a tokenizer of the kind {kind!r}; lmx reads 'gpt2' (byte-level BPE), 'llama' "
-            "(SentencePiece BPE) and 'gemma4'. Take the model as an MLX folder."
+            "(SentencePiece BPE), 'gemma4' and 'bert'. Take the model as an MLX folder."
         )
     tokens = [word or f"[EMPTY_{index}]" for index, word in enumerate(words)]
     ids = {token: index for index, token in enumerate(tokens)}
@@ -65,13 +67,17 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     types: list[int] = list(file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelInvalid(f"{file.path} has {len(types)} token types for {len(tokens)} tokens; it is damaged.")
-    defaults = _SENTENCE_PIECE_IDS if kind == "llama" else {}
+    defaults = {"llama": _SENTENCE_PIECE_IDS, "bert": _WORD_PIECE_IDS}.get(kind, {})
     named = {
         name: int(index)
         for name, field in _NAMED_TOKENS.items()
         if (index := file.get(f"tokenizer.ggml.{field}_token_id", defaults.get(name))) is not None
         and index < len(tokens)
     }
+    if kind == "bert":
+        for name, field in (("bos", "cls"), ("eos", "seperator")):  # GGUF's spelling
+            named[name] = int(file.get(f"tokenizer.ggml.{field}_token_id", named[name]))
+        return Vocabulary(kind, tokens, types, ids, named, ())
     by_field = {name: file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom", *_FILL_IN_ENDS)}
     by_name = [ids[token] for token in _END_TOKENS if token in ids]
     for name, candidates in _FILL_IN_ENDS.items():

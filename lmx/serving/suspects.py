@@ -25,7 +25,9 @@ def content_key(request: AnyRequest) -> bytes:
     """Equal for requests that ask for the same: the seed aside, which we draw anew for each retry."""
     if isinstance(request, EmbedRequest):
         lengths = pack_tokens([len(tokens) for tokens in request.inputs])
-        return hashlib.sha256(lengths + b"".join(map(pack_tokens, request.inputs))).digest()
+        return hashlib.sha256(
+            lengths + b"".join(map(pack_tokens, request.inputs)) + repr(request.seconds).encode()
+        ).digest()
     sampling = replace(request.sampling, seed=0)
     rest = replace(
         request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="", parent=-1

@@ -16,7 +16,7 @@ from lmx.protocol import Load, Pooling
 
 _SLOTS = 64
 _STEP_TOKENS = 2048
-# A context makes buffers for its longest forward; an input may be no longer, unless a setting asks for it.
+# A context makes buffers for its longest forward; no input may be longer.
 _MOST_TOKENS = 8192
 
 
@@ -31,7 +31,7 @@ class LlamaEmbedder:
                 f"{pooling.mode!r} with {len(pooling.dense)} of them.",
                 param="model.embedding",
             )
-        context = min(model.context_length, options.context_length or _MOST_TOKENS)
+        context = min(model.context_length, options.context_length or _MOST_TOKENS, _MOST_TOKENS)
         threads = options.threads or default_threads()
         tokens = max(_STEP_TOKENS, context)
         made = EmbeddingContext(model, tokens=tokens, slots=_SLOTS, pooling=pooling.mode, threads=threads)
