@@ -255,6 +255,7 @@ CHATS: list[Case] = [
     ({"think": False}, 200, None),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
     ({"top_logprobs": 3, "logprobs": False}, 400, "top_logprobs"),
+    ({"top_logprobs": 0}, 200, None),
     ({"logprobs": 1}, 400, "logprobs"),
     ({"echo": True}, 400, "echo"),
     ({"echo": False, "suffix": ""}, 200, None),

@@ -368,7 +368,7 @@ class ChatRequest(GenerationFields, Conversation):
 
     @model_validator(mode="after")
     def _fit_a_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(f"top_logprobs needs logprobs: true (got {self.top_logprobs}).", param="top_logprobs")
         return self
 
