@@ -276,7 +276,7 @@ CASES = [
         (
             {"command": "ls"},
             {"command": "ls", "timeout": 1.5, "env": {"A": "b"}, "pty": True},
-            {"command": "", "more": 1},
+            {"command": ""},
         ),
         ({}, {"command": "ls", "env": {"A": 1}}),
     ),
@@ -457,10 +457,15 @@ CASES = [
         ({"a": 1}, {"b": 1}, {"a": 1, "b": 2}),
         ({},),
     ),
-    Case("minProperties, open", obj({"a": INT}, minProperties=1), ({"a": 1}, {"x": None}, {"a": 1, "x": 2}), ({},)),
+    Case(
+        "minProperties, open",
+        obj({"a": INT}, minProperties=1, additionalProperties=True),
+        ({"a": 1}, {"x": None}, {"a": 1, "x": 2}),
+        ({},),
+    ),
     Case(
         "maxProperties of optional ones",
-        obj({"a": INT, "b": INT, "c": INT}, maxProperties=2),
+        obj({"a": INT, "b": INT, "c": INT}, maxProperties=2, additionalProperties=True),
         ({}, {"a": 1, "c": 1}, {"b": 1, "x": 1}),
         ({"a": 1, "b": 1, "c": 1}, {"a": 1, "x": 1, "y": 1}),
     ),

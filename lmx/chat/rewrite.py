@@ -3,8 +3,8 @@
 llguidance compiles a part of JSON Schema exactly, refuses another, and dies of a third (a chain of 2,000 ``$ref``s ends
 the process). So every schema is read here into shapes (``lmx.chat.shapes``), where conjunctions, disjunctions and
 negations are worked out, and written again with nothing but ``anyOf``, ``enum``, ``$ref`` and one type's own keywords.
-What comes out may admit less than the schema (numbers have bounded digits, what ``contains`` wants comes first), never
-more. Pure; called by ``lmx.chat.schema``.
+What comes out may admit less than the schema (numbers have bounded digits, what ``contains`` wants comes first, an
+object has no properties that nobody speaks of), never more. Pure; called by ``lmx.chat.schema``.
 """
 
 import math
@@ -680,8 +680,7 @@ class _Rewriter:
         return self._shape(replace(shape, unique=False), 1)
 
     def _write_object(self, shape: Object, depth: int) -> Any:
-        if shape.names:
-            shape = self._with_names(shape)
+        shape = _closed(self._with_names(shape) if shape.names else shape)
         variants = list(self._sized(shape))
         written = [self._write_properties(variant, depth) for variant in variants if not self._nothing(variant)]
         return {"anyOf": written} if len(written) > 1 else written[0] if written else False
@@ -937,3 +936,13 @@ def _one_decimal(step: Fraction) -> bool:
             return value <= MAX_STEP
         value *= 10
     return False
+
+
+def _closed(shape: Object) -> Object:
+    """Where a schema names properties and does not speak of others, none is written: small models would go on and on
+    with them, and who writes such a schema rarely wants any."""
+    named = {name for name, places in shape.properties.items() if places != NEVER}
+    silent = shape.additional is None and not shape.patterns and not shape.names
+    if silent and named and named >= set(shape.required) and shape.low <= len(named):
+        return replace(shape, additional=NEVER)
+    return shape

@@ -16,8 +16,11 @@ from lmx.chat.stack import FLAT_CHARACTERS, on_a_large_stack
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 LAYOUT: Final = {
-    # One space, or a line's end and its indentation: as models lay JSON out, and nothing that can go on for ever.
-    "whitespace_pattern": r" |\n[ \t]{0,32}",
+    # On one line, as OpenAI writes it: nothing of it can go on for ever, and a small model that may break lines anywhere
+    # wanders off ('{\n  "a"\n    :').
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
     # Without \u: "\u0061" would be another spelling of the key "a", and "\ud800" is half a character.
     "json_allowed_escapes": 'nrbtf\\"',
 }

@@ -253,7 +253,7 @@ def with_sub_grammar(lark: str, own: str) -> str:
 
 def _layout(given: Mapping[str, Any], param: str) -> Mapping[str, Any] | None:
     if given.get("disable_any_whitespace"):
-        return {"whitespace_pattern": None, "whitespace_flexible": False}
+        return {"item_separator": ",", "key_separator": ":"}
     pattern = given.get("whitespace_pattern")
     if pattern is None:
         return None
@@ -262,7 +262,12 @@ def _layout(given: Mapping[str, Any], param: str) -> Mapping[str, Any] | None:
             f"{param}.whitespace_pattern must be a regular expression of white space (got {_shown(pattern)}).",
             param=f"{param}.whitespace_pattern",
         )
-    return {"whitespace_pattern": pattern}
+    return {
+        "whitespace_flexible": True,
+        "whitespace_pattern": pattern,
+        "item_separator": ",",
+        "key_separator": ":",
+    }
 
 
 _WHITE: Final = re.compile(r"(?:[ \n\r\t\[\](){}|?*+]|\\[nrts]|(?<=[{,\d])[\d,](?=[\d,]*\}))*")

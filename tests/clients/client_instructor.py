@@ -1,7 +1,7 @@
 """instructor in the modes that it uses with OpenAI's API."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import instructor
 import openai
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 class Review(BaseModel):
     sentiment: Literal["good", "bad"]
-    words: list[str] = Field(max_length=3)
+    words: list[Annotated[str, Field(max_length=12)]] = Field(max_length=3)
     score: int = Field(ge=1, le=5)
 
 
@@ -34,5 +34,5 @@ def test_json_mode_gives_json(url: str) -> None:
     try:
         text = _ask(url, instructor.Mode.JSON).model_dump_json()
     except instructor.core.InstructorRetryException as error:
-        text = error.last_completion.choices[0].message.content
+        text = error.failed_attempts[-1].completion.choices[0].message.content
     json.loads(text)
