@@ -16,8 +16,8 @@ from lmx.chat.stack import FLAT_CHARACTERS, on_a_large_stack
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 LAYOUT: Final = {
-    # On one line, as OpenAI writes it: nothing of it can go on for ever, and a small model that may break lines anywhere
-    # wanders off ('{\n  "a"\n    :').
+    # On one line, as OpenAI writes it: nothing of it can go on for ever, and small models that may break lines anywhere
+    # wander off ('{\n  "a"\n    :').
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
