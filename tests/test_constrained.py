@@ -104,6 +104,12 @@ def test_one_that_cannot_be_compiled_fails_alone(client: EngineClient, grammar: 
     assert len(failed.message) < 1000
 
 
+def test_thousands_of_alternatives(client: EngineClient) -> None:
+    seq = client.submit(PROMPT, 30, GREEDY, grammar="start: " + " | ".join(f'"w{n} x"' for n in range(4900)))
+    client.wait_freed(seq)
+    assert text_of(client, seq).endswith(" x")
+
+
 def test_cancelled_while_it_compiles_or_runs(client: EngineClient) -> None:
     slow = json.dumps({"type": "object", "properties": {f"field{i}": SCHEMA for i in range(500)}})
     compiling = client.submit(PROMPT, 400, GREEDY, grammar=f"start: %json {slow}")

@@ -274,10 +274,26 @@ def test_ignored_ends_come_only_where_nothing_else_can(compile_: Compile) -> Non
 def test_a_step_that_is_too_much_is_told_of_its_row(compile_: Compile) -> None:
     """Found only while it steps: more ways to go on than llguidance follows."""
     constraint = compile_(
-        "start: " + " | ".join(f'"w" r{i}' for i in range(2500)) + "".join(f'\nr{i}: "{i}"' for i in range(2500))
+        "start: " + " | ".join(f'"w" r{i}' for i in range(6500)) + "".join(f'\nr{i}: "{i}"' for i in range(6500))
     )
     masks = Masker(OUTPUTS, (END,)).masks([row(constraint), row(compile_('start: "a"'))])
     assert allowed(masks, 1) == {ids("a")[0]}
     assert not constraint.advance(ids("w")[0])
     assert constraint.refusal.code == "grammar_too_complex"
     assert not constraint.complete
+
+
+def test_one_whose_masks_take_too_long_is_refused(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody's next token waits for them. At first they may be quick."""
+    compile_ = Compiler(str(words))
+    constraint, beside = compile_("start: /[a-z]+/"), compile_("start: /[a-z ]+/")
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "_MOST_SLOW_S", 0.0)
+    Masker(OUTPUTS, (END,)).masks([row(constraint)])
+    assert not constraint.advance(ids("a")[0])
+    assert constraint.refusal.code == "grammar_too_complex"
+    assert "takes too long" in str(constraint.refusal)
+    assert beside.advance(ids("a")[0])
+    with pytest.raises(Refused, match="takes too long"):
+        compile_("start: /[0-9]+/")
+    compile_.grammars.close()

@@ -33,6 +33,10 @@ _KEPT_CHARACTERS = 2 << 20
 # Masks are computed one after the other, 30 µs each for a JSON schema, until those of a step take this long: handing
 # them to threads costs more than that, and 2 to 6 ms where other processes want the cores.
 _SLOW_S = 0.002
+# What an answer's masks may take in all beyond the patience for each one, in the processor's time: everybody waits for
+# them. A schema of 2,000 properties takes 10 ms for one.
+_PATIENCE_S = 0.02
+_MOST_SLOW_S = 0.5
 _SHOWN_CHARACTERS = 500
 _TOO_MUCH = ("too complex", "too large", "too many", "too big", "limit", "fuel", "max is", "symbols.len()")
 
@@ -45,10 +49,22 @@ class Constraint:
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self.matcher = matcher
+        self._slow_s = 0.0
+
+    def fill(self, bits: npt.NDArray[np.int32], row: int) -> None:
+        """The mask of the next token, as the row of ``bits``."""
+        started = time.thread_time()
+        fill_next_token_bitmask(self.matcher, bits, row)
+        self._slow_s += max(time.thread_time() - started - _PATIENCE_S, 0.0)
+
+    @property
+    def exhausted(self) -> bool:
+        """Its masks have taken too long."""
+        return self._slow_s > _MOST_SLOW_S
 
     def advance(self, token: int) -> bool:
         """Take the token that was drawn. False: no further one can be found, ``refusal`` says why."""
-        return bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
+        return not self.exhausted and bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
 
     def rollback(self, tokens: int) -> None:
         """Take so many tokens back (rejected drafts)."""
@@ -68,6 +84,8 @@ class Constraint:
     @property
     def refusal(self) -> Refused:
         """What is told of a grammar that llguidance gave up on."""
+        if self.exhausted:
+            return Refused("grammar_too_complex", f"finding its next tokens takes too long ({self._slow_s:.1f} s)")
         error = str(self.matcher.get_error())
         code = "grammar_too_complex" if any(word in error.lower() for word in _TOO_MUCH) else "grammar_invalid"
         return Refused(code, error.split("\n", 1)[0][:_SHOWN_CHARACTERS])
@@ -162,13 +180,16 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
     except BaseException as error:
         return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
+    # Alternatives, of which lmx.chat lets 5,000 be, are items.
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000, max_items_in_row=6000)
     try:
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:
         return Refused("grammar_invalid", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
     constraint = Constraint(made)
-    return constraint.refusal if made.is_error() else constraint
+    if not made.is_error():  # the first mask takes the longest, and here nobody waits for it
+        constraint.fill(np.empty((1, (vocabulary.vocab_size + 31) // 32), np.int32), 0)
+    return constraint.refusal if made.is_error() or constraint.exhausted else constraint
 
 
 class Masker:
@@ -187,21 +208,23 @@ class Masker:
         if not masked:
             return None
         bits = np.full((len(rows), self._words), -1, np.int32)
-        self._fill([(row.constraint.matcher, i) for i, row in masked if row.constraint], bits)
+        self._fill([(row.constraint, i) for i, row in masked if row.constraint], bits)
         masks = bits.view(np.uint32)
         for i, row in masked:
             self._ends(masks[i], row)
         return masks
 
-    def _fill(self, matchers: list[tuple[llguidance.LLMatcher, int]], bits: npt.NDArray[np.int32]) -> None:
-        started = time.perf_counter()
-        if self._slow and len(matchers) > 1:
+    def _fill(self, constraints: list[tuple[Constraint, int]], bits: npt.NDArray[np.int32]) -> None:
+        started, together = time.perf_counter(), self._slow and len(constraints) > 1
+        if together:
             self._executor = self._executor or llguidance.LLExecutor()
-            fill_next_token_bitmask_par(self._executor, matchers, bits)
+            fill_next_token_bitmask_par(self._executor, [(each.matcher, i) for each, i in constraints], bits)
         else:
-            for matcher, i in matchers:
-                fill_next_token_bitmask(matcher, bits, i)
-        self._slow = time.perf_counter() - started > _SLOW_S
+            for constraint, i in constraints:
+                constraint.fill(bits, i)
+        elapsed_s = time.perf_counter() - started
+        # Where even that takes long, they go one after the other: whose masks are slow is to be seen.
+        self._slow = elapsed_s > _SLOW_S and not (together and elapsed_s > _PATIENCE_S)
 
     def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence) -> None:
         """An answer's own end tokens, and those that come too early. Where nothing else can follow, they may come."""
