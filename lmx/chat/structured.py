@@ -209,6 +209,7 @@ def regex_body(pattern: Any, param: str) -> Body:
 def grammar_body(grammar: Any, param: str) -> Body:
     """Text of the language of a grammar in llama.cpp's GBNF or llguidance's Lark dialect."""
     text = _text(grammar, param)
+    _check_rules(text.count("::="), text.count("|"), param)  # of GBNF, whose conversion takes seconds
     try:
         lark = any_to_lark(text)
     except RecursionError:
@@ -219,17 +220,21 @@ def grammar_body(grammar: Any, param: str) -> Body:
             param=param,
         ) from None
     rules = len(re.findall(r"(?m)^\s*[!?]?[\w.-]+[^\n:]*:", lark))
-    if rules > MAX_RULES or lark.count("|") > MAX_ALTERNATIVES:
-        raise GrammarTooComplex(
-            f"{param} has {rules} rules and {lark.count('|')} alternatives; this server takes {MAX_RULES} and "
-            f"{MAX_ALTERNATIVES}.",
-            param=param,
-        )
+    _check_rules(rules, lark.count("|"), param)
     try:
         _check_unrolled(_unrolled_terminals(lark), param)
     except RecursionError:
         raise GrammarTooComplex(f"{param} is too complex: it is too deep.", param=param) from None
     return _checked(Body(f"body: @{OWN}\n", _with_safe_schemas(lark, param)), param)
+
+
+def _check_rules(rules: int, alternatives: int, param: str) -> None:
+    if rules > MAX_RULES or alternatives > MAX_ALTERNATIVES:
+        raise GrammarTooComplex(
+            f"{param} has {rules} rules and {alternatives} alternatives; this server takes {MAX_RULES} and "
+            f"{MAX_ALTERNATIVES}.",
+            param=param,
+        )
 
 
 def _check_unrolled(size: int, param: str) -> None:
