@@ -89,6 +89,7 @@ def test_a_grammar_that_allows_what_comes_changes_nothing(client: EngineClient) 
     [
         ("start: nonsense", "grammar_invalid"),
         ("start: /(/", "grammar_invalid"),
+        ("start: start", "grammar_invalid"),
         ('start: %json {"type": "strange"}', "grammar_invalid"),
         (f"start: %json {json.dumps(LARGE)}", "grammar_too_complex"),
         ('start: "' + "ab" * 300_000 + '"', "grammar_too_complex"),

@@ -87,6 +87,8 @@ class Constraint:
         if self.exhausted:
             return Refused("grammar_too_complex", f"finding its next tokens takes too long ({self._slow_s:.1f} s)")
         error = str(self.matcher.get_error())
+        if error == "NoExtensionBias":  # in llguidance's words
+            return Refused("grammar_invalid", "there is no text that it admits")
         code = "grammar_too_complex" if any(word in error.lower() for word in _TOO_MUCH) else "grammar_invalid"
         return Refused(code, error.split("\n", 1)[0][:_SHOWN_CHARACTERS])
 
