@@ -59,17 +59,18 @@ def run(quick: bool) -> Result:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _decoding(quick: bool, model: Path) -> Iterator[Row]:
-    tokens, rounds = (48, 3) if quick else (96, 7)
-    grammar = f"start: %json {json.dumps(RECORDS)}"
-    gguf = resolve(EMBEDDED_ID, CACHE, "llama").path
+def _engines(model: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     small = folder("llama-4x128")
-    engines: dict[str, dict[str, Any]] = {
-        "SmolLM2, MLX": {"folder": model, "words": str(model)},
-        "SmolLM2, llama.cpp": {"folder": gguf, "backend": "llama", "words": str(model)},
-        "llama of 4 × 128, MLX": {"folder": small, "words": str(small)},
-    }
-    for name, options in engines.items():
+    yield "SmolLM2, MLX", {"folder": model, "words": str(model)}
+    gguf = resolve(EMBEDDED_ID, CACHE, "llama").path
+    yield "SmolLM2, llama.cpp", {"folder": gguf, "backend": "llama", "words": str(model)}
+    yield "llama of 4 × 128, MLX", {"folder": small, "words": str(small)}
+
+
+def _decoding(quick: bool, model: Path) -> Iterator[Row]:
+    tokens, rounds = (24, 3) if quick else (64, 7)
+    grammar = f"start: %json {json.dumps(RECORDS)}"
+    for name, options in _engines(model):
         with engine(**options, max_rows=ROWS) as client:
             for draws, sampling in {"greedy": Sampling(0, temperature=0.0), "temperature 1": Sampling(0)}.items():
                 measure = partial(_tokens_per_s, client, tokens, sampling)

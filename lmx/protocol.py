@@ -108,6 +108,8 @@ class Load:
     """The folder with the model's tokenizer.json, for grammars."""
     grammar_compile_s: float = 10.0
     """A grammar that takes longer fails its request."""
+    grammar_mask_ms: float = 20.0
+    """And one whose masks take longer on average, the first second of them aside."""
     embedding: Pooling | None = None
     """Load it as an embedding model, which takes ``Embed`` instead of ``Submit``."""
 

@@ -346,7 +346,6 @@ class SimLink:
 class SimConstraint:
     """Anything may follow, until so many tokens have come."""
 
-    refusal = Refused("grammar_too_complex", "simulated")
     accepting = True
 
     def __init__(self, most: int) -> None:
@@ -381,6 +380,9 @@ class SimGrammars:
         if most == "bad":
             raise Refused("grammar_invalid", "simulated")
         return SimConstraint(int(most))
+
+    def forget(self, grammar: str) -> None:
+        """No simulated matcher fails."""
 
 
 @dataclass(slots=True)

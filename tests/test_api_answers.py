@@ -10,6 +10,7 @@ import pytest
 from tests.api_server import FIRST_TOKEN, Server, answer_text, with_server, write_model
 from tests.models import train_tokenizer
 from tests.test_api_openai import events
+from tests.test_api_tools import function
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
@@ -234,3 +235,28 @@ async def test_a_token_that_ends_a_completion_is_scored_and_one_that_ends_a_chat
     assert plain["logprobs"]["text_offset"][-1] == len(plain["text"])
     chat = (await post(server, CHAT, HELLO | {"logprobs": True} | stop))["choices"][0]
     assert len(chat["logprobs"]["content"]) == 2
+
+
+def said(chunks: list[Any], index: int) -> str:
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content") or "" for choice in choices)
+
+
+@with_server()
+async def test_usage_in_every_chunk(server: Server) -> None:
+    """vLLM's continuous_usage_stats, which benchmark clients send."""
+    each = {"continuous_usage_stats": True}
+    for path, body in ((CHAT, HELLO), (PLAIN, {"prompt": "Hello"}), (CHAT, HELLO | {"tools": [function("get_time")]})):
+        for further in ({}, {"n": 2}, {"logprobs": 1 if path == PLAIN else True}):
+            asked = body | further | {"max_tokens": 5}
+            *chunks, last, _ = await events(server, path, asked | {"stream_options": each | {"include_usage": True}})
+            *plain, _ = await events(server, path, asked | {"stream_options": each})
+            assert last["choices"] == []
+            for index in range(asked.get("n", 1)):
+                told = [chunk["usage"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+                assert {usage["prompt_tokens"] for usage in told} == {last["usage"]["prompt_tokens"]}
+                counts = [usage["completion_tokens"] for usage in told]
+                assert (counts, counts[-1]) == (sorted(counts), 5)
+                assert said(chunks, index) == said(plain, index) == answer_text(5)
+            assert not any(chunk.get("usage") for chunk in plain)
+    await server.free()

@@ -255,6 +255,7 @@ CHATS: list[Case] = [
     ({"think": False}, 200, None),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
     ({"top_logprobs": 3, "logprobs": False}, 400, "top_logprobs"),
+    ({"top_logprobs": 0}, 200, None),
     ({"logprobs": 1}, 400, "logprobs"),
     ({"echo": True}, 400, "echo"),
     ({"echo": False, "suffix": ""}, 200, None),
@@ -470,6 +471,27 @@ async def test_tokenizing_a_conversation(server: Server) -> None:
     for body, param in (({"tokens": [1, -1]}, "tokens[1]"), ({"tokens": [True]}, "tokens[0]"), ({}, "tokens")):
         response = await server.http.post("/detokenize", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), body
+
+
+@with_server()
+async def test_tokenizing_as_llama_server_does(server: Server) -> None:
+    text = "Hello <|im_end|> 🤗"
+    tokenizer = train_tokenizer()
+    told = (await server.http.post("/tokenize", json={"content": text, "with_pieces": True})).json()
+    ids = [token["id"] for token in told["tokens"]]
+    assert ids == tokenizer.encode(text).ids
+    spelled = b"".join(
+        piece.encode() if isinstance(piece, str) else bytes(piece) for piece in (t["piece"] for t in told["tokens"])
+    )
+    assert spelled.decode() == text
+    assert any(isinstance(token["piece"], list) for token in told["tokens"])  # 🤗 is in no piece as a whole
+    plain = (await server.http.post("/tokenize", json={"content": text, "parse_special": False})).json()["tokens"]
+    assert tokenizer.token_to_id("<|im_end|>") not in plain
+    back = (await server.http.post("/detokenize", json={"tokens": plain})).json()
+    assert back == {"prompt": text, "content": text}
+    for body in ({"content": text, "prompt": text}, {"content": text, "messages": HELLO}):
+        response = await server.http.post("/tokenize", json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
 
 NAMES = {

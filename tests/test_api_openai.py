@@ -290,7 +290,7 @@ async def test_tokenize_and_detokenize(server: Server) -> None:
     assert told["tokens"] == train_tokenizer().encode("Hello <|im_end|>").ids
     assert told["count"] == len(told["tokens"])
     ids = train_tokenizer().encode("Hello there").ids
-    assert (await server.http.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "Hello there"}
+    assert (await server.http.post("/detokenize", json={"tokens": ids})).json()["prompt"] == "Hello there"
     assert (await server.http.post("/detokenize", json={"tokens": [10**9]})).status_code == 400
 
 

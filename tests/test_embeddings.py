@@ -147,6 +147,8 @@ def test_a_large_body_is_read_apart_and_each_of_many_is_as_if_alone(server: Serv
         ({"input": "a", "input_type": "poem"}, "input_type", "poem"),
         ({"input": "a", "model": "tiny-llama"}, "model", NAME),
         ({"input": "a", "truncate_prompt_tokens": 10}, "truncate_prompt_tokens", "10"),
+        ({"input": "a", "normalize": False}, "normalize", "false"),
+        ({"input": "a", "add_special_tokens": False}, "add_special_tokens", "false"),
     ],
 )
 def test_a_bad_request_names_field_and_value(server: Server, body: dict[str, Any], param: str, named: str) -> None:

@@ -145,7 +145,7 @@ def test_answers_of_one_prompt_share_its_prefill_and_the_best_are_chosen(
     answer = client.completions.create(n=4, **options)
     assert answer.usage is not None
     assert computed() - before == answer.usage.prompt_tokens + 3
-    assert len({choice.text for choice in answer.choices}) == 4
+    assert len({choice.text for choice in answer.choices}) > 1
 
     def mean_logprob(choice: Any) -> float:
         return float(sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs))

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import llguidance
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lmx.chat.events import Malformed
+from lmx.chat.grammar import answer_grammar
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.deepseek_v32 import DEEPSEEK_V4, DEEPSEEK_V32
 from lmx.chat.tools.glm import GLM45, GLM47
@@ -284,21 +284,19 @@ def test_what_the_grammar_lets_through_is_read_as_valid_calls(form: MarkupFormat
 
 
 @all_formats
-def test_the_grammar_takes_what_the_template_writes(form: MarkupFormat) -> None:
-    arguments = {"path": "a < b", "content": f"\n{form.markup.parameter_end} é\n", "mode": 3, "note": None}
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
+def test_the_grammar_takes_what_the_template_writes(form: MarkupFormat, tokens: bool) -> None:
+    inner = "</x>" if tokens else form.markup.parameter_end
+    arguments = {"path": "a < b", "content": f"\n{inner} é\n", "mode": 3, "note": None}
     if form.name.startswith("deepseek"):
         arguments["note"] = "null"  # which the markup lets say
     text = block(form, ("write_file", arguments), ("now", {}))
-    walker = Walker([])
-    grammar = form.grammar(TOOLS, {}, parallel=True)
-    matcher = llguidance.LLMatcher(walker.tokenizer, f"start: calls\n{grammar.rules}")
-    rest = list(text.removeprefix(grammar.trigger).encode())
-    assert matcher.validate_tokens(rest) == len(rest)
-    matcher.consume_tokens(rest)
-    assert matcher.is_accepting()
-
-
-MARKUP = "</parameter> <parameter=path> </function> </tool_call> <tool_call> </arg_value> <arg_key> </invoke> < null"
+    walker = Walker(SPECIAL.get(form.name, ["<tool_call>", "</tool_call>"]) if tokens else [])
+    grammar = answer_grammar(special=walker.special, format=form, tools=TOOLS, choice="auto")
+    for whole in (text, f"Let me see: a < b.\n\n{text}\n", "a < b, </x> and <tool"):
+        assert walker.takes(grammar, whole), whole
+    assert not walker.takes(grammar, text.replace("write_file", "delete"))
+    assert not walker.takes(grammar, text.replace("3", "three"))
 
 
 @all_formats
@@ -307,12 +305,11 @@ def test_keys_and_choices_need_not_be_ascii(form: MarkupFormat) -> None:
     tools = [Tool("f", schema)]
     text = block(form, ("f", {"größe": "é 😀"}))
     grammar = form.grammar(tools, {}, parallel=False)
-    matcher = llguidance.LLMatcher(Walker([]).tokenizer, f"start: calls\n{grammar.rules}")
-    rest = list(text.removeprefix(form.markup.begin).encode())
-    assert matcher.validate_tokens(rest) >= len(rest) - 1
+    assert Walker([]).takes(f"start: calls\n{grammar.rules}", text.removeprefix(form.markup.begin).strip(" "))
     assert whole_calls(every_way(form, text, tools)) == [("f", {"größe": "é 😀"})]
 
 
+MARKUP = "</parameter> <parameter=path> </function> </tool_call> <tool_call> </arg_value> <arg_key> </invoke> < null"
 fragments = st.sampled_from(
     [*MARKUP.split(), '<parameter name="x">', "</｜DSML｜parameter>", "</｜DSML｜invoke>", *' \n"\\']
 )

@@ -117,6 +117,20 @@ class Walker:
             written.append(token)
         return self._text(written)
 
+    def takes(self, grammar: str, text: str) -> bool:
+        """Whether the grammar takes this text, with its special tokens as tokens, and may end there."""
+        written: list[int] = []
+        while text:
+            token = next((token for token in self.special if text.startswith(token)), text[0])
+            written += [self.special[token]] if token in self.special else token.encode()
+            text = text[len(token) :]
+        matcher = llguidance.LLMatcher(self.tokenizer, grammar)
+        assert not matcher.get_error(), matcher.get_error()
+        if matcher.validate_tokens(written) < len(written):
+            return False
+        matcher.consume_tokens(written)
+        return bool(matcher.is_accepting())
+
     def _text(self, written: Sequence[int]) -> str:
         return b"".join(self.tokens[token] for token in written).decode()
 

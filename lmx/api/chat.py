@@ -84,7 +84,7 @@ async def _stream(job: Job, body: ChatRequest, model: str, writer: EventWriter) 
         partial(_delta_object, job),
         first={index: _choice_object(index, role) for index in range(job.n)},
         first_fields={"prompt_token_ids": list(job.requests[0].prompt)} if job.returns_ids else {},
-        with_usage=bool(body.stream_options and body.stream_options.include_usage),
+        options=body.stream_options,
         format_logprobs=lambda _, logprobs: chat_logprobs(job.served.chat, logprobs),
     )
     await chunks.end(await run(job, chunks))

@@ -12,6 +12,7 @@ from typing import Any
 from lmx.api.answer import to_json
 from lmx.api.events import DONE, EventWriter
 from lmx.api.generation import Choice, Delta, Job, usage
+from lmx.api.schemas import StreamOptions
 from lmx.chat.events import CallArguments, CallStart, Content, Event, Reasoning
 from lmx.protocol import Logprobs
 
@@ -38,7 +39,7 @@ class ChunkStream:
         *,
         first: Mapping[int, dict[str, Any]],
         first_fields: Mapping[str, Any] = MappingProxyType({}),
-        with_usage: bool,
+        options: StreamOptions | None,
         format_logprobs: Callable[[int, Sequence[tuple[int, Logprobs | None]]], dict[str, Any]],
     ) -> None:
         self._job = job
@@ -47,7 +48,9 @@ class ChunkStream:
         self._choice_object = choice_object
         self._first = dict(first)
         self._first_fields = dict(first_fields)
-        self._with_usage = with_usage
+        self._with_usage = bool(options and options.include_usage)
+        self._usage_in_each = bool(self._with_usage and options and options.continuous_usage_stats)
+        self._usage: dict[str, object] | None = None
         self._format_logprobs = format_logprobs
         self._frames = [self._frame(index, PLACEHOLDER, 1) for index in range(len(job.requests))]
         self._event_frames: dict[tuple[int, type[Event], int], list[bytes]] = {}
@@ -59,7 +62,7 @@ class ChunkStream:
         return self._chunk(self._choice_object(index, piece, None, None)).rsplit(to_json(PLACEHOLDER), places)
 
     def _chunk(self, choice: dict[str, Any], fields: Mapping[str, Any] = MappingProxyType({})) -> bytes:
-        return self._event({"choices": [choice], **({"usage": None} if self._with_usage else {}), **fields})
+        return self._event({"choices": [choice], **({"usage": self._usage} if self._with_usage else {}), **fields})
 
     def _event(self, fields: dict[str, Any]) -> bytes:
         return b"data: " + to_json(self._heading | fields) + b"\n\n"
@@ -69,12 +72,16 @@ class ChunkStream:
 
     async def delta(self, choice: Choice, delta: Delta) -> None:
         index = choice.index
+        if self._usage_in_each:  # of this choice, as vLLM counts
+            self._usage = usage(self._job, [choice])
         first = self._first.pop(index, None)
         events = self._chunk(first, self._first_fields) if first else b""
         if delta.events:
             events += self._told(index, delta)
         elif (details := self._details(index, delta)) is not None:
             events += self._detailed(index, None if choice.told is not None else delta.text, details)
+        elif delta.text and self._usage_in_each:
+            events += self._detailed(index, delta.text, None)
         elif delta.text:
             before, after = self._frames[index]
             events += before + json.dumps(delta.text).encode() + after
@@ -86,12 +93,13 @@ class ChunkStream:
     def _told(self, index: int, delta: Delta) -> bytes:
         """A chunk for each of the events, what is told of the tokens with the first."""
         details = self._details(index, delta)
+        framed = details is None and not self._usage_in_each
         chunks = []
         for event in delta.events:
             match event:
-                case Content(text) if details is None:
+                case Content(text) if framed:
                     chunks.append(json.dumps(text).encode().join(self._frames[index]))
-                case Reasoning(text) | CallArguments(json=text) if details is None:
+                case Reasoning(text) | CallArguments(json=text) if framed:
                     chunks.append(json.dumps(text).encode().join(self._event_frame(index, event)))
                 case Content() | Reasoning() | CallStart() | CallArguments():
                     chunks.append(self._detailed(index, event, details))

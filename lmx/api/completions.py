@@ -94,7 +94,7 @@ async def _stream(
             for index, text in enumerate(echoes)
             if text or job.returns_ids
         },
-        with_usage=bool(body.stream_options and body.stream_options.include_usage),
+        options=body.stream_options,
         format_logprobs=lambda index, new: logprobs[index].format(new),
     )
     await chunks.end(await run(job, chunks))

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id} (ids may hold slashes), and vLLM's POST /tokenize and /detokenize."""
+"""GET /v1/models and /v1/models/{id} (ids may hold slashes); vLLM's and llama-server's /tokenize, /detokenize."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ TOKENIZED_CHARACTERS = 4_000_000
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ONLY_PREPARED = FIELDS | {
     *("messages", "tools", "tool_choice", "functions", "function_call"),
-    *("prompt", "tokens", "chat_template_kwargs", "metadata"),
+    *("prompt", "content", "tokens", "chat_template_kwargs", "metadata"),
 }
 
 
@@ -72,7 +72,8 @@ def prepare(body: Request, given: dict[str, Any], chat: ChatModel, context: int)
                 return Prepared(answer=_tokenize(body, given, chat, context))
             case DetokenizeRequest():
                 _check_ids(body.tokens, chat, "tokens")
-                return Prepared(answer=to_json({"prompt": chat.decode(body.tokens)}))
+                text = chat.decode(body.tokens)
+                return Prepared(answer=to_json({"prompt": text, "content": text}))  # vLLM's name, llama-server's
     except (RecursionError, MemoryError) as error:
         raise InvalidRequest(f"The request is too deep or too large to be read ({type(error).__name__}).") from None
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -288,11 +289,12 @@ def _check_ids(tokens: Sequence[int], chat: ChatModel, param: str) -> None:
 
 
 def _tokenize(body: TokenizeRequest, given: dict[str, Any], chat: ChatModel, context: int) -> bytes:
-    if body.prompt is not None:
-        if len(body.prompt) > TOKENIZED_CHARACTERS:
-            chat.check_length(len(body.prompt), context or 1, "prompt")
-        add_special = body.add_special_tokens is not False
-        ids = chat.tokenize(body.prompt, add_special=add_special, parse_special=True)
+    param, text = ("prompt", body.prompt) if body.content is None else ("content", body.content)
+    if text is not None:
+        if len(text) > TOKENIZED_CHARACTERS:
+            chat.check_length(len(text), context or 1, param)
+        add_special = body.add_special_tokens is not False if body.content is None else bool(body.add_special)
+        ids = chat.tokenize(text, add_special=add_special, parse_special=body.parse_special is not False)
     else:
         _check_messages(given["messages"], chat, context)
         ids = chat.encode_chat(
@@ -303,7 +305,15 @@ def _tokenize(body: TokenizeRequest, given: dict[str, Any], chat: ChatModel, con
             add_special=bool(body.add_special_tokens),
             context=context,
         )
-    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": context}
+    tokens = [{"id": token, "piece": _piece(chat.token_bytes(token))} for token in ids] if body.with_pieces else ids
+    answer: dict[str, Any] = {"tokens": tokens, "count": len(ids), "max_model_len": context}
     if body.return_token_strs:
         answer["token_strs"] = [chat.token_name(token) for token in ids]
     return to_json(answer)
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)

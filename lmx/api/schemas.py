@@ -51,6 +51,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = Field(None, description="Send a last chunk with `usage` and empty `choices`.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="vLLM's: with include_usage, `usage` so far in every chunk, of the chunk's choice."
+    )
 
 
 class ResponseFormat(BaseModel):
@@ -365,7 +368,7 @@ class ChatRequest(GenerationFields, Conversation):
 
     @model_validator(mode="after")
     def _fit_a_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(f"top_logprobs needs logprobs: true (got {self.top_logprobs}).", param="top_logprobs")
         return self
 
@@ -443,21 +446,28 @@ class CompletionRequest(GenerationFields):
 
 
 class TokenizeRequest(Request):
-    """vLLM's: a text, or a conversation."""
+    """A text, or a conversation: vLLM's fields, and llama-server's."""
 
     prompt: str | None = None
+    content: str | None = Field(None, description="llama-server's name for prompt.")
     messages: Messages | None = None
     tools: Tools | None = None
     add_generation_prompt: bool | None = Field(None, description="With messages; true by default.")
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = Field(None, description="BOS; true by default for a prompt, false for messages.")
+    add_special: bool | None = Field(None, description="The same of content; false by default.")
+    parse_special: bool | None = Field(None, description="false: special tokens in content are plain text.")
     return_token_strs: bool | None = Field(None, description="The tokens as the vocabulary spells them, too.")
+    with_pieces: bool | None = Field(None, description="Each token as its id and its text, or bytes that are none.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            given = "neither" if self.prompt is None else "both"
-            raise InvalidRequest(f"prompt or messages is required, and not both (got {given}).", param="prompt")
+        given = [name for name in ("prompt", "content", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"One of prompt, content and messages is required (got {' and '.join(given) or 'none'}).",
+                param="prompt",
+            )
         return self
 
 

@@ -123,6 +123,12 @@ _GROUPS: tuple[tuple[str, Neutral, str], ...] = (
         NOTHING,
         "the models here read text only",
     ),
+    (
+        "normalize normalise pooling add_special_tokens",
+        TRUE,
+        "embeddings are pooled, normalised and tokenised as the model's files say",
+    ),
+    ("embd_normalize", (2,), "embeddings are normalised as the model's files say"),
     ("lora lora_path lora_request adapters adapter adapter_id", NOTHING, "this server loads no adapters"),
     ("vllm_xargs", NOTHING, "this server knows none of them"),
     # Reasoning

@@ -96,8 +96,12 @@ def _text_or_calls(calls: "Calls", trigger: str, rules: list[str], guard: str) -
         rules.append(f"ANSWER_PLAIN: /(?s:.*)/ & ~(/[ \\t\\r\\n]*/ {trigger} /(?s:.*)/){guard}")
         return ["ANSWER_GAP? answer_calls", "ANSWER_PLAIN"]
     plain, _, rest = trigger.partition(" <[")
-    rules.append(f"answer_head[lazy]: ANSWER_TEXT {plain}")
-    rules.append(f"answer_begun: answer_head {'<[' + rest if rest else ''} calls ANSWER_GAP?".replace("  ", " "))
+    if rest:  # the special token ends the text; what stands before it ("<") may be text as well
+        rules.append(f"ANSWER_HEAD: ANSWER_TEXT {plain}")
+        rules.append(f"answer_begun: ANSWER_HEAD <[{rest} calls ANSWER_GAP?")
+    else:
+        rules.append(f"answer_head[lazy]: ANSWER_TEXT {plain}")
+        rules.append("answer_begun: answer_head calls ANSWER_GAP?")
     return ["ANSWER_TEXT", "answer_begun"]
 
 

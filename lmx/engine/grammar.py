@@ -18,7 +18,7 @@ from typing import Any
 import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask
 from tokenizers import Tokenizer
 
 from lmx.chat.pieces import read_pieces
@@ -30,13 +30,8 @@ from lmx.engine.requests import Refused
 # A compiled one takes up to 170 bytes for each of its characters (measured: nested anyOf).
 _KEPT = 256
 _KEPT_CHARACTERS = 2 << 20
-# Masks are computed one after the other, 30 µs each for a JSON schema, until those of a step take this long: handing
-# them to threads costs more than that, and 2 to 6 ms where other processes want the cores.
-_SLOW_S = 0.002
-# What an answer's masks may take in all beyond the patience for each one, in the processor's time: everybody waits for
-# them. A schema of 2,000 properties takes 10 ms for one.
-_PATIENCE_S = 0.02
-_MOST_SLOW_S = 0.5
+# Of an answer's masks, before their average counts: the first ones build most of the lexer's states.
+_FREE_S = 1.0
 _SHOWN_CHARACTERS = 500
 _TOO_MUCH = ("too complex", "too large", "too many", "too big", "limit", "fuel", "max is", "symbols.len()")
 
@@ -45,31 +40,34 @@ Masks = npt.NDArray[np.uint32]
 
 
 class Constraint:
-    """How far one answer has come in its grammar."""
+    """How far one answer has come in its grammar. Those of one grammar share the lexer's states, and its limits."""
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, grammar: str, matcher: llguidance.LLMatcher) -> None:
+        self.grammar = grammar
         self.matcher = matcher
-        self._slow_s = 0.0
+        self.tokens = 0
+        self.masks_s = 0.0
+        """How long its masks took."""
+        self._overdue = ""
 
-    def fill(self, bits: npt.NDArray[np.int32], row: int) -> None:
-        """The mask of the next token, as the row of ``bits``."""
-        started = time.thread_time()
+    def fill(self, bits: npt.NDArray[np.int32], row: int, most_s: float) -> None:
+        """Write the mask of its next token. One whose masks take longer than that, on average, fails."""
+        started = time.perf_counter()
         fill_next_token_bitmask(self.matcher, bits, row)
-        self._slow_s += max(time.thread_time() - started - _PATIENCE_S, 0.0)
-
-    @property
-    def exhausted(self) -> bool:
-        """Its masks have taken too long."""
-        return self._slow_s > _MOST_SLOW_S
+        self.masks_s += time.perf_counter() - started
+        if self.masks_s > _FREE_S + most_s * (self.tokens + 1):
+            self._overdue = f"too complex: the masks of {self.tokens + 1} tokens took {self.masks_s:.1f} s"
 
     def advance(self, token: int) -> bool:
         """Take the token that was drawn. False: no further one can be found, ``refusal`` says why."""
-        return not self.exhausted and bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
+        self.tokens += 1
+        return not self._overdue and bool(self.matcher.consume_token(token)) and not self.matcher.is_error()
 
     def rollback(self, tokens: int) -> None:
         """Take so many tokens back (rejected drafts)."""
         if not self.matcher.rollback(tokens):
             raise ValueError(f"{tokens} tokens cannot be taken back: {self.refusal}")
+        self.tokens -= tokens
 
     @property
     def accepting(self) -> bool:
@@ -84,16 +82,14 @@ class Constraint:
     @property
     def refusal(self) -> Refused:
         """What is told of a grammar that llguidance gave up on."""
-        if self.exhausted:
-            return Refused("grammar_too_complex", f"finding its next tokens takes too long ({self._slow_s:.1f} s)")
-        error = str(self.matcher.get_error())
+        error = self._overdue or str(self.matcher.get_error())
         if error == "NoExtensionBias":  # in llguidance's words
             return Refused("grammar_invalid", "there is no text that it admits")
         code = "grammar_too_complex" if any(word in error.lower() for word in _TOO_MUCH) else "grammar_invalid"
         return Refused(code, error.split("\n", 1)[0][:_SHOWN_CHARACTERS])
 
     def copy(self) -> "Constraint":
-        return Constraint(self.matcher.deep_copy())
+        return Constraint(self.grammar, self.matcher.deep_copy())
 
 
 class Grammars:
@@ -123,7 +119,7 @@ class Grammars:
             compiled = self._compiled[grammar] = self._pool.submit(_compile, self._tokenizer, grammar)
             compiled.add_done_callback(lambda _: self._wake())
             self._characters += len(grammar)
-            self._forget()
+            self._tidy()
         self._compiled.move_to_end(grammar)
         if not compiled.done():
             return None
@@ -132,10 +128,16 @@ class Grammars:
             raise Refused(found.code, str(found))
         return found.copy()
 
-    def _forget(self) -> None:
-        """The grammars that were not asked for the longest, but never the last one."""
+    def _tidy(self) -> None:
+        """Forget the grammars that were not asked for the longest, but never the last one."""
         while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or self._characters > _KEPT_CHARACTERS):
-            grammar, compiled = self._compiled.popitem(last=False)
+            self.forget(next(iter(self._compiled)))
+
+    def forget(self, grammar: str) -> None:
+        """Compile it anew when it is asked for again: after a limit of the lexer was reached, that of all its answers,
+        each further one would fail."""
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is not None:
             compiled.cancel()
             self._characters -= len(grammar)
 
@@ -182,27 +184,27 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
     except BaseException as error:
         return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    # Alternatives, of which lmx.chat lets 5,000 be, are items.
-    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000, max_items_in_row=6000)
+    # Alternatives (lmx.chat lets 5,000 be) and properties (2,000, four each) are items of one row.
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000, max_items_in_row=10_000)
     try:
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:
         return Refused("grammar_invalid", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
-    constraint = Constraint(made)
-    if not made.is_error():  # the first mask takes the longest, and here nobody waits for it
-        constraint.fill(np.empty((1, (vocabulary.vocab_size + 31) // 32), np.int32), 0)
-    return constraint.refusal if made.is_error() or constraint.exhausted else constraint
+    constraint = Constraint(grammar, made)
+    if not made.is_error():  # the first mask builds most of the lexer's states, and here nobody waits for it
+        made.compute_bitmask()
+    return constraint.refusal if made.is_error() else constraint
 
 
 class Masker:
-    """Fills the masks of a step's rows."""
+    """Fills the masks of a step's rows: one after the other, which for a JSON schema is 30 µs each. With threads
+    (``LLExecutor``) those of 8 rows took 0.3 to 1.5 ms instead of 0.25 on two cores, and 7 where others wanted them."""
 
-    def __init__(self, vocab_size: int, end_ids: Sequence[int]) -> None:
+    def __init__(self, vocab_size: int, end_ids: Sequence[int], most_ms: float) -> None:
+        """``most_ms``: of a mask, on average."""
         self._words = (vocab_size + 31) // 32
         self._end_ids = tuple(token for token in end_ids if token < vocab_size)
-        self._executor: Any = None
-        self._slow = False
-        """The last step's masks were."""
+        self._most_s = most_ms / 1e3
 
     def masks(self, rows: Sequence[EngineSequence | None]) -> Masks | None:
         """For the rows' next draw; None if none of them has a mask. Rows without one may draw anything."""
@@ -210,23 +212,12 @@ class Masker:
         if not masked:
             return None
         bits = np.full((len(rows), self._words), -1, np.int32)
-        self._fill([(row.constraint, i) for i, row in masked if row.constraint], bits)
         masks = bits.view(np.uint32)
         for i, row in masked:
+            if row.constraint:
+                row.constraint.fill(bits, i, self._most_s)
             self._ends(masks[i], row)
         return masks
-
-    def _fill(self, constraints: list[tuple[Constraint, int]], bits: npt.NDArray[np.int32]) -> None:
-        started, together = time.perf_counter(), self._slow and len(constraints) > 1
-        if together:
-            self._executor = self._executor or llguidance.LLExecutor()
-            fill_next_token_bitmask_par(self._executor, [(each.matcher, i) for each, i in constraints], bits)
-        else:
-            for constraint, i in constraints:
-                constraint.fill(bits, i)
-        elapsed_s = time.perf_counter() - started
-        # Where even that takes long, they go one after the other: whose masks are slow is to be seen.
-        self._slow = elapsed_s > _SLOW_S and not (together and elapsed_s > _PATIENCE_S)
 
     def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence) -> None:
         """An answer's own end tokens, and those that come too early. Where nothing else can follow, they may come."""

@@ -393,6 +393,7 @@ class StepLoop:
                 finished.append(sequence.seq)
             elif constraint and not constraint.advance(draw.token):
                 error = constraint.refusal
+                self._grammars.forget(constraint.grammar)
                 sequence.ended = True
                 finished.append(sequence.seq)
                 self._link.send(Failed(sequence.seq, error.code, str(error)))

@@ -319,6 +319,7 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         words=str(folder.words),
         # While it compiles, a single request gives no step: that must not look like a hang.
         grammar_compile_s=min(settings.engine.grammar_compile_s, settings.engine.hang_timeout_s / 2),
+        grammar_mask_ms=settings.engine.grammar_mask_ms,
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))

@@ -158,7 +158,7 @@ class LlamaBackend:
             ),
             probes={"amx": "not used: some compilers break llama.cpp's kernels for it"} if AMX else {},
         )
-        self._masker = Masker(model.vocab_size, self.facts.eos_ids)
+        self._masker = Masker(model.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self.canary()
 
     @classmethod

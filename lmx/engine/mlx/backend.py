@@ -61,7 +61,7 @@ class MLXBackend:
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
-        self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids)
+        self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self._placement = Placement(loaded, self._probe, self.facts)
         self._decodes_together = not apart
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
