@@ -20,15 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmx.api.body import SMALL_BYTES
+from lmx.api.embedding_requests import EmbeddingRequest, RerankRequest
 from lmx.api.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from lmx.api.unbuilt import _FIELDS
-from tests.api_server import write_model
 from tests.server import Server, serve
 
 CASES = int(os.environ.get("LMX_FUZZ_CASES", "5000"))
 TAKEN = {200, 400, 404, 405, 408, 413, 415, 421, 422, 429, 503}
 HEALTH_S = 0.05
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = [CHAT, CHAT, CHAT, COMPLETIONS, COMPLETIONS, "/tokenize", "/detokenize", "/v1/embeddings", "/v1/rerank"]
 
 SCALARS = (
     st.none()
@@ -63,13 +64,69 @@ MESSAGES = [
     {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
     {"role": "tool", "content": "1", "tool_call_id": "1"},
 ]
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string", "pattern": "^[a-z]{1,3}$", "maxLength": 5},
+        "b": {"anyOf": [{"type": "integer", "minimum": 0, "multipleOf": 2}, {"enum": ["x", None]}]},
+        "c": {"type": "array", "items": {"$ref": "#/$defs/d"}, "maxItems": 3, "uniqueItems": True},
+    },
+    "patternProperties": {"^x": {"const": 1}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"d": {"allOf": [{"type": "number"}, {"not": {"const": 3}}], "format": "date"}},
+}
+FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
+TOOLS = [{"type": "function", "function": FUNCTION}, {"type": "web_search"}]
+NAMED = {"type": "function", "function": {"name": "f"}}
+GRAMMARS = ['root ::= "a" | [b-d]+', 'start: A B*\nA: /x{1,3}/\nB: A | "y"', "start: start |", "start: %json {}"]
+PATTERNS = ["(a|b)*c{2,3}", "((a{100}){100}){100}", r"(?=x)\1", "[a-z]+@x", "(" * 300]
+STRUCTURED = {
+    **{"json": SCHEMA, "regex": PATTERNS[0], "choice": ["a", "b"], "grammar": GRAMMARS[0], "json_object": True},
+    **{"whitespace_pattern": "[ ]?", "structural_tag": {}, "disable_any_whitespace": True},
+}
 SPECIAL: dict[str, Any] = {
     "messages": MESSAGES,
     "tools": TOOLS,
-    "functions": [TOOLS[0]["function"]],
-    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": TOOLS},
-    "response_format": {"type": "text"},
+    "functions": [FUNCTION],
+    "tool_choice": [{"type": "allowed_tools", "mode": "auto", "tools": TOOLS}, NAMED, "required", "auto", "none"],
+    "function_call": [{"name": "f"}, "auto", "none"],
+    "response_format": [
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+        {"type": "json_object"},
+        {"type": "text"},
+        {"type": "grammar", "grammar": GRAMMARS[1]},
+    ],
+    "structured_outputs": STRUCTURED,
+    "guided_json": SCHEMA,
+    "guided_regex": PATTERNS,
+    "guided_choice": ["a", "b"],
+    "guided_grammar": GRAMMARS,
+    "grammar": GRAMMARS,
+    "regex": PATTERNS,
+    "json_schema": SCHEMA,
+    "format": SCHEMA,
+    "logprobs": [True, 2],
+    "top_logprobs": 3,
+    "prompt_logprobs": 1,
+    "echo": True,
+    "suffix": "b",
+    "n": 2,
+    "best_of": 3,
+    "max_tokens": [0, 1, 12],
+    "stop_token_ids": [5, 6],
+    "min_tokens": 2,
+    "return_token_ids": True,
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "max_reasoning_tokens": 3,
+    "reasoning_effort": ["none", "low", "max"],
+    "thinking": [{"type": "enabled", "budget_tokens": 5}, {"type": "disabled"}],
+    "input": ["a", ["a", "b"], [101, 102], [[101], [5, 102]]],
+    "encoding_format": ["float", "base64"],
+    "dimensions": 384,
+    "query": "q",
+    "documents": ["a", {"text": "b"}],
     "stream_options": {"include_usage": True},
     "stream": True,
     "logit_bias": {"5": 1.5},
@@ -79,14 +136,29 @@ SPECIAL: dict[str, Any] = {
     "reasoning": {"effort": "low", "enabled": True},
     "chat_template_kwargs": {"enable_thinking": True},
 }
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *TokenizeRequest.model_fields, *_FIELDS})
-BASE = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "tokens": [5], "max_tokens": 2}
+ONE_OF = {
+    *("tool_choice", "function_call", "response_format", "guided_regex", "guided_grammar", "grammar", "regex"),
+    *("logprobs", "max_tokens", "reasoning_effort", "thinking", "input", "encoding_format"),
+}
+"""Of ``SPECIAL``: each item is a value."""
+KINDS = (ChatRequest, CompletionRequest, TokenizeRequest, EmbeddingRequest, RerankRequest)
+FIELDS = sorted({*(field for kind in KINDS for field in kind.model_fields), *_FIELDS})
+BASE = {
+    **{"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "tokens": [5], "max_tokens": 2},
+    **{"input": "Hi", "query": "Hi", "documents": ["Hi"]},
+}
+
+
+def value(name: str) -> st.SearchStrategy[Any]:
+    if name in ONE_OF:
+        return st.sampled_from(SPECIAL[name]).flatmap(near)
+    return near(SPECIAL[name]) if name in SPECIAL else ANYTHING
 
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
     names = draw(st.lists(st.sampled_from([*FIELDS, *SPECIAL]), max_size=4, unique=True))
-    body = BASE | {name: draw(near(SPECIAL[name]) if name in SPECIAL else ANYTHING) for name in names}
+    body = BASE | {name: draw(value(name)) for name in names}
     if draw(st.integers(0, 9)) == 0:  # through a reader
         body["padding"] = "x" * SMALL_BYTES
     raw = json.dumps(body).encode()
@@ -97,10 +169,12 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = write_model(tmp_path_factory.mktemp("models") / "tiny")
-    with serve(tmp_path_factory.mktemp("fuzz"), "--model", str(folder), null={}) as running:
-        running.line(r"model \S+ ready")
+def server(tiny_model: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With real engines: grammars are compiled and followed there."""
+    settings = {"model": {"embedding": str(minilm)}}
+    with serve(tmp_path_factory.mktemp("fuzz"), "--model", str(tiny_model), settings=settings) as running:
+        running.line(r"model tiny-llama ready")
+        running.line(rf"model {minilm.name} ready")
         yield running
 
 
@@ -133,12 +207,17 @@ def healthy(server: Server) -> Iterator[None]:
     """The server lives, with the same engine, and was never busy; on a machine that is, no more than it was idle."""
     with watching(server) as idle:
         time.sleep(2)
-    pid = server.engine()["pid"]
+    lives = engines(server)
     with watching(server) as busy:
         yield
     assert busy[2] <= max(HEALTH_S, 2 * idle[2])
     server.idle()
-    assert (server.engine()["pid"], server.engine()["restarts"]) == (pid, 0)
+    assert engines(server) == lives
+
+
+def engines(server: Server) -> list[tuple[int, int]]:
+    """The process of each, and how often it was started again."""
+    return [(model["engine"]["pid"], model["engine"]["restarts"]) for model in server.status()["models"]]
 
 
 @pytest.mark.usefixtures("healthy")
@@ -146,7 +225,7 @@ def test_bodies(server: Server) -> None:
     with httpx.Client(base_url=server.url, timeout=60) as client:
 
         @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.sampled_from([CHAT, CHAT, COMPLETIONS, "/tokenize", "/detokenize"]), bodies())
+        @given(st.sampled_from(PATHS), bodies())
         def check(path: str, body: bytes) -> None:
             response = client.post(path, content=body)
             assert response.status_code in TAKEN, response.text

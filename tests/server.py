@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[1]
 NULL_ENGINE = [sys.executable, str(ROOT / "bench" / "null_engine.py")]
-PATIENCE_S = 60
+PATIENCE_S = 180
 """Bounds a failing test; a passing one waits for lines and states."""
 MARK = "LMX_TEST_SERVER"
 """In the environment of a server and everything it starts, so that what it leaves behind can be found."""

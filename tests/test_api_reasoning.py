@@ -162,3 +162,18 @@ async def test_the_format_can_be_switched_off(server: Server) -> None:
     assert (message["content"], message.get("reasoning")) == (THINKS, None)
     large = HELLO | {"metadata": {"x": "x" * 70_000}}
     assert put_together(await streamed(server, large)) == message
+
+
+@with_server(LMX_NULL_STEP_MS=2)
+async def test_a_client_that_goes_while_it_thinks_leaves_nothing(server: Server) -> None:
+    server.say("<think>", *"y" * 3000)
+    for stream in (False, True):
+        client = await server.send(CHAT, HELLO | {"stream": stream, "max_reasoning_tokens": 2500})
+        if stream:
+            data = b""
+            while b'"reasoning_content":"y' not in data:
+                data += await client.receive_some()
+        else:
+            await server.until(lambda engine: engine["kv_sequence_bytes"] > 0)
+        await client.aclose()
+        await server.free()

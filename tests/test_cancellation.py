@@ -127,10 +127,14 @@ def test_while_queued(server: Server, go: Callable[[socket.socket], None]) -> No
     server.idle()
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_in_prefill(server: Server, go: Callable[[socket.socket], None], stream: bool) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"stream": True}, {"stream": False}, {"stream": False, "prompt_logprobs": 5, "n": 1}],
+    ids=["stream", "whole", "prompt logprobs"],
+)
+def test_in_prefill(server: Server, go: Callable[[socket.socket], None], fields: dict[str, Any]) -> None:
     before = server.metrics()
-    sock = send(server, messages=[{"role": "user", "content": LONG_PROMPT}], stream=stream)
+    sock = send(server, messages=[{"role": "user", "content": LONG_PROMPT}], **fields)
     server.until(live_leases=1, live_sequences=1, waiting=1)
     go(sock)
     server.idle()
@@ -238,7 +242,8 @@ def test_http2_stream_reset(server: Server) -> None:
             (":method", "POST"), (":path", "/v1/chat/completions"), (":scheme", "http"), (":authority", "localhost"),
         ]  # fmt: skip
         http2.send_headers(stream_id, headers)
-        http2.send_data(stream_id, json.dumps(body()).encode(), end_stream=True)
+        form = IN_A_FORM["tool call"] if stream_id == 1 else {}
+        http2.send_data(stream_id, json.dumps(body(temperature=1, **form)).encode(), end_stream=True)
     with socket.create_connection(server.address) as sock:
         sock.sendall(http2.data_to_send())
         server.until(live_leases=2, waiting=0)

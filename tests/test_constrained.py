@@ -89,6 +89,7 @@ def test_a_grammar_that_allows_what_comes_changes_nothing(client: EngineClient) 
     [
         ("start: nonsense", "grammar_invalid"),
         ("start: /(/", "grammar_invalid"),
+        ("start: start", "grammar_invalid"),
         ('start: %json {"type": "strange"}', "grammar_invalid"),
         (f"start: %json {json.dumps(LARGE)}", "grammar_too_complex"),
         ('start: "' + "ab" * 600_000 + '"', "grammar_too_complex"),
@@ -102,6 +103,12 @@ def test_one_that_cannot_be_compiled_fails_alone(client: EngineClient, grammar: 
     failed = client.answers[seq].failed
     assert failed.code == code
     assert len(failed.message) < 1000
+
+
+def test_thousands_of_alternatives(client: EngineClient) -> None:
+    seq = client.submit(PROMPT, 30, GREEDY, grammar="start: " + " | ".join(f'"w{n} x"' for n in range(4900)))
+    client.wait_freed(seq)
+    assert text_of(client, seq).endswith(" x")
 
 
 def test_cancelled_while_it_compiles_or_runs(client: EngineClient) -> None:

@@ -265,7 +265,7 @@ def test_ignored_ends_come_only_where_nothing_else_can(compile_: Compile) -> Non
 def test_a_step_that_is_too_much_is_told_of_its_row(compile_: Compile) -> None:
     """Found only while it steps: more ways to go on than llguidance follows."""
     constraint = compile_(
-        "start: " + " | ".join(f'"w" r{i}' for i in range(2500)) + "".join(f'\nr{i}: "{i}"' for i in range(2500))
+        "start: " + " | ".join(f'"w" r{i}' for i in range(10_500)) + "".join(f'\nr{i}: "{i}"' for i in range(10_500))
     )
     masks = Masker(OUTPUTS, (END,), MOST_MS).masks([row(constraint), row(compile_('start: "a"'))])
     assert allowed(masks, 1) == {ids("a")[0]}

@@ -161,8 +161,21 @@ def test_what_cannot_be_is_refused_by_its_field(fields, param, said):
         {"grammar": "root ::= " + " | ".join(f'"{n}"' for n in range(6000))},
         {"guided_regex": "a" * 2**17},
         {"guided_choice": [str(n) for n in range(6000)]},
+        # What follows compiles at once, and takes seconds or all memory there is for each mask.
+        {"guided_choice": ["x" * 2**17]},
+        {"guided_choice": [f"{n} {'x' * 1000}" for n in range(1000)]},
+        {"guided_json": {"const": "x" * 2**17}},
+        {"guided_json": {"enum": [{"a": n} for n in range(6000)]}},
+        {"guided_json": {"type": "string", "pattern": "^((a{100}){100}){100}$"}},
+        {"guided_regex": "((a{100}){100}){100}"},
+        {"grammar": "start: A\nA: /(b{300}){300}/"},
+        {"grammar": 'start: A\nA: (B | "b"){300}\nB: "c"{300}'},
+        {"grammar": "start: A0\n" + "\n".join(f"A{n}: A{n + 1} A{n + 1}" for n in range(60)) + '\nA60: "y"'},
     ],
-    ids=["rules", "brackets", "alternatives", "characters", "choices"],
+    ids=[
+        *("rules", "brackets", "alternatives", "characters", "choices", "a long choice", "long choices"),
+        *("a long constant", "objects", "pattern", "regex", "regex in a grammar", "terminals", "doubled terminals"),
+    ],
 )
 def test_grammars_that_would_take_too_long_are_refused_as_that(fields):
     with pytest.raises(GrammarTooComplex):

@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 Tree = dict[str, Any]
+MAX_UNROLLED: Final = 50_000
+"""Characters and classes of a regular expression, repetitions written out: a mask costs up to 5 µs for each."""
 
 
 class _Bytes:
@@ -96,6 +98,37 @@ def translated(pattern: str) -> str:
         parts.append(part)
         index += len(taken)
     return "".join(parts)
+
+
+_SPELLED = re.compile(r"\\[pPux]\{[^}]{0,40}\}|\\.", re.S)
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.S)
+_COUNTED = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+_ENDLESS: Final = 10**9
+
+
+def unrolled(pattern: str) -> int:
+    """How many characters and classes it has with every counted repetition written out. llguidance's fuel does not
+    see them: ``((a{100}){100}){100}`` compiles in a millisecond, and each of its masks takes seconds."""
+    open_groups, last, index = [0], 0, 0
+    while index < len(pattern):
+        counted = _COUNTED.match(pattern, index)
+        if counted and any(counted.groups()):
+            times = max(min(int(digits[:10]), _ENDLESS) for digits in counted.groups() if digits)
+            open_groups[-1] += last * (times - 1)
+            last = min(last * times, _ENDLESS)
+        elif pattern[index] == "(":
+            open_groups.append(0)
+        elif pattern[index] == ")" and len(open_groups) > 1:
+            last = min(open_groups.pop(), _ENDLESS)
+            open_groups[-1] += last
+        else:
+            last = int(pattern[index] not in "|*+?")
+            open_groups[-1] += last
+        spelled = counted or _SPELLED.match(pattern, index) or _CLASS.match(pattern, index)
+        if spelled is None and pattern[index] == "[":
+            break  # it is never closed: no pattern
+        index = spelled.end() if spelled else index + 1
+    return min(sum(open_groups), _ENDLESS)
 
 
 def none_of(texts: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from itertools import combinations, permutations
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote, urldefrag, urljoin
 
-from lmx.chat.patterns import fault, matches, translated
+from lmx.chat.patterns import MAX_UNROLLED, fault, matches, translated, unrolled
 from lmx.chat.shapes import (
     ANYTHING,
     NEVER,
@@ -372,6 +372,8 @@ class _Rewriter:
         if len(self._patterns) > MAX_PATTERNS:
             raise TooComplex(f"it has more than {MAX_PATTERNS} patterns")
         taken = translated(pattern)
+        if (size := unrolled(taken)) > MAX_UNROLLED:
+            raise TooComplex(f"at {_at(path)}/pattern {pattern[:80]!r} repeats {size:,} characters")
         problem = fault(taken)
         if problem:
             self._refuse("pattern", path, f"{pattern[:80]!r}: {problem}")

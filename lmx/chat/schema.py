@@ -33,6 +33,12 @@ TIGHT: Final = {
 }
 LIMITS: Final = LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
 """Five times the usual: two hundred tools in one grammar take it, and 0.7 s. ``lmx.engine.grammar`` has the same."""
+OWN_LIMITS: Final = LLParserLimits(verbose_errors=False)
+"""Of a grammar that a client has written: the usual, which takes 0.7 s."""
+MAX_TEXT: Final = 2**16
+"""Characters of one constant: what they cost in masks grows with them, and 1,000,000 take more than a minute."""
+MAX_COMPOUNDS: Final = 5000
+"""Arrays and objects in one ``enum``: 20,000 take more than a minute."""
 MAX_CHARACTERS: Final = 2**20
 """Of one schema or grammar."""
 _SIZE: Final = ("too large", "too big", "limit", "fuel", "Unable to determine")
@@ -91,11 +97,27 @@ def _strict_rule(text: str, layout: str) -> str:
 def _compiled(schema: dict[str, Any] | bool, layout: Mapping[str, Any] = LAYOUT) -> str:
     if isinstance(schema, bool):
         raise Refused("schema", "", "nothing satisfies it")
+    _check_constants(schema)
     expression = "%json " + json.dumps({**schema, "x-guidance": layout})
     problem = complaint(f"start: {expression}")
     if problem:
         raise Refused("schema", "", said(problem))
     return expression
+
+
+def _check_constants(schema: Any) -> None:
+    """Raises TooComplex."""
+    left = [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+            if sum(isinstance(item, dict | list) for item in value) > MAX_COMPOUNDS:
+                raise TooComplex(f"one of its lists has more than {MAX_COMPOUNDS:,} arrays and objects")
+        elif isinstance(value, str) and len(value) > MAX_TEXT:
+            raise TooComplex(f"a text in it has {len(value):,} characters, and {MAX_TEXT:,} are taken")
 
 
 def tightened(rules: str) -> str:
@@ -107,9 +129,9 @@ def tightened(rules: str) -> str:
     return rules.replace(f'"x-guidance": {json.dumps(LAYOUT)}', f'"x-guidance": {json.dumps(TIGHT)}')
 
 
-def complaint(grammar: str) -> str:
+def complaint(grammar: str, limits: LLParserLimits = LIMITS) -> str:
     """What llguidance says against this grammar; empty: nothing."""
-    validate = partial(LLMatcher.validate_grammar_with_warnings, grammar, limits=LIMITS)
+    validate = partial(LLMatcher.validate_grammar_with_warnings, grammar, limits=limits)
     failed, messages = validate() if len(grammar) <= FLAT_CHARACTERS else on_a_large_stack(validate)
     return messages[0] if failed else ""
 

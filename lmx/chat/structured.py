@@ -15,9 +15,9 @@ from typing import Any, Final
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from lmx.chat.patterns import escape
+from lmx.chat.patterns import MAX_UNROLLED, escape, unrolled
 from lmx.chat.rewrite import TooComplex
-from lmx.chat.schema import ANY_OBJECT, complaint, said, strict_rule
+from lmx.chat.schema import ANY_OBJECT, OWN_LIMITS, complaint, said, strict_rule
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 MAX_GRAMMAR: Final = 2**16
@@ -26,6 +26,9 @@ MAX_RULES: Final = 500
 """Of a client's grammar: llguidance follows rules into each other on the stack, and dies of 20,000."""
 MAX_ALTERNATIVES: Final = 5000
 MAX_CHOICES: Final = 5000
+MAX_CHOICE: Final = 2**16
+"""Characters of one: masks take time for each, 0.1 s here."""
+MAX_CHOICE_CHARACTERS: Final = 2**18
 OWN: Final = "body_grammar"
 """Name of the sub-grammar that is the client's own."""
 
@@ -185,6 +188,13 @@ def choice_body(choices: Any, param: str) -> Body:
         raise InvalidRequest(f"{param} must be a list of texts (got {_shown(choices)}).", param=param)
     if len(choices) > MAX_CHOICES:
         raise GrammarTooComplex(f"{param} has {len(choices)} texts; this server takes {MAX_CHOICES}.", param=param)
+    longest, characters = max(map(len, choices)), sum(map(len, choices))
+    if longest > MAX_CHOICE or characters > MAX_CHOICE_CHARACTERS:
+        raise GrammarTooComplex(
+            f"{param} has texts of up to {longest:,} characters, {characters:,} in all; this server takes "
+            f"{MAX_CHOICE:,} and {MAX_CHOICE_CHARACTERS:,}.",
+            param=param,
+        )
     ways = "|".join("".join(map(escape, choice)) for choice in dict.fromkeys(choices))
     return _checked(Body(f"body: BODY\nBODY: /(?:{ways})/\n"), param)
 
@@ -192,12 +202,14 @@ def choice_body(choices: Any, param: str) -> Body:
 def regex_body(pattern: Any, param: str) -> Body:
     """Text that the regular expression describes from its first character to its last."""
     text = _text(pattern, param)
+    _check_unrolled(unrolled(text), param)
     return _checked(Body(f"body: BODY\nBODY: /{regex_to_lark(text, 'd')}/\n"), param)
 
 
 def grammar_body(grammar: Any, param: str) -> Body:
     """Text of the language of a grammar in llama.cpp's GBNF or llguidance's Lark dialect."""
     text = _text(grammar, param)
+    _check_rules(text.count("::="), text.count("|"), param)  # of GBNF, whose conversion takes seconds
     try:
         lark = any_to_lark(text)
     except RecursionError:
@@ -208,13 +220,68 @@ def grammar_body(grammar: Any, param: str) -> Body:
             param=param,
         ) from None
     rules = len(re.findall(r"(?m)^\s*[!?]?[\w.-]+[^\n:]*:", lark))
-    if rules > MAX_RULES or lark.count("|") > MAX_ALTERNATIVES:
+    _check_rules(rules, lark.count("|"), param)
+    try:
+        _check_unrolled(_unrolled_terminals(lark), param)
+    except RecursionError:
+        raise GrammarTooComplex(f"{param} is too complex: it is too deep.", param=param) from None
+    return _checked(Body(f"body: @{OWN}\n", _with_safe_schemas(lark, param)), param)
+
+
+def _check_rules(rules: int, alternatives: int, param: str) -> None:
+    if rules > MAX_RULES or alternatives > MAX_ALTERNATIVES:
         raise GrammarTooComplex(
-            f"{param} has {rules} rules and {lark.count('|')} alternatives; this server takes {MAX_RULES} and "
+            f"{param} has {rules} rules and {alternatives} alternatives; this server takes {MAX_RULES} and "
             f"{MAX_ALTERNATIVES}.",
             param=param,
         )
-    return _checked(Body(f"body: @{OWN}\n", _with_safe_schemas(lark, param)), param)
+
+
+def _check_unrolled(size: int, param: str) -> None:
+    if size > MAX_UNROLLED:
+        raise GrammarTooComplex(
+            f"{param} is too complex: its repetitions have {size:,} characters, and {MAX_UNROLLED:,} are taken.",
+            param=param,
+        )
+
+
+_DEFINITION: Final = re.compile(r"(?m)^[ \t]*[!?]?([A-Za-z_][\w.-]*)(?:\[[^\]\n]*\])?[ \t]*:")
+_TOKEN: Final = re.compile(
+    r'(?P<text>"(?:\\.|[^"\\\n])*")|(?P<regex>/(?:\\.|[^/\\\n])+/)|(?P<name>[A-Za-z_]\w*)|//[^\n]*'
+    r"|~ *(?P<times>[\d. ]+)|.",
+    re.S,
+)
+
+
+def _unrolled_terminals(lark: str) -> int:
+    """``patterns.unrolled`` of the largest terminal, with those that it refers to. Rules cost nothing of the kind."""
+    found = [*_DEFINITION.finditer(lark)]
+    ends = [*(each.start() for each in found[1:]), len(lark)]
+    bodies = {each[1]: lark[each.end() : end] for each, end in zip(found, ends, strict=False)}
+    sizes: dict[str, int] = {}
+
+    def size(name: str) -> int:
+        if name not in sizes:
+            sizes[name] = 1  # while it is read: what refers to itself is refused later
+            sizes[name] = unrolled("".join(map(written, _TOKEN.finditer(bodies[name]))))
+        return sizes[name]
+
+    def written(token: re.Match[str]) -> str:
+        """As a regular expression of the same size."""
+        if token["text"]:
+            return f"(.{{{len(token['text'])}}})"
+        if token["regex"]:
+            return f"(.{{{unrolled(token['regex'][1:-1])}}})"
+        if token["name"]:
+            terminal = token["name"].lstrip("_")[:1].isupper() and token["name"] in bodies
+            return f"(.{{{size(token['name'])}}})" if terminal else "."
+        if token["times"]:
+            return f"{{{max(re.findall('[0-9]+', token['times']), key=int, default='1')}}}"
+        return {"[": "(", "]": ")"}.get(token[0], token[0]) if not token[0].isspace() else ""
+
+    terminals = [size(name) for name in bodies if name.lstrip("_")[:1].isupper()]
+    inline = [unrolled(token["regex"][1:-1]) for token in _TOKEN.finditer(lark) if token["regex"]]
+    return max((*terminals, *inline), default=0)
 
 
 def _with_safe_schemas(lark: str, param: str) -> str:
@@ -234,7 +301,7 @@ def _with_safe_schemas(lark: str, param: str) -> str:
 
 
 def _checked(body: Body, param: str) -> Body:
-    problem = complaint(with_sub_grammar(f"start: body\n{body.rules}", body.grammar))
+    problem = complaint(with_sub_grammar(f"start: body\n{body.rules}", body.grammar), OWN_LIMITS)
     if problem:
         try:
             reason = said(problem)

@@ -83,6 +83,8 @@ class Constraint:
     def refusal(self) -> Refused:
         """What is told of a grammar that llguidance gave up on."""
         error = self._overdue or str(self.matcher.get_error())
+        if error == "NoExtensionBias":  # in llguidance's words
+            return Refused("grammar_invalid", "there is no text that it admits")
         code = "grammar_too_complex" if any(word in error.lower() for word in _TOO_MUCH) else "grammar_invalid"
         return Refused(code, error.split("\n", 1)[0][:_SHOWN_CHARACTERS])
 
@@ -182,12 +184,15 @@ def _compile(tokenizer: "Future[llguidance.LLTokenizer]", grammar: str) -> Const
     except BaseException as error:
         return Refused("grammar_invalid", f"this model's tokenizer cannot be used ({type(error).__name__}: {error})")
     # Errors do not quote the grammar, and nothing is printed for a client's mistakes.
-    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000)
+    # Alternatives (lmx.chat lets 5,000 be) and properties (2,000, four each) are items of one row.
+    limits = llguidance.LLParserLimits(verbose_errors=False, initial_lexer_fuel=5_000_000, max_items_in_row=10_000)
     try:
         made = on_a_large_stack(partial(llguidance.LLMatcher, vocabulary, grammar, log_level=0, limits=limits))
     except BaseException as error:
         return Refused("grammar_invalid", f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS])
     constraint = Constraint(grammar, made)
+    if not made.is_error():  # the first mask builds most of the lexer's states, and here nobody waits for it
+        made.compute_bitmask()
     return constraint.refusal if made.is_error() else constraint
 
 
