@@ -332,6 +332,9 @@ class SimLink:
             if message:
                 yield message
 
+    def wake(self) -> None:
+        """What compiles here is due at a time that is known."""
+
     def _due(self) -> bool:
         return bool(self._coming) and self._coming[0][0] <= self._clock()
 

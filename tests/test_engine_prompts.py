@@ -32,7 +32,6 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scope="module",
     params=[
         "mlx on",
-        "mlx off",
         pytest.param("llama off", marks=needs_llama),
         pytest.param("llama off shared", marks=needs_llama),
     ],
