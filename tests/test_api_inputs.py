@@ -173,6 +173,8 @@ async def test_values_on_both_faces(server: Server) -> None:
 
 
 FORCED = {"type": "function", "function": {"name": "f"}}
+UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+"""What no grammar can say."""
 CHATS: list[Case] = [
     *[({"tools": value}, 400, "tools[0]") for value in ([1, 2], ["x"], [None], [[]])],
     *[({"tools": value}, 400, "tools") for value in (5, "x", {}, True)],
@@ -187,6 +189,12 @@ CHATS: list[Case] = [
     ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, 400, "tool_choice"),
     ({"tools": [TOOL, {"type": "function", "function": {}}]}, 400, "tools[1].function.name"),
     ({"tools": [{"type": "function", "function": {"name": ""}}]}, 400, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": UNIQUE}}]}, 200, None),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": UNIQUE, "strict": True}}]},
+        400,
+        "tools[0].function.parameters",
+    ),
     (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]},
         400,

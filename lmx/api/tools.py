@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmx.api.shorten import shorten
+from lmx.chat.schema import strict_rule
 from lmx.chat.tools.base import Tool
 from lmx.errors import InvalidRequest
 
@@ -87,6 +88,8 @@ def _tools(declared: Iterable[dict[str, Any]], param: str, old: bool) -> dict[st
                 f"{where}.parameters: the arguments of a function are an object; its schema's type is {shorten(kind)}.",
                 param=f"{where}.parameters",
             )
+        if function.get("strict") in (True, "true") and parameters:
+            strict_rule(parameters, f"{where}.parameters")  # of others, what cannot be enforced is let be
         tools[name] = Tool(name, parameters or {"type": "object", "properties": {}})
     return tools
 
