@@ -22,8 +22,10 @@ endif
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
 
-test: $(VENV)/installed-dev  ## run the tests, two files at a time: most of a test's time is another process's
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files at a time, since most of a test's time is another process's; one BLAS thread for each process, since threads that
+# spin for a core that another one has make loading SmolLM2 take 60 s instead of 10.
+test: $(VENV)/installed-dev  ## run the tests
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with bounds checks
 	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
