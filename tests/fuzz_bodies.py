@@ -170,8 +170,9 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With real engines: grammars are compiled and followed there."""
-    settings = {"model": {"embedding": str(minilm)}}
+    """With real engines: grammars are compiled and followed there. A context so short that an answer without a limit
+    ends before its client gives up."""
+    settings = {"model": {"embedding": str(minilm), "context_length": 1024}}
     with serve(tmp_path_factory.mktemp("fuzz"), "--model", str(tiny_model), settings=settings) as running:
         running.line(r"model tiny-llama ready")
         running.line(rf"model {minilm.name} ready")
