@@ -15,6 +15,8 @@ from lmx.engine.backend import Backend
 from lmx.engine.embedding.backend import ENCODERS, Embedder, read_config
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
+from lmx.engine.prefix.fingerprint import fingerprint
+from lmx.engine.prefix.store import PrefixStore
 from lmx.errors import ModelInvalid
 from lmx.protocol import Failed, Load, Ready
 
@@ -63,7 +65,13 @@ def _serve(link: Link) -> int:
             load_s=time.monotonic() - started,
         )
     )
-    StepLoop(link, backend, options).run()
+    prefixes = None
+    if options.prefix_cache and facts.prefixes:
+        kv = f"{facts.dtype}, {facts.architecture}"
+        prefixes = PrefixStore(
+            backend, fingerprint(Path(options.path), options.backend, kv), options.prefix_ram_bytes
+        )
+    StepLoop(link, backend, options, prefixes=prefixes).run()
     return 0
 
 

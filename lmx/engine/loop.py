@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lmx._sched import NeverFits, Scheduler
+from lmx._sched import Join, NeverFits, Scheduler
 from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
+from lmx.engine.prefix.store import NOTHING, PrefixStore, Source
 from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
@@ -28,6 +29,7 @@ from lmx.protocol import (
     Freed,
     Load,
     Message,
+    PrefixStats,
     PromptLogprobs,
     Running,
     Shutdown,
@@ -71,8 +73,8 @@ class _Running:
     chunks: list[Chunk]
     started: tuple[Started, ...]
     predicted_s: float
-    decodes: bool
-    """Rows get their next token in it."""
+    decode: list[Sequence]
+    """Those that get their next token in it."""
     started_at: float = 0.0
     returned_at: float = 0.0
     """``Launch.start`` was called, and came back."""
@@ -96,8 +98,9 @@ class StepLoop:
         options: Load,
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
-        """``grammars``: other than those of the model's own words."""
+        """``grammars``: other than those of the model's own words; ``prefixes``: None where nothing is kept."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -119,6 +122,11 @@ class StepLoop:
         self._compile_s = options.grammar_compile_s
         self._compiling: dict[int, _Compiling] = {}
         """Requests that wait for their grammar; the scheduler does not know them yet."""
+        self._prefixes = prefixes
+        self._rows: dict[int, Sequence] = {}
+        """Those that have a row."""
+        self._sources: dict[int, Source] = {}
+        """Of sequences that may join in the next plan: where their first tokens are."""
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
@@ -160,7 +168,7 @@ class StepLoop:
         start_first = self._forced or not self._blocks
         running: _Running | None = None
         while not self._stopping:
-            if running and not running.decodes:
+            if running and not running.decode:
                 self._complete(running)
                 self._release()
                 running = None
@@ -279,26 +287,11 @@ class StepLoop:
     def _enter(self, waiting: _Compiling, constraint: Constraint | None) -> None:
         """Queue a request with the scheduler, or fail it alone."""
         submit, prompt = waiting.submit, waiting.prompt
-        parent = self._parent(submit, prompt)
-        try:
-            max_tokens = self._scheduler.submit(
-                submit.seq,
-                len(prompt),
-                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
-                client=submit.client,
-                priority=submit.priority,
-                deadline=waiting.deadline,
-                cached_tokens=len(prompt) - 1 if parent else 0,
-                parent=submit.parent if parent else -1,
-            )
-        except ValueError as error:
-            self._refuse(submit.seq, error)
-            return
-        self._sequences[submit.seq] = Sequence(
+        sequence = Sequence(
             submit.seq,
             prompt,
             len(prompt),
-            max_tokens,
+            submit.max_tokens,
             submit.sampling,
             submit.ignore_eos,
             submit.request_id,
@@ -306,18 +299,45 @@ class StepLoop:
             submit.min_tokens,
             constraint,
             submit.prompt_logprobs,
+            salt=submit.salt,
+            session=submit.session,
         )
+        parent, shared = self._parent(sequence, submit.parent)
+        try:
+            sequence.max_tokens = self._scheduler.submit(
+                submit.seq,
+                len(prompt),
+                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
+                client=submit.client,
+                priority=submit.priority,
+                deadline=waiting.deadline,
+                cached_tokens=shared,
+                parent=parent,
+            )
+        except ValueError as error:
+            if self._prefixes:
+                self._prefixes.leave(sequence)
+            self._refuse(submit.seq, error)
+            return
+        self._sequences[submit.seq] = sequence
 
-    def _parent(self, submit: Submit, prompt: list[int]) -> bool:
-        """Whether its parent can give it the prompt's KV. (Log-probabilities come from the prefill itself.)"""
-        parent = self._sequences.get(submit.parent)
-        return (
+    def _parent(self, sequence: Sequence, asked: int) -> tuple[int, int]:
+        """Whose KV it takes over when that is computed, and how many tokens; (-1, 0): nobody's, or who has it now is
+        found when it joins."""
+        parent = self._sequences.get(asked)
+        prompt = sequence.tokens
+        if (
             parent is not None
             and self._backend.facts.forks
-            and submit.prompt_logprobs < 0
-            and parent.prompt_tokens == len(prompt)
+            and sequence.prompt_logprobs < 0  # they come from the prefill itself
             and parent.tokens[: len(prompt)] == prompt
-        )
+        ):
+            return asked, len(prompt) - 1
+        if self._prefixes is None:
+            return -1, 0
+        self._prefixes.enter(sequence)
+        have = self._prefixes.find(sequence, self._rows.values()).tokens
+        return self._prefixes.leader(sequence, self._sequences.values(), have)
 
     def _refuse(self, seq: int, error: ValueError) -> None:
         code = "never_fits" if isinstance(error, NeverFits) else "invalid_request"
@@ -328,25 +348,20 @@ class StepLoop:
 
     def _prepare(self) -> _Running | None:
         now = self._clock()
+        if self._prefixes and len(self._rows) < self._backend.facts.max_rows:
+            self._find_sources(self._prefixes)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
             self._link.send(Failed(seq, "timeout", "the deadline passed"))
         for seq in plan.preempted:
-            self._backend.free(self._sequences[seq])
+            self._leave_row(self._sequences[seq])
         self._stalled = plan.step == 0
         if self._stalled:
             return None
         decode = [self._sequences[seq] for seq in plan.decode]
         chunks = [Chunk(self._sequences[p.seq], p.start, p.tokens, p.last) for p in plan.prefills]
-        forks = {join.seq: join for join in plan.joins}
-        joining = [chunk for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in forks]
-        for chunk in joining:
-            if fork := forks.get(chunk.sequence.seq):
-                self._backend.fork(chunk.sequence, self._sequences[fork.parent], fork.cached_tokens)
-            else:
-                self._backend.start(chunk.sequence)
-        started = tuple(Started(chunk.sequence.seq, chunk.start) for chunk in joining)
+        started = self._join(chunks, plan.joins)
         members = (*plan.decode, *(p.seq for p in plan.prefills))
         if members != self._members:
             self._members = members
@@ -358,7 +373,51 @@ class StepLoop:
         )
         launch = self._backend.launch(decode, chunks)
         self._host_s += 0.2 * (self._clock() - now - self._host_s)
-        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, bool(decode))
+        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, decode)
+
+    def _find_sources(self, prefixes: PrefixStore) -> None:
+        """Tell the scheduler what those who may join in the next plan need not compute."""
+        self._sources.clear()
+        claimed: set[int] = set()
+        for seq in self._scheduler.upcoming(self._backend.facts.max_rows):
+            source = prefixes.find(self._sequences[seq], self._rows.values(), claimed)
+            if self._scheduler.recache(seq, source.tokens, source.row):
+                self._sources[seq] = source
+                claimed.add(source.parked)
+
+    def _join(self, chunks: list[Chunk], joins: tuple[Join, ...]) -> tuple[Started, ...]:
+        """Rows for those whose first chunk this is."""
+        found = {join.seq: join for join in joins}
+        joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
+        if joining and self._prefixes:
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
+
+        def order(sequence: Sequence) -> int:
+            """Who resumes a left row first: others may take it for their own."""
+            return self._sources.get(sequence.seq, NOTHING).parked < 0
+
+        for sequence in sorted(joining, key=order):
+            join = found.get(sequence.seq)
+            if join is None:
+                self._backend.start(sequence)
+                sequence.kv_tokens = 0
+            elif join.parent >= 0 or self._prefixes is None:
+                self._backend.fork(sequence, self._sequences[join.parent], join.cached_tokens)
+            else:
+                self._prefixes.restore(sequence, self._sources[sequence.seq])
+            if join:
+                sequence.kv_tokens = join.cached_tokens
+            if sequence.cached_tokens < 0:
+                sequence.cached_tokens = sequence.kv_tokens
+            self._rows[sequence.seq] = sequence
+        return tuple(Started(sequence.seq, sequence.cached_tokens) for sequence in joining)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        """Keep what it computed, and give its row back."""
+        if self._rows.pop(sequence.seq, None) and self._prefixes:
+            self._prefixes.publish(sequence, end=True)
+        self._backend.free(sequence)
+        sequence.kv_tokens = 0
 
     def _start(self, running: _Running) -> None:
         # Before the call: where the device does not run apart from Python, it lasts as long as the step.
@@ -381,12 +440,15 @@ class StepLoop:
                 continue
             if draw.bad:
                 sequence.ended = True
+                if self._prefixes:
+                    self._prefixes.leave(sequence)  # nobody else is to get that
                 finished.append(sequence.seq)
                 self._link.send(
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
                 )
                 continue
             sequence.tokens.append(draw.token)
+            sequence.kv_tokens = len(sequence.tokens) - 1
             constraint, finish = sequence.constraint, None
             if self._ends(sequence, draw.token):
                 finish = "stop"
@@ -410,9 +472,14 @@ class StepLoop:
             self._tell_scores(scores)
         for chunk in running.chunks:
             chunk.sequence.computed_tokens += chunk.tokens
+            chunk.sequence.kv_tokens = chunk.start + chunk.tokens
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+        if self._prefixes:
+            for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
+                if sequence.seq in self._rows:
+                    self._prefixes.publish(sequence)
 
     def _tell_scores(self, scores: Scores) -> None:
         """Each once: after a preemption the prompt is prefilled again."""
@@ -462,7 +529,9 @@ class StepLoop:
         for seq in self._scheduler.releasable():
             self._stalled = False
             sequence = self._sequences.pop(seq)
-            self._backend.free(sequence)
+            self._leave_row(sequence)
+            if self._prefixes:
+                self._prefixes.leave(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
 
@@ -503,5 +572,6 @@ class StepLoop:
                 mlx_cache_bytes=memory.cache_bytes,
                 rss_bytes=resident_bytes(),
                 live_arrays=memory.live_arrays,
+                prefix=self._prefixes.statistics() if self._prefixes else PrefixStats(),
             )
         )
