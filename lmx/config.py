@@ -118,6 +118,8 @@ class EngineSettings(_Section):
     max_unread_tokens: int = Field(8192, ge=1)
     grammar_compile_s: float = Field(10.0, gt=0)
     grammar_mask_ms: float = Field(20.0, gt=0)
+    prefix_cache: bool = True
+    prefix_ram_bytes: int = Field(0, ge=0, le=2**63 - 1)
     openblas: Annotated[str, AfterValidator(_library)] = "auto"
     mlx_ops_per_buffer: int = Field(0, ge=0, le=2**31 - 1)
     mlx_mb_per_buffer: int = Field(0, ge=0, le=2**31 - 1)

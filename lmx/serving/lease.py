@@ -35,6 +35,8 @@ class GenerateRequest:
     min_tokens: int = 0
     prompt_logprobs: int = -1
     parent: int = -1
+    salt: str | None = ""
+    session: str = ""
     request_id: str = ""
     """The client's or ours, for logs."""
 

@@ -320,6 +320,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         # While it compiles, a single request gives no step: that must not look like a hang.
         grammar_compile_s=min(settings.engine.grammar_compile_s, settings.engine.hang_timeout_s / 2),
         grammar_mask_ms=settings.engine.grammar_mask_ms,
+        prefix_cache=settings.engine.prefix_cache,
+        prefix_ram_bytes=settings.engine.prefix_ram_bytes,
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))
