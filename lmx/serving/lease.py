@@ -74,7 +74,6 @@ class Lease:
 
     __slots__ = (
         "alone_tokens",
-        "cached_tokens",
         "cancel_reason",
         "closed",
         "deadline",
@@ -88,6 +87,7 @@ class Lease:
         "prompt_logprobs",
         "request",
         "seq",
+        "started",
         "submitted",
         "taken_at",
         "tokens",
@@ -110,7 +110,8 @@ class Lease:
         self.cancel_reason: str | None = None
         """Why the server ended it, where neither the engine nor the reader did: "deadline", "slow_reader",
         "shutdown"."""
-        self.cached_tokens = 0
+        self.started: protocol.Started | None = None
+        """How it began in the engine."""
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.submitted = False
@@ -125,6 +126,10 @@ class Lease:
         """The engine has confirmed it free, or has died."""
         self.wake = trio.Event()
         """Something has changed for the reader; replaced by the reader before it waits."""
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.started.cached_tokens if self.started else 0
 
     @property
     def over(self) -> bool:
