@@ -15,13 +15,13 @@ from pydantic_core import to_json
 from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
 from lmx.api.shorten import shorten
 from lmx.api.tools import ToolUse, tool_use
-from lmx.chat.grammar import answer_grammar, check
+from lmx.chat.forms.grammar import answer_grammar, check
+from lmx.chat.forms.schema import ANY_OBJECT
+from lmx.chat.forms.structured import FIELDS, Body, body_of, with_sub_grammar
 from lmx.chat.model import ChatModel
 from lmx.chat.plan import PLAIN, Plan, Thoughts
+from lmx.chat.prompt.switches import Switches
 from lmx.chat.reasoning import rules as reasoning_rules
-from lmx.chat.schema import ANY_OBJECT
-from lmx.chat.structured import FIELDS, Body, body_of, with_sub_grammar
-from lmx.chat.switches import Switches
 from lmx.chat.tools.base import WholeFormat
 from lmx.errors import GrammarTooComplex, InvalidRequest
 

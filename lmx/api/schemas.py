@@ -57,7 +57,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """``lmx.chat.structured`` reads what else belongs to the type."""
+    """``lmx.chat.forms.structured`` reads what else belongs to the type."""
 
     model_config = ConfigDict(strict=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmx.api.shorten import shorten
-from lmx.chat.schema import strict_rule
+from lmx.chat.forms.schema import strict_rule
 from lmx.chat.tools.base import Tool
 from lmx.errors import InvalidRequest
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 
 
 @dataclass(frozen=True, slots=True)

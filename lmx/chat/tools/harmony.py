@@ -16,8 +16,8 @@ from typing import Literal
 import regex
 
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed, Reasoning
-from lmx.chat.grammar import literal
-from lmx.chat.schema import json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.schema import json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space, value

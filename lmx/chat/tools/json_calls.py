@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmx.chat.grammar import literal
-from lmx.chat.schema import json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.schema import json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.literals import space, text, value
 from lmx.chat.tools.reader import CallReader, NoCall

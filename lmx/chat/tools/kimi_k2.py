@@ -6,7 +6,7 @@ Whatever a JSON string holds, the arguments end where their JSON does. Pure.
 import re
 from collections.abc import Mapping, Sequence
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import call_rules
 from lmx.chat.tools.lark import within

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import JsonFormat, call_rules, read_list
 from lmx.chat.tools.literals import space, value

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lmx.chat.messages import collector, map_strings
+from lmx.chat.prompt.messages import collector, map_strings
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
-from lmx.chat.rewrite import TooComplex
-from lmx.chat.schema import complaint, said, tightened
+from lmx.chat.forms.limits import TooComplex
+from lmx.chat.forms.schema import complaint, said, tightened
+from lmx.chat.forms.structured import Body, with_sub_grammar
 from lmx.chat.stack import too_large
-from lmx.chat.structured import Body, with_sub_grammar
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 if TYPE_CHECKING:  # the formats import `literal` from here

@@ -3,7 +3,7 @@
 Pure: the request's fields as plain data in, one typed result out, or InvalidRequest that names the field. OpenAI's
 ``response_format`` (and the Responses face's ``text``, Anthropic's ``output_config``), vLLM's ``structured_outputs``
 and ``guided_*``, llama-server's ``grammar`` and ``json_schema``, SGLang's ``regex`` and ``ebnf``, Ollama's ``format``.
-Called by ``lmx.api.prepare``; ``lmx.chat.grammar`` puts the result behind the reasoning and beside the tool calls.
+Called by ``lmx.api.prepare``; ``lmx.chat.forms.grammar`` puts the result behind the reasoning and beside the calls.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any, Final
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from lmx.chat.patterns import MAX_UNROLLED, escape, unrolled
-from lmx.chat.rewrite import TooComplex
-from lmx.chat.schema import ANY_OBJECT, OWN_LIMITS, complaint, said, strict_rule
+from lmx.chat.forms.limits import TooComplex
+from lmx.chat.forms.patterns import MAX_UNROLLED, escape, unrolled
+from lmx.chat.forms.schema import ANY_OBJECT, OWN_LIMITS, complaint, said, strict_rule
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
 MAX_GRAMMAR: Final = 2**16

@@ -17,7 +17,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lmx.chat.messages import collector, map_strings
+from lmx.chat.prompt.messages import collector, map_strings
 from lmx.errors import InvalidRequest
 
 SHOWN_CHARACTERS = 300

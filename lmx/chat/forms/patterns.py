@@ -1,6 +1,6 @@
 """Regular expressions of JSON schemas, asked of llguidance itself: the engine's dialect, and no backtracking.
 
-Pure. Called by ``lmx.chat.shapes`` and ``lmx.chat.rewrite``.
+Pure. Called by the modules that read, hold and write schemas, and by ``lmx.chat.forms.structured``.
 """
 
 import json

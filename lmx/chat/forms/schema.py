@@ -1,7 +1,7 @@
 """JSON schemas as grammar: Lark expressions, in llguidance's dialect, of the values that a schema admits.
 
-Pure. Called by the tool formats of ``lmx.chat.tools`` and by ``lmx.chat.structured``. What comes out compiles: it is
-validated here, with limits, so that no client's schema costs an engine more than a server thread has already seen.
+Pure. Called by the tool formats of ``lmx.chat.tools`` and by ``lmx.chat.forms.structured``. What comes out compiles: it
+is validated here, with limits, so that no client's schema costs an engine more than a server thread has already seen.
 """
 
 import json
@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits
 
-from lmx.chat.rewrite import Refused, TooComplex, rewritten
+from lmx.chat.forms.limits import Refused, TooComplex
+from lmx.chat.forms.writing import rewritten
 from lmx.chat.stack import FLAT_CHARACTERS, on_a_large_stack
 from lmx.errors import GrammarTooComplex, InvalidRequest
 
@@ -68,7 +69,7 @@ def _tool_rule(text: str) -> str:
 
 
 def strict_rule(schema: Any, param: str, layout: Mapping[str, Any] | None = None) -> str:
-    """The Lark expression of the values that the schema admits, less what ``lmx.chat.rewrite`` says: never more.
+    """The Lark expression of the values that the schema admits, less what ``lmx.chat.forms.writing`` says: never more.
 
     Raises InvalidRequest that names the keyword and where it stands; ``param`` is the request's field. layout: other
     white space than ``LAYOUT``'s.

@@ -1,8 +1,8 @@
 """What a JSON schema admits, as shapes: each one JSON type with all its constraints at once.
 
-The words between ``lmx.chat.rewrite``, which reads schemas into lists of shapes (any one of them will do) and writes
-shapes as the schemas that llguidance takes exactly. Pure. Subschemas stay unread until they are needed: a shape holds
-them as conjunctions of places, so that recursive schemas are finite.
+The words between ``lmx.chat.forms.reading``, which reads schemas into lists of shapes (any one of them will do), and
+``lmx.chat.forms.writing``, which writes them as the schemas that llguidance takes exactly. Pure. Subschemas stay unread
+until they are needed: a shape holds them as conjunctions of places, so that recursive schemas are finite.
 """
 
 import math
@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from lmx.chat.patterns import matches, none_of
+from lmx.chat.forms.patterns import matches, none_of
 
 T = TypeVar("T")
 

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lmx.chat.messages import Message, normalise, with_arguments
-from lmx.chat.written import generic
+from lmx.chat.prompt.messages import Message, normalise, with_arguments
+from lmx.chat.prompt.written import generic
 from lmx.errors import InvalidRequest
 
 WriteCalls = Callable[[Sequence[Message]], str]

@@ -1,15 +1,15 @@
 """Earlier calls as text, as their models write them: for templates that tell of tools and print none of a
 conversation's calls. What stands in no table here is written as the generic tool format is.
 
-Pure. ``lmx.chat.history`` puts the text into the assistant's turn. A format's own special tokens are passed through
-``token``, so that they become tokens; what a client spells out never does.
+Pure. ``lmx.chat.prompt.history`` puts the text into the assistant's turn. A format's own special tokens are passed
+through ``token``, so that they become tokens; what a client spells out never does.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lmx.chat.messages import Message, read_arguments
+from lmx.chat.prompt.messages import Message, read_arguments
 
 Token = Callable[[str], str]
 Write = Callable[[Sequence[Message], Token], str]

@@ -1,6 +1,6 @@
 """Brings OpenAI chat messages into the shape that chat templates are written for. Pure; ``ChatModel`` calls it.
 
-Messages keep their number and order here; what a template cannot read is the matter of ``lmx.chat.history``.
+Messages keep their number and order here; what a template cannot read is the matter of ``lmx.chat.prompt.history``.
 """
 
 import json
