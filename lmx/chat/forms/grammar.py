@@ -1,6 +1,6 @@
 """The grammar of a whole answer, in llguidance's Lark dialect: reasoning, then text, calls or a format.
 
-Pure: strings in, a string out, which the engine compiles (``lmx.engine.grammar``). Called by ``lmx.api.prepare``.
+Pure: strings in, a string out, which the engine compiles (``lmx.engine.grammar``). Called by ``lmx.api.core.prepare``.
 
 Names in it: the parts of others begin with ``reasoning``, ``call`` and ``body``, what is written here with ``answer``.
 Whatever comes without end is text or the client's own wish: white space between the parts is bounded.

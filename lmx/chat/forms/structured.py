@@ -3,7 +3,7 @@
 Pure: the request's fields as plain data in, one typed result out, or InvalidRequest that names the field. OpenAI's
 ``response_format`` (and the Responses face's ``text``, Anthropic's ``output_config``), vLLM's ``structured_outputs``
 and ``guided_*``, llama-server's ``grammar`` and ``json_schema``, SGLang's ``regex`` and ``ebnf``, Ollama's ``format``.
-Called by ``lmx.api.prepare``; ``lmx.chat.forms.grammar`` puts the result behind the reasoning and beside the calls.
+Called by ``lmx.api.core.prepare``; ``lmx.chat.forms.grammar`` puts the result behind the reasoning and beside calls.
 """
 
 import json

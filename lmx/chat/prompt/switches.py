@@ -1,7 +1,7 @@
 """How much a model is to think, in the words of its chat template.
 
-Templates agree on no name and no values. Pure; ``ChatModel`` calls it with what its template reads, ``lmx.api.prepare``
-gathers what the client said, in whatever spelling.
+Templates agree on no name and no values. Pure; ``ChatModel`` calls it with what its template reads,
+``lmx.api.core.prepare`` gathers what the client said, in whatever spelling.
 """
 
 from collections.abc import Collection

@@ -2,7 +2,7 @@
 
 A ``Job`` holds one ``GenerateRequest`` for each choice. ``run`` holds their leases in one nursery and hands each piece
 to a ``Sink`` that knows the face's wire format. It must never return, or raise, with a lease held. Called by
-``lmx.api.chat`` and ``lmx.api.completions``.
+``lmx.api.openai.chat`` and ``lmx.api.openai.completions``.
 """
 
 import secrets
@@ -14,11 +14,10 @@ from typing import Protocol, TypeVar
 import structlog
 import trio
 
-from lmx.api.answer_events import AnswerEvents
-from lmx.api.call import Call
+from lmx.api.core.answer_events import AnswerEvents, merged
+from lmx.api.core.call import Call
+from lmx.api.core.schemas import GenerationFields
 from lmx.api.errors import raise_single
-from lmx.api.message import merged
-from lmx.api.schemas import GenerationFields
 from lmx.chat.events import Event, Malformed
 from lmx.chat.plan import Plan
 from lmx.chat.text import TextStream

@@ -6,10 +6,10 @@ from quart import Blueprint, Response
 from quart_schema import document_request
 
 from lmx.api.body import receive
-from lmx.api.schemas import DetokenizeRequest, TokenizeRequest
-from lmx.chat.model import ChatModel
+from lmx.api.core.formats import formats
+from lmx.api.core.schemas import DetokenizeRequest, TokenizeRequest
 from lmx.config import Settings
-from lmx.serving.models import AnyServed, Models, Served
+from lmx.serving.models import AnyServed, Models
 
 
 def blueprint(models: Models, settings: Settings) -> Blueprint:
@@ -41,24 +41,6 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         return Response(prepared.answer, content_type="application/json")
 
     return routes
-
-
-def formats(served: AnyServed) -> dict[str, str]:
-    """How the model writes what is more than text, and why we think so."""
-    if not isinstance(served, Served):
-        return {}
-    chat = served.chat
-    return {
-        "tool_format": chat.tool_format.name,
-        "tool_format_reason": chat.tool_format_reason,
-        "reasoning_format": _reasoning(chat),
-        "reasoning_format_reason": chat.reasoning_reason,
-    }
-
-
-def _reasoning(chat: ChatModel) -> str:
-    known = chat.reasoning or chat.whole_format
-    return known.name if known is not None else "none"
 
 
 def _model_object(served: AnyServed) -> dict[str, Any]:

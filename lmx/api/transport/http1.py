@@ -2,7 +2,7 @@
 
 An upgrade (to WebSocket, to h2c) is an offer that a server may pass over (RFC 9110, 7.8): every request is answered as
 an ordinary one, so that whoever offers something else gets the app's JSON. Called by Hypercorn, through
-``lmx.api.http``.
+``lmx.api.transport.http``.
 """
 
 import json

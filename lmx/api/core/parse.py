@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from lmx.api.shorten import SHOWN_CHARACTERS, shorten
-from lmx.api.unbuilt import refuse_unbuilt
+from lmx.api.core.shorten import SHOWN_CHARACTERS, shorten
+from lmx.api.core.unbuilt import refuse_unbuilt
 from lmx.errors import InvalidRequest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -42,7 +42,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[Model], body: dict[str, Any]) -> Model:
-    """Raises InvalidRequest, also for fields that would change the answer and are not built (``lmx.api.unbuilt``)."""
+    """Raises InvalidRequest, also for fields that would change the answer and are not built (``unbuilt``)."""
     refuse_unbuilt(body, frozenset(model.model_fields))
     try:
         return model.model_validate(body)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from lmx.api.answer import to_json
+from lmx.api.core.generation import Choice, Delta, Job, usage
+from lmx.api.core.schemas import StreamOptions
 from lmx.api.events import DONE, EventWriter
-from lmx.api.generation import Choice, Delta, Job, usage
-from lmx.api.schemas import StreamOptions
+from lmx.api.openai.answer import to_json
 from lmx.chat.events import CallArguments, CallStart, Content, Event, Reasoning
 from lmx.protocol import Logprobs
 

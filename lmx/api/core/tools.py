@@ -1,6 +1,7 @@
 """Which tools an answer may call, and whether it must: ``tools`` and ``tool_choice`` in every spelling.
 
-Pure. Called by ``lmx.api.prepare`` with the body as the client wrote it, whose types ``lmx.api.schemas`` has checked.
+Pure. Called by ``lmx.api.core.prepare`` with the body as the client wrote it, whose types ``lmx.api.core.schemas`` has
+checked.
 """
 
 import re
@@ -8,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lmx.api.shorten import shorten
+from lmx.api.core.shorten import shorten
 from lmx.chat.forms.schema import strict_rule
 from lmx.chat.tools.base import Tool
 from lmx.errors import InvalidRequest

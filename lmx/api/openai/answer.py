@@ -11,8 +11,8 @@ import trio
 from quart import Response
 
 from lmx import __version__
-from lmx.api.generation import Choice, Delta, Job
-from lmx.api.logprobs import prompt_logprobs
+from lmx.api.core.generation import Choice, Delta, Job
+from lmx.api.openai.logprobs import prompt_logprobs
 from lmx.chat.events import Content, Event
 from lmx.protocol import Logprobs
 from lmx.serving.models import Served

@@ -20,9 +20,9 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 
 from lmx.api.errors import contained
-from lmx.api.http1 import Http1
-from lmx.api.http2 import Http2
-from lmx.api.stream import WatchedStream
+from lmx.api.transport.http1 import Http1
+from lmx.api.transport.http2 import Http2
+from lmx.api.transport.stream import WatchedStream
 from lmx.config import ServerSettings, Settings
 
 BACKLOG = 1024

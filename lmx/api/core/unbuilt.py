@@ -4,13 +4,13 @@ Clients take such a field for a guarantee, so dropping it in silence is worse th
 those of the servers whose clients come here: vLLM, SGLang, llama.cpp's server, LM Studio, mlx-lm, Ollama, TGI,
 text-generation-webui, Aphrodite, KoboldCpp, OpenRouter, Mistral, Hugging Face's generate(). Fields that only describe
 (``metadata``, ``store``, ``service_tier``, ``cache_salt`` …) are not here: they are ignored. Pure; called by
-``lmx.api.parse``. A field that gets built moves from here into ``lmx.api.schemas``.
+``lmx.api.core.parse``. A field that gets built moves from here into ``lmx.api.core.schemas``.
 """
 
 from functools import cache
 from typing import Any
 
-from lmx.api.shorten import shorten
+from lmx.api.core.shorten import shorten
 from lmx.errors import InvalidRequest
 
 LONGEST_NAME = 50

@@ -1,13 +1,13 @@
 """One answer's text as the events that a face tells: reasoning, calls, and content, which alone stop strings cut.
 
-Pure; whatever the pieces, the events put together are the same. ``lmx.api.generation`` holds one for each choice whose
-answer may be more than text.
+Pure; whatever the pieces, the events put together are the same. ``lmx.api.core.generation`` holds one for each
+choice whose answer may be more than text.
 """
 
 from collections.abc import Container, Sequence
 
 from lmx.chat.answer import AnswerParser
-from lmx.chat.events import CallStart, Content, Event, Malformed, Reasoning
+from lmx.chat.events import CallArguments, CallStart, Content, Event, Malformed, Reasoning
 from lmx.chat.plan import Plan
 from lmx.chat.text import StopStrings
 
@@ -100,3 +100,22 @@ class AnswerEvents:
         if not self.stopped:
             self._stop = StopStrings(self._strings, keep=self._keep_stop)
         return [Content(text)] if text else []
+
+
+def merged(events: list[Event]) -> list[Event]:
+    """The same with neighbours of one kind as one: an event to send each."""
+    if len(events) < 2:
+        return events
+    result: list[Event] = []
+    for event in events:
+        last = result[-1] if result else None
+        match last, event:
+            case (Content(), Content()):
+                result[-1] = Content(last.text + event.text)
+            case (Reasoning(), Reasoning()):
+                result[-1] = Reasoning(last.text + event.text)
+            case (CallArguments(), CallArguments()):  # of one call: between two there are an end and a start
+                result[-1] = CallArguments(event.index, last.json + event.json)
+            case _:
+                result.append(event)
+    return result

@@ -3,7 +3,8 @@
 Hypercorn reads only when its protocol wants bytes: while a pipelined request or a stray CRLF waits behind a running
 one, it would not see the client leave until the handler ends; and it waits without limit for a client that has stopped
 reading. ``WatchedStream`` stands between the two: its own task always reads ahead, and writes have a deadline. It
-must never hand bytes out of order, and it knows nothing of HTTP. ``lmx.api.http`` makes one for each connection.
+must never hand bytes out of order, and it knows nothing of HTTP. ``lmx.api.transport.http`` makes one for each
+connection.
 """
 
 import fcntl

@@ -1,8 +1,8 @@
 """The OpenAI requests, as pydantic models: what is taken, and which values are possible.
 
 Strict types (a client that sends "0.7" for a number has a bug that should be seen), unknown fields ignored, except the
-ones of ``lmx.api.unbuilt``. What needs the model (vocabulary, context length) is checked later, in
-``lmx.api.generation``. These models also make /openapi.json, so their descriptions are written for its readers.
+ones of ``lmx.api.core.unbuilt``. What needs the model (vocabulary, context length) is checked later, in
+``lmx.api.core.generation``. These models also make /openapi.json, so their descriptions are written for its readers.
 
 Every list fails at its first wrong element and has a length that bounds what checking it can cost: a million errors in
 a body of 3 MB once took 3.4 GB.
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from lmx.api.shorten import shorten
+from lmx.api.core.shorten import shorten
 from lmx.errors import InvalidRequest
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1

@@ -1,6 +1,7 @@
 """An answer's events in OpenAI's words: the fields of a ``message``, and of a ``delta`` in a stream. Pure.
 
-Put together, a stream's deltas are the message. Called by ``lmx.api.chat``, and by ``lmx.api.chunks`` through it.
+Put together, a stream's deltas are the message. Called by ``lmx.api.openai.chat``, and by ``lmx.api.openai.chunks``
+through it.
 """
 
 import secrets
@@ -8,25 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed, Reasoning
-
-
-def merged(events: list[Event]) -> list[Event]:
-    """The same with neighbours of one kind as one: an event to send each."""
-    if len(events) < 2:
-        return events
-    result: list[Event] = []
-    for event in events:
-        last = result[-1] if result else None
-        match last, event:
-            case (Content(), Content()):
-                result[-1] = Content(last.text + event.text)
-            case (Reasoning(), Reasoning()):
-                result[-1] = Reasoning(last.text + event.text)
-            case (CallArguments(), CallArguments()):  # of one call: between two there are an end and a start
-                result[-1] = CallArguments(event.index, last.json + event.json)
-            case _:
-                result.append(event)
-    return result
 
 
 def call_id() -> str:

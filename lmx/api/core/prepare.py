@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from lmx.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
-from lmx.api.shorten import shorten
-from lmx.api.tools import ToolUse, tool_use
+from lmx.api.core.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest
+from lmx.api.core.shorten import shorten
+from lmx.api.core.tools import ToolUse, tool_use
 from lmx.chat.forms.grammar import answer_grammar, check
 from lmx.chat.forms.schema import ANY_OBJECT
 from lmx.chat.forms.structured import FIELDS, Body, body_of, with_sub_grammar

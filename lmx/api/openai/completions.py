@@ -1,4 +1,4 @@
-"""POST /v1/completions: OpenAI's plain completions over ``lmx.api.generation``, for text, texts and token ids."""
+"""POST /v1/completions: OpenAI's plain completions over ``lmx.api.core.generation``, for text, texts and token ids."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,14 +7,14 @@ from typing import Any
 from quart import Blueprint, Response
 from quart_schema import document_request
 
-from lmx.api.answer import Collected, heading
 from lmx.api.body import receive
-from lmx.api.call import current_call
-from lmx.api.chunks import ChunkStream
+from lmx.api.core.call import current_call
+from lmx.api.core.generation import Job, best, make_job, run, usage
+from lmx.api.core.schemas import CompletionRequest
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, best, make_job, run, usage
-from lmx.api.logprobs import CompletionLogprobs
-from lmx.api.schemas import CompletionRequest
+from lmx.api.openai.answer import Collected, heading
+from lmx.api.openai.chunks import ChunkStream
+from lmx.api.openai.logprobs import CompletionLogprobs
 from lmx.chat.events import Event
 from lmx.config import Settings
 from lmx.serving.models import Models

@@ -1,11 +1,11 @@
-"""The requests of ``lmx.api.embeddings`` as pydantic models; as in ``lmx.api.schemas``, whose rules hold here, too."""
+"""The requests of ``lmx.api.openai.embeddings`` as pydantic models. The rules of ``lmx.api.core.schemas`` hold, too."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from lmx.api.schemas import INT64_MAX, Request, TokenIds
-from lmx.api.shorten import shorten
+from lmx.api.core.schemas import INT64_MAX, Request, TokenIds
+from lmx.api.core.shorten import shorten
 from lmx.errors import InvalidRequest
 
 MAX_INPUTS = 2048

@@ -15,9 +15,9 @@ from quart import Blueprint, Response
 from quart_schema import document_request
 
 from lmx.api.body import receive_embedding
-from lmx.api.call import current_call
-from lmx.api.embedding_requests import EmbeddingFields, EmbeddingRequest, RerankRequest
-from lmx.api.prepare import Prepared
+from lmx.api.core.call import current_call
+from lmx.api.core.embedding_requests import EmbeddingFields, EmbeddingRequest, RerankRequest
+from lmx.api.core.prepare import Prepared
 from lmx.config import Settings
 from lmx.errors import DeadlineExceeded, InvalidRequest
 from lmx.protocol import Embedded

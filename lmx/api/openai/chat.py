@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: OpenAI's chat face over ``lmx.api.generation``.
+"""POST /v1/chat/completions: OpenAI's chat face over ``lmx.api.core.generation``.
 
 What can be refused is refused before the first byte.
 """
@@ -9,15 +9,15 @@ from typing import Any
 from quart import Blueprint, Response
 from quart_schema import document_request
 
-from lmx.api.answer import Collected, heading
 from lmx.api.body import receive
-from lmx.api.call import current_call
-from lmx.api.chunks import ChunkStream
+from lmx.api.core.call import current_call
+from lmx.api.core.generation import Job, best, make_job, run, usage
+from lmx.api.core.schemas import ChatRequest
 from lmx.api.events import EventStream, EventWriter
-from lmx.api.generation import Job, best, make_job, run, usage
-from lmx.api.logprobs import chat_logprobs
-from lmx.api.message import delta_fields, message
-from lmx.api.schemas import ChatRequest
+from lmx.api.openai.answer import Collected, heading
+from lmx.api.openai.chunks import ChunkStream
+from lmx.api.openai.logprobs import chat_logprobs
+from lmx.api.openai.message import delta_fields, message
 from lmx.chat.events import Content, Event
 from lmx.config import Settings
 from lmx.serving.models import Models

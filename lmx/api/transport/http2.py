@@ -3,7 +3,7 @@
 Hypercorn 0.18 and h2 end the whole connection, with every answer on it, when one request is malformed, when one stream
 is not read, or when a body goes on after its answer. Here such a stream is reset and its siblings never notice. What
 breaks the connection's own state (framing, HPACK, flow control) still ends it. Called by Hypercorn, through
-``lmx.api.http``; it knows nothing of what is served.
+``lmx.api.transport.http``; it knows nothing of what is served.
 """
 
 from collections.abc import Callable

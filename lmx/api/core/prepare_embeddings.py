@@ -1,5 +1,5 @@
-"""From a validated request for embeddings to token ids: ``lmx.api.prepare`` for models that make vectors, and as that
-one pure, blocking, and called in a worker thread or in ``lmx.api.reader``.
+"""From a validated request for embeddings to token ids: ``lmx.api.core.prepare`` for models that make vectors, and as
+that one pure, blocking, and called in a worker thread or in ``lmx.api.reader``.
 
 Everything that can be refused is refused here, before the engine hears of it; nothing is cut.
 """
@@ -8,10 +8,10 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from lmx.api.embedding_requests import EmbeddingRequest, RerankRequest
-from lmx.api.prepare import Prepared
-from lmx.api.schemas import Request
-from lmx.api.shorten import shorten
+from lmx.api.core.embedding_requests import EmbeddingRequest, RerankRequest
+from lmx.api.core.prepare import Prepared
+from lmx.api.core.schemas import Request
+from lmx.api.core.shorten import shorten
 from lmx.chat.encoder import TextEncoder
 from lmx.errors import InvalidRequest, input_too_long
 
