@@ -36,6 +36,7 @@ class GenerateRequest:
     prompt_logprobs: int = -1
     parent: int = -1
     salt: str | None = ""
+    """This and the following as in ``protocol.Submit``; no key of the answer's content."""
     session: str = ""
     request_id: str = ""
     """The client's or ours, for logs."""
@@ -200,6 +201,11 @@ class TokenStream:
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV was found and not computed; known from the first chunk on."""
         return self._lease.cached_tokens
+
+    @property
+    def started(self) -> protocol.Started | None:
+        """How it began in the engine; known from the first chunk on."""
+        return self._lease.started
 
     async def receive(self) -> Chunk:
         """Wait for tokens and take all there are. Cancelled: nothing was taken.

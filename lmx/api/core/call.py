@@ -11,6 +11,10 @@ from quart import g, request
 from lmx.config import ServerSettings
 from lmx.errors import InvalidRequest
 
+SESSION_HEADERS = ("x-session-affinity", "x-session-id", "x-claude-code-session-id", "session-id", "thread-id")
+"""opencode's, Claude Code's and Codex's."""
+SESSION_CHARACTERS = 256
+
 
 @dataclass(slots=True)
 class Call:
@@ -35,6 +39,8 @@ class Call:
     choices: int = 1
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    broke: dict[str, object] | None = None
+    """Where and why what was cached of the prompt ended, in the log's words; None: not known yet."""
     completion_tokens: int = 0
     first_token_at: float | None = None
     """Of all choices, like the next; on Trio's clock."""
@@ -51,6 +57,11 @@ class Call:
         """Whom fair scheduling counts the tokens for."""
         self.asker = self.key_name or user or self.address
         return self.asker
+
+    def session(self, cache_key: str | None) -> str:
+        """Which conversation the request belongs to, by what clients send for that; "" where they do not."""
+        named = next(filter(None, map(request.headers.get, SESSION_HEADERS)), "")
+        return (cache_key or named)[:SESSION_CHARACTERS]
 
     def deadline(self, timeout_s: float | None, settings: ServerSettings) -> float:
         """On Trio's clock: the request's own field, else its x-request-timeout header, else the setting; or inf.

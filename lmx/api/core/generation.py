@@ -23,7 +23,7 @@ from lmx.chat.plan import Plan
 from lmx.chat.text import TextStream
 from lmx.config import ServerSettings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
-from lmx.protocol import Logprobs, Sampling
+from lmx.protocol import Logprobs, Sampling, Started
 from lmx.serving.engine import Chunk, GenerateRequest
 from lmx.serving.models import Served
 
@@ -43,6 +43,8 @@ RANDOM_SEED = -1
 """vLLM's and llama-server's word for none."""
 ECHOED_TOKENS = 256
 """Of a prompt, whose log-probabilities are written in one go."""
+_NEAR = 40
+"""Characters told of where a prefix broke, before and after; no more tokens than that have them."""
 SEED_BITS = 53
 """Of the seeds we draw: a JavaScript client can then repeat the one it was told."""
 
@@ -304,6 +306,8 @@ async def _run_choice(
                 await _echo_logprobs(job, choice, sink)
             job.call.took(len(chunk.tokens), trio.current_time())
             delta = choice.feed(chunk)
+            if choice.index % job.n == 0 and job.call.broke is None:
+                job.call.broke = _broke(job, request, tokens.started)
             choice.cached_tokens = tokens.cached_tokens
             for event in delta.events:
                 if isinstance(event, Malformed):
@@ -313,6 +317,20 @@ async def _run_choice(
             await sink.delta(choice, delta)
     if choice.stopped:  # only now: the lease ends before a slow client takes its last piece
         await sink.delta(choice, delta)
+
+
+def _broke(job: Job, request: GenerateRequest, started: Started | None) -> dict[str, object]:
+    """Where and why the kept KV of the prompt's first tokens ended, for the log; the text around only where prompts may
+    be logged."""
+    if started is None or not started.why:
+        return {}
+    at = started.broke_at
+    told: dict[str, object] = {"cache_broke_at": at if at >= 0 else started.cached_tokens, "cache_broke": started.why}
+    if job.call.prompt is not None and at >= 0:
+        spelled = job.served.chat.spelled
+        before, after = (spelled(request.prompt[max(at - _NEAR, 0) : at]), spelled(request.prompt[at : at + _NEAR]))
+        told |= {"cache_broke_before": before[-_NEAR:], "cache_broke_after": after[:_NEAR]}
+    return told
 
 
 async def _echo_logprobs(job: Job, choice: Choice, sink: Sink) -> None:
@@ -377,6 +395,8 @@ def make_job(
                     stop_ids=(*stop_ids, *_stop_ids(fields, served.chat.vocab_size)),
                     min_tokens=min(fields.least_tokens, room),
                     prompt_logprobs=fields.scores if index == 0 else -1,
+                    salt=fields.salt,
+                    session=call.session(fields.prompt_cache_key),
                     request_id=call.id,
                 )
             )

@@ -138,6 +138,14 @@ class GenerationFields(Request):
     best_of: int | None = Field(
         None, ge=1, le=16, description="So many are made, and the n with the highest mean log-probability sent."
     )
+    cache: bool | None = Field(None, description="false: neither take KV that was kept, nor keep any.")
+    cache_prompt: bool | None = Field(None, description="llama-server's name for cache.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="KV is shared only between requests of the same one."
+    )
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Which conversation it belongs to, so that its KV is kept over that of side requests."
+    )
     ttl: float | None = Field(None, ge=0)
     draft_model: str | None = None
 
@@ -145,6 +153,11 @@ class GenerationFields(Request):
     def most_tokens(self) -> int | None:
         """``max_tokens`` under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def salt(self) -> str | None:
+        """As in ``GenerateRequest``."""
+        return None if False in (self.cache, self.cache_prompt) else self.cache_salt or ""
 
     @property
     def least_tokens(self) -> int:
