@@ -56,7 +56,9 @@ class PrefixStore:
     def enter(self, sequence: Sequence) -> None:
         """A sequence that may share its KV."""
         if sequence.salt is not None:
-            self._chains[sequence.seq] = Chain(root_key(self._fingerprint, sequence.salt), sequence.tokens)
+            self._chains[sequence.seq] = Chain(
+                root_key(self._fingerprint, sequence.salt), sequence.tokens, sequence.session
+            )
             self._published[sequence.seq] = 0
 
     def leave(self, sequence: Sequence) -> None:
@@ -110,7 +112,7 @@ class PrefixStore:
             self._backend.resume(sequence, source.parked, tokens)
         else:
             assert source.found is not None
-            blocks, checkpoint = self._ram.take(source.found, sequence.session)
+            blocks, checkpoint = self._ram.take(source.found, self._chains[sequence.seq])
             self._backend.copy_in(sequence, blocks, tokens, checkpoint)
             self._ram_hit_tokens += tokens
         self._restore_s += time.perf_counter() - since
@@ -139,7 +141,7 @@ class PrefixStore:
             blocks = self._backend.copy_out(sequence, spans) if spans else []
         except ValueError:
             return  # nobody vouches for what the row holds
-        self._ram.put(chain, tokens, spans, blocks, sequence.session, checkpoint)
+        self._ram.put(chain, tokens, spans, blocks, checkpoint)
         self._publish_s += time.perf_counter() - since
 
     def make_room(self, kv_used_bytes: int) -> None:
