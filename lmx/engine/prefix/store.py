@@ -1,5 +1,5 @@
-"""The prefix store as the step loop sees it: where a sequence's first tokens can be had without computing them, how they
-get into its row, and what of a row is kept (DESIGN §5).
+"""The prefix store as the step loop sees it: where a sequence's first tokens can be had without computing them, how
+they get into its row, and what of a row is kept (DESIGN §5).
 
 It joins what knows nothing of each other: rows that live or were left (the back end), blocks in memory (``ram``), and
 files (``disk``). All on the engine's thread; nothing is pinned, because what ``find`` found is used before anything
@@ -7,8 +7,7 @@ else happens. Only the step loop calls it.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from lmx.engine.backend import Backend, Sequence
