@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmx.engine.backend import Backend, Facts
-from lmx.engine.embedding.backend import ENCODERS, Embedder, read_config
+from lmx.engine.embedding.backend import Embedder
 from lmx.engine.embedding.backend import Facts as EmbeddingFacts
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
@@ -93,9 +93,6 @@ def _load_embedder(options: Load) -> Embedder:
         from lmx.engine.embedding.llama import LlamaEmbedder
 
         return LlamaEmbedder.load(options)
-    if read_config(Path(options.path)).get("model_type") in ENCODERS:
-        # Each core takes a share of a step, products included.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     used = _load_blas(options)
     from lmx.engine.embedding.embedder import MLXEmbedder
 
