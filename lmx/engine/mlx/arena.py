@@ -423,6 +423,20 @@ class Lane:
                 caches.append(cache)
         return caches
 
+    def restore(self, row: int, length: int, arrays: Sequence[mx.array]) -> None:
+        """For the load probe: fill an empty row with each layer's keys and values, or states, in turn."""
+        given = iter(arrays)
+        states: list[mx.array] = []
+        for layer in self._layers:
+            mine = [next(given) for _ in layer.arrays]
+            if isinstance(layer, KVLayer):
+                layer.put(row, mine)
+            else:
+                states += mine
+        if states:
+            self._private[row] = self._caches(MLXBlock(0, states))
+        self.lengths[row] = length
+
     def poison(self, *, inside: float, outside: float, span: int) -> None:
         """For the load probe: fill what a mask must hide, slots [length, span) of used rows, with ``inside``, and what
         may reach no used row at all, later slots and free rows, with ``outside``."""
