@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmx.chat.schema import complaint
+from lmx.chat.forms.schema import complaint
 from lmx.chat.stack import on_a_large_stack
 from lmx.engine import grammar as module
 from lmx.engine.backend import Sequence

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lmx.chat.events import Malformed
-from lmx.chat.grammar import answer_grammar
+from lmx.chat.forms.grammar import answer_grammar
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.deepseek_v32 import DEEPSEEK_V4, DEEPSEEK_V32
 from lmx.chat.tools.glm import GLM45, GLM47

@@ -1,7 +1,7 @@
 """The HTTP application: routes of every face, and the rules all of them share (API.md, "Common").
 
 Before a request: its id, the access rules. After: the headers that every response carries. Errors go through
-``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.http``.
+``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.transport.http``.
 """
 
 import logging
@@ -15,12 +15,13 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, chat, completions, docs, embeddings
-from lmx.api import models as model_routes
+from lmx.api import admin, docs
 from lmx.api.access import authorize, origin_allowed
-from lmx.api.call import Call, current_call, request_id
+from lmx.api.core.call import Call, current_call, request_id
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
 from lmx.api.events import EventStream, HTTPConnection
+from lmx.api.openai import chat, completions, embeddings
+from lmx.api.openai import models as model_routes
 from lmx.api.paths import with_normal_paths
 from lmx.config import ServerSettings, Settings
 from lmx.errors import DeadlineExceeded, ModelOverloaded

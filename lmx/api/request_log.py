@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 import trio
 
-from lmx.api.call import Call
+from lmx.api.core.call import Call
 
 WATCHED = frozenset({"/", "/health", "/metrics", "/admin/health", "/admin/metrics", "/admin/status"})
 """What monitors ask every few seconds: told at level debug while all is well."""

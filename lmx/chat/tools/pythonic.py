@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lmx.chat.grammar import literal
-from lmx.chat.rewrite import Refused, TooComplex, rewritten
-from lmx.chat.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.limits import Refused, TooComplex
+from lmx.chat.forms.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
+from lmx.chat.forms.writing import rewritten
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import closed, read_items
 from lmx.chat.tools.literals import space, value
