@@ -23,8 +23,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lmx.engine.mlx.blocks import MLXBlock
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
+from lmx.engine.mlx.blocks import MLXBlock
 from lmx.engine.mlx.layers import (
     DUMMY_SLOTS,
     KVLayer,

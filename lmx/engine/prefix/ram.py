@@ -137,6 +137,10 @@ class RamTier:
                 why = "window"
         return found._replace(why=why, broke_at=broke_at)
 
+    def blocks(self, chain: Chain, most: int) -> int:
+        """How many whole blocks of its first ``most`` tokens are here."""
+        return self._stored(chain, most // BLOCK_TOKENS)
+
     def _stored(self, chain: Chain, most: int) -> int:
         """How many first blocks of it are here, of at most ``most``. (Nothing is here without all before it.)"""
         low, high = 0, most
@@ -275,11 +279,20 @@ class RamTier:
         return made
 
     def adopt(
-        self, parent: bytes, key: bytes, tokens: "array[int]", block: Block, checkpoint: Block | None, uses: int
+        self,
+        parent: bytes,
+        root: bytes,
+        key: bytes,
+        tokens: "array[int]",
+        block: Block,
+        checkpoint: Block | None,
+        uses: int,
     ) -> Node | None:
-        """Keep a node that comes from elsewhere. None: its parent is not here (a root always is)."""
+        """Keep a node that comes from elsewhere. None: its parent is not here."""
         if (known := self._nodes.get(key)) is not None:
             return known
+        if parent == root:
+            self.root(root)
         if (above := self._nodes.get(parent)) is None:
             return None
         node = self._add(Node(key, above, above.end, tokens, block, checkpoint))

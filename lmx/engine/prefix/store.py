@@ -7,19 +7,26 @@ else happens. Only the step loop calls it.
 """
 
 import time
+from array import array
+from collections import deque
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmx.engine.backend import Backend, Sequence
 from lmx.engine.prefix.chain import BLOCK_TOKENS, Chain, root_key
+from lmx.engine.prefix.disk import Disk, Fetch, Node
 from lmx.engine.prefix.ram import Found, RamTier
-from lmx.protocol import PrefixStats
+from lmx.engine.prefix.ram import Node as RamNode
+from lmx.protocol import PrefixStats, unpack_tokens
 
 # Fewer are computed rather than copied: a row that starts with tokens of its own is a forward of its own.
 LEAST_TOKENS = 64
 # To wait for another's prefill pays where that saves most of the prompt, and not only a few tokens.
 LEAST_LEADER_TOKENS = BLOCK_TOKENS
 LEAST_LEADER_SHARE = 0.5
+# Of the memory for blocks, filled from the disk at load.
+_WARM_SHARE = 0.5
 
 
 class Source(NamedTuple):
@@ -37,8 +44,17 @@ class Source(NamedTuple):
 NOTHING = Source()
 
 
+@dataclass(slots=True)
+class Fetching:
+    """A sequence's first tokens on their way from the disk."""
+
+    fetch: Fetch
+    read: deque[Node] = field(default_factory=deque)
+    """Not in memory's tree yet."""
+
+
 class PrefixStore:
-    def __init__(self, backend: Backend, fingerprint: str, budget_bytes: int) -> None:
+    def __init__(self, backend: Backend, fingerprint: str, budget_bytes: int, disk: Disk | None = None) -> None:
         """``budget_bytes``: most memory for blocks; 0: what the live sequences leave of the KV budget."""
         facts = backend.facts
         self._backend = backend
@@ -49,7 +65,14 @@ class PrefixStore:
         self._roots: dict[str, bytes] = {}
         self._chains: dict[int, Chain] = {}
         self._published: dict[int, int] = {}
-        self._row_hit_tokens = self._ram_hit_tokens = 0
+        self._disk = disk
+        self._read_tokens: dict[int, int] = {}
+        """Of sequences that have not started: tokens that came from the disk for them."""
+        self._unsaved: deque[tuple[bytes, RamNode]] = deque()
+        """What the disk was not offered yet, each with its root's key."""
+        self.row_hit_tokens = 0
+        """Prompt tokens that sequences took from other rows."""
+        self._ram_hit_tokens = self._disk_hit_tokens = 0
         self._restore_s = self._publish_s = 0.0
 
     def enter(self, sequence: Sequence) -> None:
@@ -62,6 +85,7 @@ class PrefixStore:
 
     def leave(self, sequence: Sequence) -> None:
         self._chains.pop(sequence.seq, None)
+        self._read_tokens.pop(sequence.seq, None)
         self._published.pop(sequence.seq, None)
 
     def find(self, sequence: Sequence, rows: Iterable[Sequence], claimed: Collection[int] = ()) -> Source:
@@ -109,12 +133,101 @@ class PrefixStore:
         tokens = source.tokens
         if source.parked >= 0:
             self._backend.resume(sequence, source.parked, tokens)
+            self.row_hit_tokens += tokens
         else:
             assert source.found is not None
             blocks, checkpoint = self._ram.take(source.found, self._chains[sequence.seq])
             self._backend.copy_in(sequence, blocks, tokens, checkpoint)
-            self._ram_hit_tokens += tokens
+            read = min(self._read_tokens.pop(sequence.seq, 0), tokens)
+            self._disk_hit_tokens += read
+            self._ram_hit_tokens += tokens - read
         self._restore_s += time.perf_counter() - since
+
+    # --- the disk -----------------------------------------------------------------------------------------------------
+
+    def fetch(self, sequence: Sequence) -> Fetching | None:
+        """Have what the disk has beyond memory read; None: it has nothing worth waiting for."""
+        chain = self._chains.get(sequence.seq)
+        if self._disk is None or chain is None or sequence.prompt_logprobs >= 0:
+            return None
+        most = len(sequence.tokens) - 1
+        have = self._ram.match(chain, most).tokens
+        blocks = self._ram.blocks(chain, most)
+        keys = (chain.key(block) for block in range(blocks + 1, most // BLOCK_TOKENS + 1))
+        start = blocks * BLOCK_TOKENS
+        hit = self._disk.find(chain.key(blocks), keys, sequence.tokens, start, most, checkpoints=self._checkpoints)
+        if hit.tokens < have + LEAST_TOKENS:
+            return None
+        self._read_tokens[sequence.seq] = hit.tokens - have
+        return Fetching(self._disk.fetch(hit, sequence.tokens))
+
+    def arrived(self, fetching: Fetching, hold_s: float) -> bool:
+        """Whether all that could be read is in memory; puts it there, for at most so long at a time."""
+        since = time.perf_counter()
+        fetching.read += fetching.fetch.take()
+        while fetching.read and time.perf_counter() - since < hold_s:
+            self._adopt(fetching.read.popleft(), 1)
+        return fetching.fetch.done and not fetching.read
+
+    def give_up(self, fetching: Fetching) -> None:
+        fetching.fetch.cancel()
+        fetching.read.clear()
+
+    def _adopt(self, node: Node, uses: int) -> None:
+        head = node.head
+        try:
+            block = self._backend.from_bytes(node.data)
+            checkpoint = self._backend.from_bytes(node.checkpoint) if node.checkpoint else None
+        except ValueError as error:
+            print(f"prefixes on disk: {head.key.hex()} is not of this model: {error}", flush=True)
+            return
+        if not head.window:
+            block.drop_window()
+        self._ram.adopt(head.parent, head.root, head.key, array("I", unpack_tokens(head.ids)), block, checkpoint, uses)
+
+    def warm(self) -> int:
+        """Before the engine is ready: the prefixes that most conversations share; how many bytes they hold."""
+        if self._disk is not None:
+            most = self._budget_bytes or self._backend.facts.kv_budget_bytes
+            for node, uses in self._disk.warm(int(_WARM_SHARE * most)):
+                self._adopt(node, uses)
+        return self._ram.nbytes
+
+    @property
+    def unsaved(self) -> bool:
+        """``save`` has something to do."""
+        return bool(self._unsaved)
+
+    def save(self) -> None:
+        """Offer the disk the next block; takes a copy of it."""
+        if self._disk is None or not self._unsaved:
+            return
+        root, node = self._unsaved.popleft()
+        block, parent = node.block, node.parent
+        if block is None or parent is None or (len(node.tokens) < BLOCK_TOKENS and node.checkpoint is None):
+            return  # it was given up; or the end of an answer, which the next turn makes longer
+        has = {"checkpoint": node.checkpoint is not None, "window": not node.windowless}
+        kept = node.nbytes
+        if self._disk.wants(node.key, parent.key, root, node.tokens, kept, **has):
+            checkpoint = node.checkpoint.to_bytes() if node.checkpoint else None
+            self._disk.offer(
+                node.key,
+                parent.key,
+                root,
+                node.start,
+                node.tokens,
+                block.to_bytes(),
+                checkpoint,
+                node.uses,
+                window=has["window"],
+            )
+
+    def close(self) -> None:
+        """At the engine's end: what was offered is written, as far as a moment allows."""
+        if self._disk is not None:
+            self._disk.close()
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence, *, end: bool = False) -> None:
         """Keep what the steps that were read have added to the sequence's row; at its ``end`` also the part of a block
@@ -140,7 +253,9 @@ class PrefixStore:
             blocks = self._backend.copy_out(sequence, spans) if spans else []
         except ValueError:
             return  # nobody vouches for what the row holds
-        self._ram.put(chain, tokens, spans, blocks, checkpoint)
+        made = self._ram.put(chain, tokens, spans, blocks, checkpoint)
+        if self._disk is not None:
+            self._unsaved += [(chain.key(0), node) for node in made]
         self._publish_s += time.perf_counter() - since
 
     def make_room(self, kv_used_bytes: int) -> None:
@@ -149,13 +264,16 @@ class PrefixStore:
         self._ram.shrink(self._budget_bytes or max(left, 0))
 
     def statistics(self) -> PrefixStats:
-        ram = self._ram.statistics()
+        ram, disk = self._ram.statistics(), self._disk.statistics() if self._disk else None
         return PrefixStats(
             ram_bytes=self._ram.nbytes,
             ram_blocks=ram.blocks,
             evicted_blocks=ram.evictions,
-            row_hit_tokens=self._row_hit_tokens,
+            disk_bytes=disk.disk_bytes if disk else 0,
+            queued_bytes=disk.queued_bytes if disk else 0,
+            row_hit_tokens=self.row_hit_tokens,
             ram_hit_tokens=self._ram_hit_tokens,
+            disk_hit_tokens=self._disk_hit_tokens,
             restore_s=self._restore_s,
             publish_s=self._publish_s,
         )
