@@ -16,7 +16,7 @@ Shape = tuple[tuple[int, ...], mx.Dtype]
 
 
 class MLXBlock:
-    """The keys and values of some ``tokens``: ``arrays`` (layers, heads, tokens, width) each; or, of 0 tokens, states."""
+    """Keys and values of some ``tokens``: ``arrays`` (layers, heads, tokens, width) each; or, of 0 tokens, states."""
 
     def __init__(self, tokens: int, arrays: Sequence[mx.array], windowed: Sequence[mx.array] = ()) -> None:
         self.tokens = tokens

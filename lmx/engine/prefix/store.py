@@ -253,9 +253,9 @@ class PrefixStore:
             blocks = self._backend.copy_out(sequence, spans) if spans else []
         except ValueError:
             return  # nobody vouches for what the row holds
-        made = self._ram.put(chain, tokens, spans, blocks, checkpoint)
+        new = self._ram.put(chain, tokens, spans, blocks, checkpoint)
         if self._disk is not None:
-            self._unsaved += [(chain.key(0), node) for node in made]
+            self._unsaved += [(chain.key(0), node) for node in new]
         self._publish_s += time.perf_counter() - since
 
     def make_room(self, kv_used_bytes: int) -> None:
