@@ -18,6 +18,7 @@ from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
 from lmx.engine.prefix.disk import Disk
 from lmx.engine.prefix.fingerprint import fingerprint
+from lmx.engine.prefix.stops import message_marks
 from lmx.engine.prefix.store import PrefixStore
 from lmx.errors import ModelInvalid
 from lmx.protocol import Failed, Load, Ready
@@ -94,7 +95,7 @@ def _prefix_store(link: Link, backend: Backend, options: Load) -> PrefixStore:
     if options.prefix_disk_bytes:
         folder = Path(options.prefix_dir)
         disk = Disk(folder, name, options.prefix_disk_bytes, _QUEUE_BYTES, model=options.path, wake=link.wake)
-    prefixes = PrefixStore(backend, name, options.prefix_ram_bytes, disk)
+    prefixes = PrefixStore(backend, name, options.prefix_ram_bytes, disk, message_marks(options.words))
     if warmed := prefixes.warm():
         backend.facts.probes["prefixes"] = f"{warmed} bytes that most conversations share were read from the disk"
     return prefixes

@@ -435,7 +435,11 @@ class StepLoop:
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = sequence.kv_tokens
             self._rows[sequence.seq] = sequence
-        return tuple(Started(sequence.seq, sequence.cached_tokens) for sequence in joining)
+        sources = [self._sources.get(sequence.seq, NOTHING) for sequence in joining]
+        return tuple(
+            Started(sequence.seq, sequence.cached_tokens, source.broke_at, source.why)
+            for sequence, source in zip(joining, sources, strict=True)
+        )
 
     def _leave_row(self, sequence: Sequence) -> None:
         """Keep what it computed, and give its row back."""

@@ -18,6 +18,7 @@ from lmx.engine.prefix.chain import BLOCK_TOKENS, Chain, root_key
 from lmx.engine.prefix.disk import Disk, Fetch, Node
 from lmx.engine.prefix.ram import Found, RamTier
 from lmx.engine.prefix.ram import Node as RamNode
+from lmx.engine.prefix.stops import stops
 from lmx.protocol import PrefixStats, unpack_tokens
 
 # Fewer are computed rather than copied: a row that starts with tokens of its own is a forward of its own.
@@ -39,6 +40,9 @@ class Source(NamedTuple):
     """The row that an ended one left."""
     found: Found | None = None
     """The blocks in memory."""
+    why: str = ""
+    """This and the following as in ``ram.Found``."""
+    broke_at: int = -1
 
 
 NOTHING = Source()
@@ -54,8 +58,17 @@ class Fetching:
 
 
 class PrefixStore:
-    def __init__(self, backend: Backend, fingerprint: str, budget_bytes: int, disk: Disk | None = None) -> None:
-        """``budget_bytes``: most memory for blocks; 0: what the live sequences leave of the KV budget."""
+    def __init__(
+        self,
+        backend: Backend,
+        fingerprint: str,
+        budget_bytes: int,
+        disk: Disk | None = None,
+        marks: frozenset[int] = frozenset(),
+    ) -> None:
+        """``budget_bytes``: most memory for blocks; 0: what the live sequences leave of the KV budget. ``marks``: the
+        tokens that stand around messages."""
+        self._marks = marks
         facts = backend.facts
         self._backend = backend
         self._fingerprint = fingerprint
@@ -82,6 +95,8 @@ class PrefixStore:
                 root_key(self._fingerprint, sequence.salt), sequence.tokens, sequence.session
             )
             self._published[sequence.seq] = 0
+            if self._checkpoints:
+                sequence.stops = stops(sequence.tokens, self._marks)
 
     def leave(self, sequence: Sequence) -> None:
         self._chains.pop(sequence.seq, None)
@@ -109,7 +124,7 @@ class PrefixStore:
         found = self._ram.match(chain, most)
         if found.tokens > max(best.tokens, LEAST_TOKENS - 1):
             best = Source(found.tokens, found=found)
-        return best
+        return best._replace(why=found.why, broke_at=found.broke_at)
 
     def leader(self, sequence: Sequence, others: Iterable[Sequence], least: int) -> tuple[int, int]:
         """Another sequence whose prefill will bring so many of this one's first tokens that it pays to wait for them,
