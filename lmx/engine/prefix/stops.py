@@ -2,8 +2,8 @@
 
 A recurrent state stands for all tokens before it, so a prefix can be had again only where one was copied: at the places
 where prompts are likely to part. These are where messages begin (and so before the last user message, which some agents
-replace with each turn), a few tokens before the prompt's end (the opening of an answer is written in another way once it
-is history), and every so many tokens between. Pure; called by the step loop.
+replace with each turn), a few tokens before the prompt's end (the opening of an answer is written in another way once
+it is history), and every so many tokens between. Pure; called by the prefix store.
 """
 
 import json
@@ -41,6 +41,6 @@ def stops(prompt: Sequence[int], marks: frozenset[int]) -> tuple[int, ...]:
             found.append(index)
             at = index
     first = min(found, default=last)
-    every = max(EVERY_TOKENS, first // (MOST - len(found)) + 1 if MOST > len(found) else len(prompt))
+    every = max(EVERY_TOKENS, first // (MOST - len(found)) + 1 if len(found) < MOST else len(prompt))
     found += range(every, first - _APART, every)
     return tuple(sorted(set(found)))[-MOST:]
