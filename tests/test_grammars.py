@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,8 @@ class Compiler:
 
 
 @pytest.fixture(scope="module")
-def compile_(words: Path) -> Iterator[Compiler]:
-    compiler = Compiler(str(words))
-    yield compiler
-    compiler.grammars.close()
+def compile_(words: Path) -> Compiler:
+    return Compiler(str(words))
 
 
 def row(constraint: Constraint | None = None, generated: int = 0, **fields: object) -> Sequence:

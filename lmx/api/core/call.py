@@ -4,9 +4,12 @@ import math
 import re
 import uuid
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-from quart import g, request
+import trio
+from quart import request
+from quart.wrappers import Request
 
 from lmx.config import ServerSettings
 from lmx.errors import InvalidRequest
@@ -75,12 +78,21 @@ def _positive(header: str) -> float:
     return seconds
 
 
-def request_id() -> str:
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def begin_call(request: Request) -> Call:
+    """The call of this request, which is the current one of the task that serves it."""
+    call = Call(_request_id(request), trio.current_time(), request.remote_addr or "")
+    _current.set(call)
+    return call
+
+
+def _request_id(request: Request) -> str:
     """The client's x-request-id where it can be repeated safely, else a fresh one."""
     given = request.headers.get("x-request-id", "")
     return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req_{uuid.uuid4().hex}"
 
 
 def current_call() -> Call:
-    call: Call = g.call
-    return call
+    return _current.get()
