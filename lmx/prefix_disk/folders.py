@@ -156,13 +156,21 @@ def clear_superseded(folder: Path, fingerprint: str, model: str) -> list[str]:
     return old
 
 
-def default_budget(folder: Path) -> int:
-    """The bytes that a model's prefixes may take where nobody says it. Raises OSError."""
-    place = folder
+def budget(asked_bytes: int, folder: Path) -> int:
+    """The bytes that a model's prefixes may take; ``asked_bytes``: the setting, -1 where nobody says it. Raises
+    OSError."""
+    if asked_bytes >= 0:
+        return asked_bytes
+    kept = sum(model.summary.bytes for model in inventory(folder) if model.summary)
+    return min(DEFAULT_BYTES, int(DEFAULT_SHARE * (free_bytes(folder) + kept)))
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that the folder is on or would be on. Raises OSError."""
+    place = folder.absolute()
     while not place.exists():
         place = place.parent
-    kept = sum(model.summary.bytes for model in inventory(folder) if model.summary)
-    return min(DEFAULT_BYTES, int(DEFAULT_SHARE * (shutil.disk_usage(place).free + kept)))
+    return shutil.disk_usage(place).free
 
 
 def _model_folders(folder: Path) -> list[Path]:

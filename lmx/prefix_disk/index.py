@@ -20,6 +20,8 @@ BUSY_S = 10.0
 SHARED_S = 7 * 86400.0
 """Each doubling of the number of users keeps a node as long as if it had been used so much later: what many share goes
 last, and still goes some day."""
+_MOST = 2**32
+"""Of users, and of seconds since 1970: what is beyond was not written by us."""
 _APPLICATION = 0x6C6D7870
 _SCHEMA = f"""
 CREATE TABLE nodes (
@@ -109,7 +111,8 @@ class Index:
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM nodes WHERE id > ? ORDER BY id", (self._last_id,)).fetchall()
         entries = []
         for number, key, parent, root, start, ids, window, checkpoint, nbytes, uses, used in rows:
-            if not all(isinstance(k, bytes) and len(k) == KEY_BYTES for k in (key, parent, root)) or len(ids) % 4:
+            keys_are_right = all(len(k) == KEY_BYTES for k in (key, parent, root))
+            if not keys_are_right or len(ids) % 4 or not 0 <= uses < _MOST or not 0 <= used < _MOST:
                 raise IndexBroken("a row is damaged")
             entries.append(
                 Entry(Head(key, parent, root, start, ids, bool(window), bool(checkpoint), nbytes), uses, used)
@@ -234,6 +237,8 @@ def summary(folder: Path) -> Summary:
             "SELECT count(*), coalesce(sum(bytes), 0), coalesce(sum(length(ids)) / 4, 0), "
             "coalesce(sum(checkpoint), 0), coalesce(sum(uses > 1), 0), coalesce(max(used), 0.0) FROM nodes"
         ).fetchone()
+        if not 0 <= used < _MOST:
+            raise IndexBroken("a row is damaged")
         return Summary(_fact(db, "model"), nodes, nbytes, tokens, checkpoints, shared, used)
 
 

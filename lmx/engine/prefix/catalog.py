@@ -122,6 +122,14 @@ class Catalog:
                 shared -= 4
             ids = ids[:shared]
 
+    def covers(self, parent: bytes, ids: bytes, *, checkpoint: bool, window: bool) -> bool:
+        """Whether a node like this adds nothing: another one has its tokens, and more."""
+        siblings = self._children.get(parent, [])
+        place = bisect_left(siblings, (ids, b""))
+        if checkpoint or place == len(siblings) or not siblings[place][0].startswith(ids):
+            return False
+        return self.entries[siblings[place][1]].head.window or not window
+
     def covered(self, head: Head) -> list[Head]:
         """Siblings of a node that it makes superfluous: its first tokens, and nothing of their own."""
         return [

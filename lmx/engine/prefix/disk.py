@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +126,7 @@ class _Used:
 class _Offered:
     node: Node
     uses: int
-    at: float = field(default_factory=time.time)
+    at: float
 
 
 class Disk:
@@ -173,13 +173,22 @@ class Disk:
     # --- the engine's thread -----------------------------------------------------------------------
 
     def wants(
-        self, key: bytes, parent: bytes, root: bytes, nbytes: int, *, checkpoint: bool = False, window: bool = True
+        self,
+        key: bytes,
+        parent: bytes,
+        root: bytes,
+        tokens: Sequence[int],
+        nbytes: int,
+        *,
+        checkpoint: bool = False,
+        window: bool = True,
     ) -> bool:
         """Whether ``offer`` would take this node to write it, so that its bytes need not be made in vain: it is not
         there yet (or without the checkpoint or the sliding layers' part), what stands before it is, and there is
         room."""
+        head = Head(key, parent, root, 0, pack_tokens(tokens), window, checkpoint, nbytes)
         with self._changed:
-            return self._missing(key, parent, root, nbytes, checkpoint, window) and self._has_room(nbytes)
+            return self._missing(head) and self._has_room(nbytes)
 
     def offer(
         self,
@@ -198,31 +207,36 @@ class Disk:
         its parent is kept. ``uses``: how many clients used it; ``window``: it holds the sliding layers' part."""
         ids = pack_tokens(tokens)
         nbytes = block_file.file_bytes(ids, len(data), len(checkpoint or b""))
+        head = Head(key, parent, root, start, ids, window, checkpoint is not None, nbytes)
         with self._changed:
-            if not self._missing(key, parent, root, nbytes, checkpoint is not None, window):
-                return key in self._catalog.entries or key in self._queue
+            if not self._missing(head):
+                return key in self._catalog.entries or key in self._queue or self._covers(head)
             if not self._has_room(nbytes):
                 self._counters.refused_nodes += 1
                 return False
-            head = Head(key, parent, root, start, ids, window, checkpoint is not None, nbytes)
             self._drop_queued(key)
-            self._queue[key] = _Offered(Node(head, data, checkpoint), uses)
+            self._queue[key] = _Offered(Node(head, data, checkpoint), uses, time.time())
             self._queued_bytes += nbytes
             self._changed.notify_all()
         return True
 
-    def _missing(self, key: bytes, parent: bytes, root: bytes, nbytes: int, checkpoint: bool, window: bool) -> bool:
+    def _missing(self, head: Head) -> bool:
+        key, parent = head.key, head.parent
         if not self._opened or self._off or self._closing_at is not None:
             return False
-        if nbytes > self._budget_bytes or key in self._futile:
+        if head.nbytes > self._budget_bytes or key in self._futile:
             return False
         queued, entry = self._queue.get(key), self._catalog.entries.get(key)
         there = queued.node.head if queued else entry.head if entry else None
         if there is not None:
             # A file is replaced only by one that has all of it.
-            adds = (checkpoint and not there.checkpoint) or (window and not there.window)
-            return adds and checkpoint >= there.checkpoint and window >= there.window
-        return parent == root or parent in self._catalog.entries or parent in self._queue
+            has, had = (head.checkpoint, head.window), (there.checkpoint, there.window)
+            return has != had and has >= had and head.window >= there.window
+        has_parent = parent == head.root or parent in self._catalog.entries or parent in self._queue
+        return has_parent and not self._covers(head)
+
+    def _covers(self, head: Head) -> bool:
+        return self._catalog.covers(head.parent, head.ids, checkpoint=head.checkpoint, window=head.window)
 
     def _has_room(self, nbytes: int) -> bool:
         """One node may be larger than the queue."""
@@ -342,6 +356,11 @@ class Disk:
                 read_s=counters.read_s,
             )
 
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is queued; whether nothing is. Not for the step loop."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue, timeout_s)
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Write what is queued, as far as the time allows."""
         with self._changed:
@@ -411,10 +430,12 @@ class Disk:
         since = time.perf_counter()
         head = offered.node.head
         with self._changed:
-            if head.parent != head.root and head.parent not in self._catalog.entries:  # it had to go meanwhile
-                self._drop_queued(head.key)
-                return
             before = self._catalog.entries.get(head.key)
+            has_parent = head.parent == head.root or head.parent in self._catalog.entries
+            if not has_parent or (before is None and self._covers(head)):  # meanwhile
+                self._drop_queued(head.key)
+                self._changed.notify_all()
+                return
         block_file.write(self._folder, self._fingerprint, offered.node)
         entry = Entry(head, max(offered.uses, before.uses if before else 0), offered.at)
         self._index.put([entry])
@@ -432,12 +453,16 @@ class Disk:
                 self._catalog.add(entry)
             if self._queue.get(head.key) is offered:
                 self._drop_queued(head.key)
+            self._changed.notify_all()
             self._counters.written_nodes += 1
             self._counters.written_bytes += head.nbytes
             self._counters.write_s += time.perf_counter() - since
 
     def _shrink(self) -> set[bytes]:
         assert self._index is not None
+        if self._index.nbytes <= self._budget_bytes:
+            return set()
+        self._write_down()  # what was used just now is not what goes
         gone = self._index.shrink(self._budget_bytes, self._unlink)
         if gone:
             with self._changed:
