@@ -191,7 +191,7 @@ class PrefixStore:
     def _adopt(self, node: Node, uses: int) -> None:
         head = node.head
         try:
-            block = self._backend.from_bytes(node.data)
+            block = self._backend.from_bytes(node.block)
             checkpoint = self._backend.from_bytes(node.checkpoint) if node.checkpoint else None
         except ValueError as error:
             print(f"prefixes on disk: {head.key.hex()} is not of this model: {error}", flush=True)
@@ -251,16 +251,17 @@ class PrefixStore:
         if chain is None or (not end and self._backend.facts.publishes == "end"):
             return
         tokens = sequence.kv_tokens
-        tail = end or (self._checkpoints and tokens in sequence.stops)
+        stops = self._checkpoints and (end or tokens in sequence.stops)
+        tail = end or stops
         if not tail:
             tokens = tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        if tokens <= self._published[sequence.seq]:
+        if not tokens or (tokens <= self._published[sequence.seq] and not stops):
             return
         since = time.perf_counter()
         self._published[sequence.seq] = tokens
         checkpoint = None
         try:
-            if tail and self._checkpoints:
+            if stops:
                 if (made := self._backend.checkpoint(sequence)) is None:
                     return
                 tokens, checkpoint = made
