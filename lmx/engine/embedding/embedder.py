@@ -124,7 +124,7 @@ def _facts(
         weights_bytes=weights_bytes,
         device=f"gpu ({mx.device_info().get('device_name', platform.processor())})" if gpu else "cpu",
         dtype=dtype,
-        reason=head.words,
+        path_reason=head.words,
         step_tokens=_STEP_TOKENS[gpu],
     )
 
