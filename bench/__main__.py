@@ -26,6 +26,8 @@ NAMES = {
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
     "embeddings": "texts a second through /v1/embeddings, against sentence-transformers on the same cores",
+    "agents": "whole-run seconds of agents that share a system prompt, against peers and without the prefix store",
+    "prefix": "TTFT with a prefix in memory, and from the disk after a restart; what keeping costs",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",
 }
 

@@ -112,6 +112,14 @@ class Load:
     """And one whose masks take longer on average, the first second of them aside."""
     embedding: Pooling | None = None
     """Load it as an embedding model, which takes ``Embed`` instead of ``Submit``."""
+    prefix_cache: bool = True
+    """Keep the KV of prompts and answers for those who come with the same first tokens."""
+    prefix_ram_bytes: int = 0
+    """Most memory for that."""
+    prefix_disk_bytes: int = 0
+    """And most space on the disk; 0: none."""
+    prefix_dir: str = ""
+    """The folder there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +147,10 @@ class Submit:
     """The client's x-request-id or ours, for the engine's own lines in the log."""
     parent: int = -1
     """A sequence submitted before with the same prompt, whose KV of it this one takes over; -1: none."""
+    salt: str | None = ""
+    """KV is shared with sequences of the same one only; None: with nobody, and kept for nobody."""
+    session: str = ""
+    """The conversation that it belongs to, as far as the client says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +241,13 @@ class Started:
 
     seq: int
     cached_tokens: int
-    """Prompt tokens whose KV was found and not computed."""
+    """Prompt tokens whose KV was found and not computed; after a preemption, as at the first start."""
+    broke_at: int = -1
+    """Where the prompt's tokens first differ from those of the conversation that it goes on with; -1: nowhere, or it
+    goes on with none."""
+    why: str = ""
+    """What ended the part that was found: "tokens" (the first different one), or the kind of record that was missing
+    ("kv", "window", "checkpoint"); "": nothing did, or nothing was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +313,26 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """The prefix store's figures; the counters since the engine's start."""
+
+    ram_bytes: int = 0
+    ram_blocks: int = 0
+    evicted_blocks: int = 0
+    disk_bytes: int = 0
+    queued_bytes: int = 0
+    """Waiting to be written."""
+    row_hit_tokens: int = 0
+    """Prompt tokens that were not computed, by where they came from: rows of other sequences, memory, the disk."""
+    ram_hit_tokens: int = 0
+    disk_hit_tokens: int = 0
+    restore_s: float = 0.0
+    """What putting them back took."""
+    publish_s: float = 0.0
+    """What keeping others took."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """The engine's figures, sent about once a second while it works and on ``Canary``."""
 
@@ -316,6 +354,7 @@ class Stats:
     """Resident set; on macOS ``phys_footprint``."""
     live_arrays: int
     """MLX arrays that Python still refers to: flat when nothing leaks."""
+    prefix: PrefixStats = PrefixStats()
 
 
 Message = (
@@ -352,7 +391,10 @@ _CLASSES: tuple[type[Any], ...] = (
     Stats,
 )
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
-_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Pooling, Sampling, Tokens, Started, Logprobs)}
+_NAMES = {
+    cls: tuple(f.name for f in fields(cls))
+    for cls in (*_CLASSES, Pooling, Sampling, Tokens, Started, Logprobs, PrefixStats)
+}
 
 _EMBEDDING = _NAMES[Load].index("embedding")
 
@@ -389,6 +431,8 @@ def _decode(body: bytes) -> Message:
         if (pooling := values[_EMBEDDING]) is not None:
             mode, dense, normalize = pooling
             values[_EMBEDDING] = Pooling(mode, tuple(dense), normalize)
+    elif cls is Stats:
+        values[-1] = PrefixStats(*values[-1])
     elif cls is Ready:
         values[4] = tuple(values[4])
     elif cls is Running:

@@ -6,6 +6,7 @@ caller, on the one thread that owns the device) says so. ``launch`` may be calle
 next launch on.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -49,6 +50,12 @@ class Sequence:
     """Only sequences of the same one share KV; None: with nobody."""
     session: str = ""
     """Which conversation it belongs to; "": not said."""
+    stops: tuple[int, ...] = ()
+    """Where its prefill's chunks end, for checkpoints."""
+    kv_tokens: int = 0
+    """Tokens whose KV its row holds, by the steps that were read."""
+    cached_tokens: int = -1
+    """Prompt tokens that were not computed when it first started; -1: it has not."""
 
     @property
     def generated_tokens(self) -> int:
@@ -196,9 +203,9 @@ class Backend(Protocol):
         change them. Does not wait for the device where that runs apart. Raises ValueError where a position holds
         nothing (a row that failed)."""
 
-    def checkpoint(self, sequence: Sequence) -> Block | None:
-        """A copy of what stands for all its tokens up to now (recurrent states), where ``Facts.prefixes`` is
-        "checkpoints"; None: there is none, as the sequence decodes in a step that is not read yet."""
+    def checkpoint(self, sequence: Sequence) -> tuple[int, Block] | None:
+        """Where ``Facts.prefixes`` is "checkpoints": a copy of what stands for all the tokens that the row holds now
+        (recurrent states), and how many these are. None: a step that is not read yet is changing it."""
 
     def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
         """``start``, with the KV of its first ``tokens``: that of the blocks, which follow each other from position 0
@@ -208,12 +215,13 @@ class Backend(Protocol):
     def from_bytes(self, data: bytes) -> Block:
         """Raises ValueError for bytes that are no block of this model's."""
 
-    def parked(self, tokens: Seq[int], salt: str) -> int:
-        """How many of these tokens a row that ended still holds, of a sequence of the same ``salt``. (Rows are kept so
-        until their room is needed, where that costs nothing.)"""
+    def parked(self, tokens: Seq[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
+        """Of the rows that ended sequences of the same ``salt`` left and nobody ``claimed``, the one that holds most of
+        these tokens, and how many it does; (-1, 0): none. (They are kept until their room is needed, where that costs
+        nothing.)"""
 
-    def resume(self, sequence: Sequence, tokens: int) -> None:
-        """``start``, on that row, with the KV of its first ``tokens``, at most as many as ``parked`` said."""
+    def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
+        """``start``, on such a row, with the KV of its first ``tokens``, at most as many as ``parked`` said."""
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
         """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lmx._sched import NeverFits, Scheduler
+from lmx._sched import Join, NeverFits, Scheduler
 from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
+from lmx.engine.prefix.store import NOTHING, Fetching, PrefixStore, Source
 from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
@@ -28,6 +29,7 @@ from lmx.protocol import (
     Freed,
     Load,
     Message,
+    PrefixStats,
     PromptLogprobs,
     Running,
     Shutdown,
@@ -56,8 +58,10 @@ _HOLD_STEP = 0.05
 _NO_HOLD = -2 * _HOLD_STEP  # and none before the third good prediction in a row
 # A prediction this many times off is about to change (``_cost.pxd`` says the same of a surprise): no hold by it.
 _HOLD_SURPRISE = 2.0
-# Grammars are being compiled: their requests' deadlines are looked at this often.
-_COMPILING_S = 0.05
+# Grammars are being compiled, or files read: their requests' deadlines are looked at this often.
+_WAITING_S = 0.05
+# What was read from the disk is put into memory for so long at a time, and steps go on between.
+_ARRIVING_S = 0.01
 # A step was still running when it was asked for, if reading it took longer than this.
 _BLOCKED_S = 0.001
 
@@ -71,8 +75,8 @@ class _Running:
     chunks: list[Chunk]
     started: tuple[Started, ...]
     predicted_s: float
-    decodes: bool
-    """Rows get their next token in it."""
+    decode: list[Sequence]
+    """Those that get their next token in it."""
     started_at: float = 0.0
     returned_at: float = 0.0
     """``Launch.start`` was called, and came back."""
@@ -80,12 +84,18 @@ class _Running:
     """The loop slept while it ran."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Compiling:
+@dataclass(slots=True)
+class _Waiting:
+    """A request that the scheduler does not know yet: its grammar is being compiled, then what the disk has of its
+    first tokens is read."""
+
     submit: Submit
     prompt: list[int]
     since: float
     deadline: float
+    sequence: Sequence | None = None
+    """Once its grammar is there."""
+    fetching: Fetching | None = None
 
 
 class StepLoop:
@@ -96,8 +106,9 @@ class StepLoop:
         options: Load,
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
-        """``grammars``: other than those of the model's own words."""
+        """``grammars``: other than those of the model's own words; ``prefixes``: None where nothing is kept."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -117,8 +128,12 @@ class StepLoop:
         self._sequences: dict[int, Sequence] = {}
         self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
-        self._compiling: dict[int, _Compiling] = {}
-        """Requests that wait for their grammar; the scheduler does not know them yet."""
+        self._waiting: dict[int, _Waiting] = {}
+        self._prefixes = prefixes
+        self._rows: dict[int, Sequence] = {}
+        """Those that have a row."""
+        self._sources: dict[int, Source] = {}
+        """Of sequences that may join in the next plan: where their first tokens are."""
         self._members: tuple[int, ...] = ()
         self._step = 0
         self._last_done = 0.0
@@ -160,7 +175,7 @@ class StepLoop:
         start_first = self._forced or not self._blocks
         running: _Running | None = None
         while not self._stopping:
-            if running and not running.decodes:
+            if running and not running.decode:
                 self._complete(running)
                 self._release()
                 running = None
@@ -185,7 +200,9 @@ class StepLoop:
         """Take messages: until work is there, or while the running step needs no successor yet."""
         if running is None:
             idle = not self._sequences
-            wait_s = _COMPILING_S if self._compiling else None
+            wait_s = _WAITING_S if self._waiting else None
+            if self._prefixes and self._prefixes.unsaved:
+                wait_s = 0.0
             self._handle_all(wait_s if idle else _STALLED_S if self._stalled else 0.0)
             if idle:
                 self._gather()
@@ -217,8 +234,8 @@ class StepLoop:
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):
             self._handle(message)
-        if self._compiling:
-            self._take_compiled()
+        for waiting in list(self._waiting.values()):
+            self._advance(waiting)
         self._release()
 
     def _handle(self, message: Message) -> None:
@@ -229,7 +246,8 @@ class StepLoop:
                 if seq in self._sequences:
                     self._sequences[seq].ended = True
                     self._scheduler.cancel(seq)
-                elif self._compiling.pop(seq, None):
+                elif waiting := self._waiting.get(seq):
+                    self._give_up(waiting)
                     self._link.send(Freed(seq, 0))
             case Canary():
                 self._backend.canary()
@@ -241,7 +259,7 @@ class StepLoop:
 
     def _submit(self, message: Submit) -> None:
         """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""
-        if message.seq in self._sequences or message.seq in self._compiling:
+        if message.seq in self._sequences or message.seq in self._waiting:
             raise ValueError(f"the server sent sequence {message.seq} again, which is not freed yet")
         facts, now = self._backend.facts, self._clock()
         try:
@@ -252,53 +270,44 @@ class StepLoop:
             self._refuse(message.seq, error)
             return
         deadline = _INFINITY if message.deadline_s is None else now + message.deadline_s
-        waiting = _Compiling(message, prompt, now, deadline)
-        if message.grammar:
-            self._compiling[message.seq] = waiting
-        else:
-            self._enter(waiting, None)
+        waiting = self._waiting[message.seq] = _Waiting(message, prompt, now, deadline)
+        self._advance(waiting)
 
-    def _take_compiled(self) -> None:
-        """Requests whose grammar is compiled, or will not be."""
-        now = self._clock()
-        for seq, waiting in list(self._compiling.items()):
-            try:
-                constraint = self._grammars.compile(waiting.submit.grammar)
-                if constraint is None and now - waiting.since > self._compile_s:
-                    raise Refused("grammar_too_complex", f"it was not compiled within {self._compile_s:g} s")
-                if constraint is None and now >= waiting.deadline:
-                    raise Refused("timeout", "the deadline passed")
-            except Refused as error:
-                del self._compiling[seq]
-                self._refuse(seq, error)
-                continue
-            if constraint is not None:
-                del self._compiling[seq]
-                self._enter(waiting, constraint)
-
-    def _enter(self, waiting: _Compiling, constraint: Constraint | None) -> None:
-        """Queue a request with the scheduler, or fail it alone."""
-        submit, prompt = waiting.submit, waiting.prompt
-        parent = self._parent(submit, prompt)
+    def _advance(self, waiting: _Waiting) -> None:
+        """On to the scheduler, if nothing is to be waited for any more."""
+        now, submit = self._clock(), waiting.submit
         try:
-            max_tokens = self._scheduler.submit(
-                submit.seq,
-                len(prompt),
-                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
-                client=submit.client,
-                priority=submit.priority,
-                deadline=waiting.deadline,
-                cached_tokens=len(prompt) - 1 if parent else 0,
-                parent=submit.parent if parent else -1,
-            )
-        except ValueError as error:
+            if waiting.sequence is None:
+                constraint = self._grammars.compile(submit.grammar) if submit.grammar else None
+                if submit.grammar and constraint is None and now - waiting.since > self._compile_s:
+                    raise Refused("grammar_too_complex", f"it was not compiled within {self._compile_s:g} s")
+                if constraint is not None or not submit.grammar:
+                    self._ask_disk(waiting, constraint)
+            fetching = waiting.fetching
+            arrived = fetching is None or (self._prefixes and self._prefixes.arrived(fetching, _ARRIVING_S))
+            if waiting.sequence is not None and arrived:
+                del self._waiting[submit.seq]
+                self._enter(waiting.sequence, waiting)
+            elif now >= waiting.deadline:
+                raise Refused("timeout", "the deadline passed")
+        except Refused as error:
+            self._give_up(waiting)
             self._refuse(submit.seq, error)
-            return
-        self._sequences[submit.seq] = Sequence(
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        self._waiting.pop(waiting.submit.seq, None)
+        if self._prefixes and waiting.sequence is not None:
+            self._prefixes.leave(waiting.sequence)
+            if waiting.fetching is not None:
+                self._prefixes.give_up(waiting.fetching)
+
+    def _ask_disk(self, waiting: _Waiting, constraint: Constraint | None) -> None:
+        submit, prompt = waiting.submit, waiting.prompt
+        sequence = Sequence(
             submit.seq,
             prompt,
             len(prompt),
-            max_tokens,
+            submit.max_tokens,
             submit.sampling,
             submit.ignore_eos,
             submit.request_id,
@@ -306,18 +315,52 @@ class StepLoop:
             submit.min_tokens,
             constraint,
             submit.prompt_logprobs,
+            salt=submit.salt,
+            session=submit.session,
         )
+        waiting.sequence = sequence
+        if self._prefixes:
+            self._prefixes.enter(sequence)
+            waiting.fetching = self._prefixes.fetch(sequence)
 
-    def _parent(self, submit: Submit, prompt: list[int]) -> bool:
-        """Whether its parent can give it the prompt's KV. (Log-probabilities come from the prefill itself.)"""
-        parent = self._sequences.get(submit.parent)
-        return (
+    def _enter(self, sequence: Sequence, waiting: _Waiting) -> None:
+        """Queue a request with the scheduler, or fail it alone."""
+        submit, prompt = waiting.submit, waiting.prompt
+        parent, shared = self._parent(sequence, submit.parent)
+        try:
+            sequence.max_tokens = self._scheduler.submit(
+                submit.seq,
+                len(prompt),
+                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
+                client=submit.client,
+                priority=submit.priority,
+                deadline=waiting.deadline,
+                cached_tokens=shared,
+                parent=parent,
+                stops=sequence.stops,
+            )
+        except ValueError as error:
+            self._give_up(waiting)
+            self._refuse(submit.seq, error)
+            return
+        self._sequences[submit.seq] = sequence
+
+    def _parent(self, sequence: Sequence, asked: int) -> tuple[int, int]:
+        """Whose KV it takes over when that is computed, and how many tokens; (-1, 0): nobody's, or who has it now is
+        found when it joins."""
+        parent = self._sequences.get(asked)
+        prompt = sequence.tokens
+        if (
             parent is not None
             and self._backend.facts.forks
-            and submit.prompt_logprobs < 0
-            and parent.prompt_tokens == len(prompt)
+            and sequence.prompt_logprobs < 0  # they come from the prefill itself
             and parent.tokens[: len(prompt)] == prompt
-        )
+        ):
+            return asked, len(prompt) - 1
+        if self._prefixes is None:
+            return -1, 0
+        have = self._prefixes.find(sequence, self._rows.values()).tokens
+        return self._prefixes.leader(sequence, self._sequences.values(), have)
 
     def _refuse(self, seq: int, error: ValueError) -> None:
         code = "never_fits" if isinstance(error, NeverFits) else "invalid_request"
@@ -328,25 +371,20 @@ class StepLoop:
 
     def _prepare(self) -> _Running | None:
         now = self._clock()
+        if self._prefixes and len(self._rows) < self._backend.facts.max_rows:
+            self._find_sources(self._prefixes)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
             self._link.send(Failed(seq, "timeout", "the deadline passed"))
         for seq in plan.preempted:
-            self._backend.free(self._sequences[seq])
+            self._leave_row(self._sequences[seq])
         self._stalled = plan.step == 0
         if self._stalled:
             return None
         decode = [self._sequences[seq] for seq in plan.decode]
         chunks = [Chunk(self._sequences[p.seq], p.start, p.tokens, p.last) for p in plan.prefills]
-        forks = {join.seq: join for join in plan.joins}
-        joining = [chunk for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in forks]
-        for chunk in joining:
-            if fork := forks.get(chunk.sequence.seq):
-                self._backend.fork(chunk.sequence, self._sequences[fork.parent], fork.cached_tokens)
-            else:
-                self._backend.start(chunk.sequence)
-        started = tuple(Started(chunk.sequence.seq, chunk.start) for chunk in joining)
+        started = self._join(chunks, plan.joins)
         members = (*plan.decode, *(p.seq for p in plan.prefills))
         if members != self._members:
             self._members = members
@@ -358,7 +396,57 @@ class StepLoop:
         )
         launch = self._backend.launch(decode, chunks)
         self._host_s += 0.2 * (self._clock() - now - self._host_s)
-        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, bool(decode))
+        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, decode)
+
+    def _find_sources(self, prefixes: PrefixStore) -> None:
+        """Tell the scheduler what those who may join in the next plan need not compute."""
+        self._sources.clear()
+        claimed: set[int] = set()
+        for seq in self._scheduler.upcoming(self._backend.facts.max_rows):
+            source = prefixes.find(self._sequences[seq], self._rows.values(), claimed)
+            if self._scheduler.recache(seq, source.tokens, source.row):
+                self._sources[seq] = source
+                claimed.add(source.parked)
+
+    def _join(self, chunks: list[Chunk], joins: tuple[Join, ...]) -> tuple[Started, ...]:
+        """Rows for those whose first chunk this is."""
+        found = {join.seq: join for join in joins}
+        joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
+        if joining and self._prefixes:
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
+
+        def order(sequence: Sequence) -> int:
+            """Who resumes a left row first: others may take it for their own."""
+            return self._sources.get(sequence.seq, NOTHING).parked < 0
+
+        for sequence in sorted(joining, key=order):
+            join = found.get(sequence.seq)
+            if join is None:
+                self._backend.start(sequence)
+                sequence.kv_tokens = 0
+            elif join.parent >= 0 or self._prefixes is None:
+                self._backend.fork(sequence, self._sequences[join.parent], join.cached_tokens)
+                if self._prefixes:
+                    self._prefixes.row_hit_tokens += join.cached_tokens
+            else:
+                self._prefixes.restore(sequence, self._sources[sequence.seq])
+            if join:
+                sequence.kv_tokens = join.cached_tokens
+            if sequence.cached_tokens < 0:
+                sequence.cached_tokens = sequence.kv_tokens
+            self._rows[sequence.seq] = sequence
+        sources = [self._sources.get(sequence.seq, NOTHING) for sequence in joining]
+        return tuple(
+            Started(sequence.seq, sequence.cached_tokens, source.broke_at, source.why)
+            for sequence, source in zip(joining, sources, strict=True)
+        )
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        """Keep what it computed, and give its row back."""
+        if self._rows.pop(sequence.seq, None) and self._prefixes:
+            self._prefixes.publish(sequence, end=True)
+        self._backend.free(sequence)
+        sequence.kv_tokens = 0
 
     def _start(self, running: _Running) -> None:
         # Before the call: where the device does not run apart from Python, it lasts as long as the step.
@@ -381,12 +469,15 @@ class StepLoop:
                 continue
             if draw.bad:
                 sequence.ended = True
+                if self._prefixes:
+                    self._prefixes.leave(sequence)  # nobody else is to get that
                 finished.append(sequence.seq)
                 self._link.send(
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
                 )
                 continue
             sequence.tokens.append(draw.token)
+            sequence.kv_tokens = len(sequence.tokens) - 1
             constraint, finish = sequence.constraint, None
             if self._ends(sequence, draw.token):
                 finish = "stop"
@@ -410,9 +501,14 @@ class StepLoop:
             self._tell_scores(scores)
         for chunk in running.chunks:
             chunk.sequence.computed_tokens += chunk.tokens
+            chunk.sequence.kv_tokens = chunk.start + chunk.tokens
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+        if self._prefixes:
+            for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
+                if sequence.seq in self._rows:
+                    self._prefixes.publish(sequence)
 
     def _tell_scores(self, scores: Scores) -> None:
         """Each once: after a preemption the prompt is prefilled again."""
@@ -462,7 +558,9 @@ class StepLoop:
         for seq in self._scheduler.releasable():
             self._stalled = False
             sequence = self._sequences.pop(seq)
-            self._backend.free(sequence)
+            self._leave_row(sequence)
+            if self._prefixes:
+                self._prefixes.leave(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
 
@@ -473,6 +571,9 @@ class StepLoop:
         now = self._clock()
         if idle is None:
             idle = not self._sequences
+        if self._prefixes:
+            self._prefixes.save()
+        idle = idle and not (self._prefixes and self._prefixes.unsaved)  # then again in a moment
         if idle:
             self._check_accounts()
         if idle or now >= self._stats_at:
@@ -490,7 +591,7 @@ class StepLoop:
         self._link.send(
             Stats(
                 step=self._step,
-                queued=account.queued + len(self._compiling),
+                queued=account.queued + len(self._waiting),
                 prefilling=account.prefilling,
                 decoding=account.decoding,
                 ending=account.ending,
@@ -503,5 +604,6 @@ class StepLoop:
                 mlx_cache_bytes=memory.cache_bytes,
                 rss_bytes=resident_bytes(),
                 live_arrays=memory.live_arrays,
+                prefix=self._prefixes.statistics() if self._prefixes else PrefixStats(),
             )
         )

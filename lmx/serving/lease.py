@@ -35,6 +35,9 @@ class GenerateRequest:
     min_tokens: int = 0
     prompt_logprobs: int = -1
     parent: int = -1
+    salt: str | None = ""
+    """This and the following as in ``protocol.Submit``; no key of the answer's content."""
+    session: str = ""
     request_id: str = ""
     """The client's or ours, for logs."""
 
@@ -72,7 +75,6 @@ class Lease:
 
     __slots__ = (
         "alone_tokens",
-        "cached_tokens",
         "cancel_reason",
         "closed",
         "deadline",
@@ -86,6 +88,7 @@ class Lease:
         "prompt_logprobs",
         "request",
         "seq",
+        "started",
         "submitted",
         "taken_at",
         "tokens",
@@ -108,7 +111,8 @@ class Lease:
         self.cancel_reason: str | None = None
         """Why the server ended it, where neither the engine nor the reader did: "deadline", "slow_reader",
         "shutdown"."""
-        self.cached_tokens = 0
+        self.started: protocol.Started | None = None
+        """How it began in the engine."""
         self.first_token_at: float | None = None
         self.last_token_at = now
         self.submitted = False
@@ -123,6 +127,10 @@ class Lease:
         """The engine has confirmed it free, or has died."""
         self.wake = trio.Event()
         """Something has changed for the reader; replaced by the reader before it waits."""
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.started.cached_tokens if self.started else 0
 
     @property
     def over(self) -> bool:
@@ -193,6 +201,11 @@ class TokenStream:
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV was found and not computed; known from the first chunk on."""
         return self._lease.cached_tokens
+
+    @property
+    def started(self) -> protocol.Started | None:
+        """How it began in the engine; known from the first chunk on."""
+        return self._lease.started
 
     async def receive(self) -> Chunk:
         """Wait for tokens and take all there are. Cancelled: nothing was taken.

@@ -303,6 +303,8 @@ class Ledger:
             request.prompt_logprobs,
             request.request_id,
             request.parent,
+            request.salt,
+            request.session,
         )
 
     # --- messages ----------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ class Ledger:
         self._meter.step(step.elapsed_ms)
         for started in step.started:
             if started.seq in self.submitted:
-                self.submitted[started.seq].cached_tokens = started.cached_tokens
+                self.submitted[started.seq].started = started
         for row in step.rows:
             lease = self.submitted.get(row.seq)
             if lease is None or not row.tokens:

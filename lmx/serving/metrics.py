@@ -40,6 +40,26 @@ _ENGINE_GAUGES = (
     ("lmx_mlx_live_arrays", "MLX arrays that Python refers to.", "live_arrays"),
     ("lmx_preemptions", "Sequences preempted since the engine started.", "preemptions"),
 )
+_PREFIX_GAUGES = (
+    (
+        "lmx_prefix_bytes",
+        "KV kept for those who begin with the same tokens.",
+        {"ram": "ram_bytes", "disk": "disk_bytes"},
+    ),
+    (
+        "lmx_prefix_hit_tokens",
+        "Prompt tokens not computed, since the engine started: another row, memory, or the disk had them.",
+        {"row": "row_hit_tokens", "ram": "ram_hit_tokens", "disk": "disk_hit_tokens"},
+    ),
+    (
+        "lmx_prefix_evicted_blocks",
+        "Blocks that gave way to others since the engine started.",
+        {"ram": "evicted_blocks"},
+    ),
+    ("lmx_prefix_queued_bytes", "KV that waits to be written.", {"disk": "queued_bytes"}),
+    ("lmx_prefix_restore_seconds", "What putting kept KV back took, since the engine started.", {"ram": "restore_s"}),
+    ("lmx_prefix_publish_seconds", "What keeping KV took of the steps' time.", {"ram": "publish_s"}),
+)
 
 
 class Metrics(Collector):
@@ -83,6 +103,13 @@ class Metrics(Collector):
             for model, record in records:
                 if record.engine is not None:
                     family.add_metric((model,), getattr(record.engine, field))
+            yield family
+        for name, text, tiers in _PREFIX_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=("model", "tier"))
+            for model, record in records:
+                if record.engine is not None:
+                    for tier, field in tiers.items():
+                        family.add_metric((model, tier), getattr(record.engine.prefix, field))
             yield family
         family = GaugeMetricFamily(
             "lmx_kv_arena_ratio",

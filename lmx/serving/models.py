@@ -271,7 +271,11 @@ def _read_embedding(settings: Settings, metrics: Metrics, *, taken: str) -> Serv
         mmap=settings.llama.mmap,
         embedding=encoder.sentence.pooling,
     )
-    engine = Engine(model_id, load, settings.engine, metrics, _environment(settings))
+    environment = _environment(settings)
+    if folder.architecture in ENCODERS:
+        # Each core takes a share of a step, products included; NumPy's BLAS reads this when it is imported.
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    engine = Engine(model_id, load, settings.engine, metrics, environment)
     return ServedEmbedding(model_id, folder, encoder, engine, int(time.time()))
 
 
@@ -320,6 +324,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         # While it compiles, a single request gives no step: that must not look like a hang.
         grammar_compile_s=min(settings.engine.grammar_compile_s, settings.engine.hang_timeout_s / 2),
         grammar_mask_ms=settings.engine.grammar_mask_ms,
+        prefix_cache=settings.engine.prefix_cache,
+        prefix_ram_bytes=settings.engine.prefix_ram_bytes,
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))
