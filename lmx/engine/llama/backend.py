@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
 from lmx.engine.grammar import Masker
 from lmx.engine.llama.copies import Copies, LlamaBlock
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
-from lmx.engine.llama.parked import Parked, ParkedRow
+from lmx.engine.llama.parked import Parked
 from lmx.engine.sampling import SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
@@ -43,6 +43,8 @@ _WAVE_TOKENS = 2048  # what prompts that start together may bring in a step
 # Free slots between two rows that are computed with a token of no use, to have both rows in one forward: on two cores a
 # further forward of SmolLM2 costs 10 ms, a row 6.5; in larger models and on GPUs forwards cost more, rows less.
 _FILLED_GAP = 2
+# A parked row that would lose so many tokens to a sequence that shares only its beginning is copied, if there is room.
+_KEPT_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -204,14 +206,19 @@ class LlamaBackend:
         self._rows[sequence.seq] = _Row(sequence, slot, counts, tokens=tokens)
 
     def _take_slot(self) -> int:
-        """An empty one: that with most neighbours in use, so that few gaps arise; or that of the row parked longest."""
-        taken = {row.slot for row in self._rows.values()}
-        free = [slot for slot in range(self.facts.max_rows) if slot not in taken and slot not in self._parked]
+        """An empty one, that with most neighbours in use, so that few gaps arise; otherwise that of the row parked
+        longest."""
+        free = self._empty_slots()
         if not free:
             slot = self._parked.oldest
             self._drop(slot)
             return slot
+        taken = {row.slot for row in self._rows.values()}
         return max(free, key=lambda slot: (len(taken & {slot - 1, slot + 1}), -slot))
+
+    def _empty_slots(self) -> list[int]:
+        taken = {row.slot for row in self._rows.values()}
+        return [slot for slot in range(self.facts.max_rows) if slot not in taken and slot not in self._parked]
 
     def _copy_slot(self, source: int, tokens: int) -> int:
         slot = self._take_slot()
@@ -297,7 +304,7 @@ class LlamaBackend:
             if len(gap) <= _FILLED_GAP and all(map(self._can_fill, gap)):
                 fillers += gap
                 tokens += [0] * len(gap)
-                positions += map(self._held, gap)
+                positions += map(self._parked.length, gap)
                 slots += gap
                 wanted += [False] * len(gap)
             tokens += part.tokens
@@ -311,17 +318,13 @@ class LlamaBackend:
             for logits in self._context.decode(tokens[span], positions[span], slots[span], wanted[span]):
                 yield next(computed), logits
         for slot in fillers:
-            self._context.forget(slot, self._held(slot))
-
-    def _held(self, slot: int) -> int:
-        """Tokens that a slot without a sequence holds."""
-        return len(self._parked[slot].tokens) if slot in self._parked else 0
+            self._context.forget(slot, self._parked.length(slot))
 
     def _can_fill(self, slot: int) -> bool:
         """Whether a token of no use may be computed there: what is parked must not suffer."""
         if any(row.slot == slot for row in self._rows.values()):
             return False
-        return slot not in self._parked or (self._cuts and self._held(slot) < self._slot_cells)
+        return slot not in self._parked or (self._cuts and self._parked.length(slot) < self._slot_cells)
 
     def _compute_alone(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
         """Parts of a step over shared cells again that came out bad, one at a time.
@@ -397,7 +400,7 @@ class LlamaBackend:
         if row is None:
             return
         if row.tokens and sequence.salt is not None and self.facts.prefixes:
-            self._parked.put(ParkedRow(row.slot, row.tokens, sequence.salt))
+            self._parked.put(row.slot, row.tokens, sequence.salt)
         else:
             self._context.forget(row.slot)
 
@@ -410,9 +413,12 @@ class LlamaBackend:
                 raise ValueError(f"positions [{start}, {end}) of a row that holds {len(row.tokens)}")
         return list(self._copies.copy_out(row.slot, spans))
 
-    def checkpoint(self, sequence: Sequence) -> Block | None:
+    def checkpoint(self, sequence: Sequence) -> tuple[int, Block] | None:
         row = self._rows[sequence.seq]
-        return self._copies.checkpoint(row.slot, len(row.tokens)) if row.tokens else None
+        if not row.tokens:
+            raise ValueError("a checkpoint of a row that holds nothing")
+        made = self._copies.checkpoint(row.slot, len(row.tokens))
+        return (made.tokens, made) if made else None
 
     def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
         slot = self._take_slot()
@@ -421,23 +427,25 @@ class LlamaBackend:
         assert len(ours) == len(blocks)
         assert checkpoint is None or isinstance(checkpoint, LlamaBlock)
         if not self._copies.copy_in(slot, ours, tokens, checkpoint):
-            raise ValueError(f"llama.cpp does not take a copy of the KV of {tokens} tokens")
+            raise RuntimeError(f"llama.cpp does not take a copy of the KV of {tokens} tokens")
         self._enter(sequence, slot, sequence.tokens[:tokens])
 
     def from_bytes(self, data: bytes) -> Block:
         return self._copies.from_bytes(data)
 
-    def parked(self, tokens: Seq[int], salt: str) -> int:
-        return self._parked.longest(tokens, salt)
+    def parked(self, tokens: Seq[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
+        return self._parked.longest(tokens, salt, claimed)
 
-    def resume(self, sequence: Sequence, tokens: int) -> None:
-        assert sequence.salt is not None
+    def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
         kept = sequence.tokens[:tokens]
-        slot = self._parked.find(kept, sequence.salt).slot
-        self._parked.remove(slot)
-        if not self._context.forget(slot, tokens):
-            raise RuntimeError(f"a parked row does not go back to {tokens} tokens, though it could")
-        self._enter(sequence, slot, kept)
+        if self._cuts and self._parked.length(row) >= tokens + _KEPT_TOKENS and self._empty_slots():
+            self._parked.used(row)
+            self._enter(sequence, self._copy_slot(row, tokens), kept)
+            return
+        self._parked.remove(row)
+        if not self._context.forget(row, tokens):
+            raise RuntimeError(f"a parked row does not go back to {tokens} tokens")
+        self._enter(sequence, row, kept)
 
     def _drop(self, slot: int) -> None:
         self._parked.remove(slot)
@@ -468,7 +476,10 @@ class LlamaBackend:
     def memory(self) -> MemoryFacts:
         return MemoryFacts(
             # As llama.cpp sees it, not as this module does: a cell that was not freed shows.
-            rows=sum(self._context.last_position(slot) + 1 != self._held(slot) for slot in range(self._context.slots)),
+            rows=sum(
+                self._context.last_position(slot) + 1 != self._parked.length(slot)
+                for slot in range(self._context.slots)
+            ),
             arena_bytes=self.facts.kv_budget_bytes,
             active_bytes=0,
             peak_bytes=0,

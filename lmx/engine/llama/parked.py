@@ -1,28 +1,29 @@
 """Rows that ended, in slots that nobody needed since: what they hold, and which goes first. Pure bookkeeping; called by
 ``lmx.engine.llama.backend``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-# The loop asks for the same few prompts before each step.
-_MOST_ASKED = 64
+import numpy as np
+import numpy.typing as npt
+
+# Most rows that have nothing to do with a prompt differ this early; the prompt is made an array for the others.
+_HEAD_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ParkedRow:
-    slot: int
-    tokens: list[int]
+    head: list[int]
+    tokens: npt.NDArray[np.int32]
     salt: str
 
 
 class Parked:
     def __init__(self, cuts: Callable[[int, int], bool] | None) -> None:
-        """``cuts``: whether the slot can go back to so many first tokens; None: always."""
+        """``cuts``: whether a slot can go back to so many first tokens; None: always."""
         self._cuts = cuts
         self._rows: dict[int, ParkedRow] = {}
-        """The one used longest ago first."""
-        self._asked: dict[tuple[int, str], tuple[Sequence[int], int, int]] = {}
-        """Answers of ``longest`` since the rows changed: the tokens, how many they were then, the answer."""
+        """By slot, the one used longest ago first."""
         self.tokens = 0
         """All rows together."""
 
@@ -32,63 +33,41 @@ class Parked:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, slot: int) -> ParkedRow:
-        return self._rows[slot]
-
-    def put(self, row: ParkedRow) -> None:
-        self._rows[row.slot] = row
-        self.tokens += len(row.tokens)
-        self._asked.clear()
-
-    def remove(self, slot: int) -> ParkedRow:
-        row = self._rows.pop(slot)
-        self.tokens -= len(row.tokens)
-        self._asked.clear()
-        return row
-
     @property
     def oldest(self) -> int:
         """The slot of the row used longest ago."""
         return next(iter(self._rows))
 
-    def longest(self, tokens: Sequence[int], salt: str) -> int:
-        """How many of these tokens can be had from one of the rows."""
-        if not self._rows:
-            return 0
-        key = (id(tokens), salt)
-        known = self._asked.get(key)
-        if known is None or known[0] is not tokens or known[1] != len(tokens):
-            if len(self._asked) >= _MOST_ASKED:
-                self._asked.clear()
-            most = max((self._held(row, tokens) for row in self._rows.values() if row.salt == salt), default=0)
-            known = self._asked[key] = (tokens, len(tokens), most)
-        return known[2]
+    def length(self, slot: int) -> int:
+        """Tokens of the slot's row; 0: there is none."""
+        return len(self._rows[slot].tokens) if slot in self._rows else 0
 
-    def find(self, tokens: list[int], salt: str) -> ParkedRow:
-        """The row to go on with after all these tokens: of those that can, the one that loses least. Raises
-        LookupError."""
-        rows = [row for row in self._rows.values() if row.salt == salt and _common(row.tokens, tokens) == len(tokens)]
-        rows = [row for row in rows if self._cuts is None or self._cuts(row.slot, len(tokens))]
-        if not rows:
-            raise LookupError(f"no parked row holds these {len(tokens)} tokens")
-        return min(rows, key=lambda row: len(row.tokens))
+    def put(self, slot: int, tokens: list[int], salt: str) -> None:
+        self._rows[slot] = ParkedRow(tokens[:_HEAD_TOKENS], np.array(tokens, np.int32), salt)
+        self.tokens += len(tokens)
 
-    def _held(self, row: ParkedRow, tokens: Sequence[int]) -> int:
-        common = _common(row.tokens, tokens)
-        if self._cuts is None:
-            return common
-        # A prefill has at least one token, and where a row may be of no use with fewer, these are too many.
-        common = min(common, len(tokens) - 1)
-        return common if common > 0 and self._cuts(row.slot, common) else 0
+    def remove(self, slot: int) -> None:
+        self.tokens -= len(self._rows.pop(slot).tokens)
 
+    def used(self, slot: int) -> None:
+        """The row is the last to go, for now."""
+        self._rows[slot] = self._rows.pop(slot)
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are equal."""
-    start, size, most = 0, 64, min(len(one), len(other))
-    while start < most and size:
-        end = min(start + size, most)
-        if one[start:end] == other[start:end]:
-            start, size = end, 2 * size
-        else:
-            most, size = end, (end - start) // 2
-    return start
+    def longest(self, tokens: Sequence[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
+        """The slot whose row gives most of these tokens, and how many; (-1, 0): none. Of equals the one that loses
+        least."""
+        head = list(tokens[:_HEAD_TOKENS])
+        asked: npt.NDArray[np.int32] | None = None
+        best, most, lost = -1, 0, 0
+        for slot, row in self._rows.items():
+            if row.salt != salt or slot in claimed or row.head[: len(head)] != head[: len(row.head)]:
+                continue
+            if asked is None:
+                asked = np.asarray(tokens, np.int32)
+            length = min(len(asked), len(row.tokens))
+            differ = asked[:length] != row.tokens[:length]
+            held = int(differ.argmax()) if differ.any() else length
+            beyond = len(row.tokens) - held
+            if (held, -beyond) > (most, -lost) and (self._cuts is None or self._cuts(slot, held)):
+                best, most, lost = slot, held, beyond
+        return best, most
