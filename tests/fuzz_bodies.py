@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmx.api.body import SMALL_BYTES
-from lmx.api.embedding_requests import EmbeddingRequest, RerankRequest
-from lmx.api.schemas import ChatRequest, CompletionRequest, TokenizeRequest
-from lmx.api.unbuilt import _FIELDS
+from lmx.api.core.embedding_requests import EmbeddingRequest, RerankRequest
+from lmx.api.core.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from lmx.api.core.unbuilt import _FIELDS
 from tests.server import Server, serve
 
 CASES = int(os.environ.get("LMX_FUZZ_CASES", "5000"))
@@ -170,8 +170,9 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With real engines: grammars are compiled and followed there."""
-    settings = {"model": {"embedding": str(minilm)}}
+    """With real engines: grammars are compiled and followed there. A context so short that an answer without a limit
+    ends before its client gives up."""
+    settings = {"model": {"embedding": str(minilm), "context_length": 1024}}
     with serve(tmp_path_factory.mktemp("fuzz"), "--model", str(tiny_model), settings=settings) as running:
         running.line(r"model tiny-llama ready")
         running.line(rf"model {minilm.name} ready")

@@ -45,6 +45,10 @@ class Sequence:
     computed_tokens: int = 0
     """Prompt positions prefilled, over all prefills."""
     ended: bool = False
+    salt: str | None = ""
+    """Only sequences of the same one share KV; None: with nobody."""
+    session: str = ""
+    """Which conversation it belongs to; "": not said."""
 
     @property
     def generated_tokens(self) -> int:
@@ -84,6 +88,25 @@ class Scores:
     sequence: Sequence
     start: int
     logprobs: tuple[Logprobs, ...]
+
+
+class Block(Protocol):
+    """A copy of what a sequence left in the layers, in the form that its back end restores fastest. It refers to no
+    row, and no row to it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, ``window_bytes`` included."""
+
+    @property
+    def window_bytes(self) -> int:
+        """Of that, the part of sliding layers, which ``drop_window`` gives back."""
+
+    def drop_window(self) -> None:
+        """Forget the part of sliding layers: a prefix that ends a window later does not need it. For ever."""
+
+    def to_bytes(self) -> bytes:
+        """For ``Backend.from_bytes``, perhaps in a later process. On the engine's thread; may wait for the device."""
 
 
 class Launch(Protocol):
@@ -133,6 +156,15 @@ class Facts:
     """What was measured of the device and the model at load, in words: name → result."""
     forks: bool = False
     """Whether ``Backend.fork`` works: not where a state stands for all tokens, or a window has moved on."""
+    prefixes: str = ""
+    """What can be restored of a sequence's KV. "": nothing. "kv": any first tokens, from blocks. "checkpoints": only as
+    many as a checkpoint was made at."""
+    window: int = 0
+    """The longest of the sliding layers' windows whose part a ``Block`` can do without: a prefix needs it in the blocks
+    that reach into its last ``window`` tokens. 0: there are none."""
+    publishes: str = "chunks"
+    """When ``copy_out`` costs no more than the tokens that it copies: "chunks", any time; "end": it costs all of the
+    sequence's tokens each time, so once, when it ends."""
     max_chunk_area: int = 0
     """Most tokens times context that prefill may compute in a step, for the memory that attention takes; 0: any
     number."""
@@ -159,6 +191,30 @@ class Backend(Protocol):
         """The same, with a copy of the parent's KV of its first ``tokens``: the prefill begins after those. (What they
         are is given to the device already.) Only where ``Facts.forks``."""
 
+    def copy_out(self, sequence: Sequence, spans: Seq[tuple[int, int]]) -> list[Block]:
+        """Copies of the KV of those spans of positions, each of a step that was read. What later steps write does not
+        change them. Does not wait for the device where that runs apart. Raises ValueError where a position holds
+        nothing (a row that failed)."""
+
+    def checkpoint(self, sequence: Sequence) -> Block | None:
+        """A copy of what stands for all its tokens up to now (recurrent states), where ``Facts.prefixes`` is
+        "checkpoints"; None: there is none, as the sequence decodes in a step that is not read yet."""
+
+    def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
+        """``start``, with the KV of its first ``tokens``: that of the blocks, which follow each other from position 0
+        on (the last may hold more tokens than are wanted), and a checkpoint made at ``tokens``. Its prefill goes on
+        from there."""
+
+    def from_bytes(self, data: bytes) -> Block:
+        """Raises ValueError for bytes that are no block of this model's."""
+
+    def parked(self, tokens: Seq[int], salt: str) -> int:
+        """How many of these tokens a row that ended still holds, of a sequence of the same ``salt``. (Rows are kept so
+        until their room is needed, where that costs nothing.)"""
+
+    def resume(self, sequence: Sequence, tokens: int) -> None:
+        """``start``, on that row, with the KV of its first ``tokens``, at most as many as ``parked`` said."""
+
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
         """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the
         ``chunks`` (of other sequences, each of another one) are prefilled, in one forward pass or several."""
@@ -170,14 +226,6 @@ class Backend(Protocol):
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         """Forget the KV of positions ``tokens`` and later; how many are left. 0: the cache cannot go back so far (a
         recurrent state, a window that moved on) and is empty. The sequence goes on with a prefill from there."""
-
-    def export_kv(self, sequence: Sequence) -> bytes:
-        """A copy of the sequence's KV, for ``import_kv`` of the same model and KV type, perhaps in a later process.
-        Raises ValueError where a model's cache cannot be copied."""
-
-    def import_kv(self, sequence: Sequence, data: bytes) -> int:
-        """Fill the KV of a sequence that was just started; its prefill goes on after so many positions. Raises
-        ValueError, with nothing changed, for bytes that are none of this model's."""
 
     def canary(self) -> None:
         """One small forward pass outside the batch, read back: raises if the device no longer works."""
