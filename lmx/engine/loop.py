@@ -390,7 +390,7 @@ class StepLoop:
         found = {join.seq: join for join in joins}
         joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
         if joining and self._prefixes:
-            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes, self._sources.values())
 
         def order(sequence: Sequence) -> int:
             """Who resumes a left row first: others may take it for their own."""

@@ -143,10 +143,12 @@ class PrefixStore:
         self._ram.put(chain, tokens, spans, blocks, checkpoint)
         self._publish_s += time.perf_counter() - since
 
-    def make_room(self, kv_used_bytes: int) -> None:
-        """Before sequences take what they were given of the KV budget: it is theirs first."""
+    def make_room(self, kv_used_bytes: int, sources: Iterable[Source]) -> None:
+        """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
+        and is to be restored yet; it can be, whatever goes."""
         left = self._backend.facts.kv_budget_bytes - kv_used_bytes
-        self._ram.shrink(self._budget_bytes or max(left, 0))
+        spare = [source.found for source in sources if source.found is not None]
+        self._ram.shrink(self._budget_bytes or max(left, 0), spare)
 
     def statistics(self) -> PrefixStats:
         ram = self._ram.statistics()
