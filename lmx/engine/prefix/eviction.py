@@ -97,11 +97,14 @@ class Eviction:
     def note_passed(self, last: Node) -> None:
         """A sequence has come to the end of ``last``: the window parts a window behind are of no more use to it."""
         node, least = last, last.end - self._window
+        passed: list[Node] = []
         while node.parent is not None and not (node.end <= least and (node.noted or node.windowless)):
             if node.end <= least:
-                node.noted = True
-                self._passed[node.key] = None
+                passed.append(node)
             node = node.parent
+        for node in reversed(passed):
+            node.noted = True
+            self._passed[node.key] = None
 
     def note(self, node: Node) -> None:
         """Its end is no stop any more, perhaps."""

@@ -302,6 +302,8 @@ class RamTier:
             if turn is not None and turn.conversation is not conversation:
                 self._claim(turn, conversation)
         self._claim(last, conversation)
+        for node in ends[:-1]:  # they outlive the end: with an answer less is lost than with its question
+            node.used, node.age = next(self._ticks), self._eviction.turnover
 
     def _stays(self, node: Node, conversation: Conversation) -> bool:
         """Where the newest prompt may be left again, if its answer comes back in other words."""
