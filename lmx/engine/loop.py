@@ -413,7 +413,7 @@ class StepLoop:
         found = {join.seq: join for join in joins}
         joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
         if joining and self._prefixes:
-            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes, self._sources.values())
 
         def order(sequence: Sequence) -> int:
             """Who resumes a left row first: others may take it for their own."""
@@ -509,6 +509,7 @@ class StepLoop:
             for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
                 if sequence.seq in self._rows:
                     self._prefixes.publish(sequence)
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _tell_scores(self, scores: Scores) -> None:
         """Each once: after a preemption the prompt is prefilled again."""

@@ -203,7 +203,9 @@ class PrefixStore:
         if not head.window:
             block.drop_window()
         tokens = array("I", unpack_tokens(head.ids))
-        self._ram.adopt(head.parent, head.root, head.key, tokens, block, checkpoint, node.uses)
+        if head.parent == head.root:
+            self._ram.root(head.root)
+        self._ram.adopt(head.parent, head.key, tokens, block, checkpoint, node.uses)
 
     def warm(self) -> int:
         """Before the engine is ready: the prefixes that most conversations share; how many bytes they hold."""
@@ -277,10 +279,12 @@ class PrefixStore:
             self._unsaved += [(chain.key(0), node) for node in new]
         self._publish_s += time.perf_counter() - since
 
-    def make_room(self, kv_used_bytes: int) -> None:
-        """Before sequences take what they were given of the KV budget: it is theirs first."""
+    def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
+        """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
+        and is to be restored yet; it can be, whatever goes."""
         left = self._backend.facts.kv_budget_bytes - kv_used_bytes
-        self._ram.shrink(self._budget_bytes or max(left, 0))
+        spare = [source.found for source in sources if source.found is not None]
+        self._ram.shrink(self._budget_bytes or max(left, 0), spare)
 
     def statistics(self) -> PrefixStats:
         ram, disk = self._ram.statistics(), self._disk.statistics() if self._disk else None
