@@ -56,14 +56,13 @@ def ask(client: EngineClient, prompt: list[int], count: int = 8, **options: obje
 @pytest.mark.parametrize("shared", [255, 256, 257, 700])
 def test_an_answer_is_the_same_with_a_hit(client: EngineClient, shared: int) -> None:
     prefix = tokens(shared)
-    ask(client, prefix + tokens(30))
-    prompt = prefix + tokens(40)
+    ask(client, [*prefix, 5, *tokens(30)])
+    prompt = [*prefix, 6, *tokens(40)]
     alone, cached = ask(client, prompt, salt=None)
     assert cached == 0
     answer, cached = ask(client, prompt)
     assert answer == alone
-    if client.ready and "checkpoint" not in client.ready.path_reason and cached:
-        assert cached <= shared
+    assert cached <= shared
     again, cached = ask(client, prompt)
     assert again == alone
     assert len(prompt) - 8 <= cached < len(prompt)
@@ -170,9 +169,9 @@ def test_preempted_sequences_come_back_from_the_store(tmp_path: Path) -> None:
     path = build_model("llama", tmp_path / "model")
     with engine(path, max_rows=2, max_chunk_tokens=256) as client:
         assert client.ready is not None
-        budget = 5 * 256 * client.ready.kv_bytes_per_token
+        budget = 6 * 256 * client.ready.kv_bytes_per_token
     with engine(path, max_rows=2, max_chunk_tokens=256, kv_budget_bytes=budget, prefix_ram_bytes=2**30) as client:
-        seqs = client.submit_together([(tokens(500), 400, GREEDY) for _ in range(2)])
+        seqs = client.submit_together([(tokens(500), 600, GREEDY) for _ in range(2)])
         client.wait_freed(*seqs)
         assert client.stats[-1].preemptions > 0
         computed = [client.answers[seq].freed for seq in seqs]

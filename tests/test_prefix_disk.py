@@ -202,6 +202,7 @@ def test_a_full_queue_takes_nothing_more(tmp_path: Path) -> None:
         assert stopped.wait(PATIENCE_S)
         assert fetch.done
         assert not keep(disk, CONVERSATION)
+        assert [disk.has_room(size) for size in (10, 1000)] == [True, False]
         record = disk.statistics()
         assert (record.refused_nodes, 0 < record.queued_bytes <= 1200) == (1, True)  # the last one's parent is missing
         go.set()
@@ -260,15 +261,16 @@ def test_what_most_share_is_warmed_up_first(tmp_path: Path) -> None:
 
     def warmed(most: int) -> list[tuple[list[int], int]]:
         with opened(tmp_path) as disk:
-            return [(unpack_tokens(node.head.ids), uses) for node, uses in disk.warm(most)]
+            return [(unpack_tokens(node.head.ids), node.uses) for node in disk.warm(most)]
 
     nine, five, two = [([3] * BLOCK, 9)] * 3, [([1] * BLOCK, 5)] * 2, [(agents, 2)]
     assert warmed(10**9) == nine + five + two
     assert warmed(3 * size) == nine
     assert warmed(2 * size) == nine[:2]
     with opened(tmp_path) as disk:
-        disk.used(whole_keys([*system, *agents]), clients=10)
-    assert warmed(10**9)[:3] == [([1] * BLOCK, 15)] * 2 + [(agents, 12)]
+        first, second, third = whole_keys([*system, *agents])
+        disk.used([(first, 15), (second, 12), (third, 1)])
+    assert warmed(10**9) == [([1] * BLOCK, 15), ([1] * BLOCK, 12), *nine, *two]
     # A bad file costs what stands on it, and nothing else.
     victim = block_file.path_of(tmp_path / FINGERPRINT, whole_keys(system)[1])
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")

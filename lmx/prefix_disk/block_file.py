@@ -55,6 +55,8 @@ class Node(NamedTuple):
     head: Head
     block: bytes
     checkpoint: bytes | None
+    uses: int = 1
+    """How many used it, as the index says; not part of the file."""
 
 
 def file_bytes(ids: bytes, block_bytes: int, checkpoint_bytes: int) -> int:

@@ -156,12 +156,12 @@ class Index:
                 ),
             )
 
-    def use(self, entries: Iterable[tuple[Entry, int]]) -> None:
-        """These were used; by so many more, each."""
+    def use(self, entries: Iterable[Entry]) -> None:
+        """These were used, by so many, if not by more."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE nodes SET uses = uses + ?, used = max(used, ?), rank = max(rank, ?) WHERE key = ?",
-                ((more, entry.used, _rank(entry), entry.head.key) for entry, more in entries),
+                "UPDATE nodes SET uses = max(uses, ?), used = max(used, ?), rank = max(rank, ?) WHERE key = ?",
+                ((entry.uses, entry.used, _rank(entry), entry.head.key) for entry in entries),
             )
 
     def delete(self, keys: Iterable[bytes], unlink: Callable[[bytes], None]) -> None:

@@ -17,7 +17,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """``lmx cache``."""
     cache = commands.add_parser("cache", help="what is kept on the disk of prompts and answers")
     cache.add_argument("action", choices=("ls", "stats", "clear"), help="list models, sum up, or delete")
-    cache.add_argument("models", nargs="*", metavar="MODEL", help="id or fingerprint, for clear (default: all)")
+    cache.add_argument("models", nargs="*", metavar="MODEL", help="name, path or fingerprint, for clear (default: all)")
     return cache
 
 
@@ -60,7 +60,8 @@ def clear(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _names(kept: ModelPrefixes) -> set[str]:
-    return {kept.fingerprint} | ({kept.summary.model} if kept.summary and kept.summary.model else set())
+    model = kept.summary.model if kept.summary else ""
+    return {kept.fingerprint} | ({model, Path(model).name} if model else set())
 
 
 def _describe(kept: ModelPrefixes) -> dict[str, Any]:

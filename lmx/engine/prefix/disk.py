@@ -44,7 +44,7 @@ class DiskStatistics:
     queued_bytes: int
     """Held in memory until they are written."""
     fetching_bytes: int
-    """Asked for, and not read or not collected yet."""
+    """Asked for, and not all read yet; what is read waits in memory until it is taken."""
     written_nodes: int
     written_bytes: int
     read_nodes: int
@@ -115,14 +115,6 @@ class _Counters:
 
 
 @dataclass(slots=True)
-class _Used:
-    """Not written down yet."""
-
-    at: float
-    more: int = 0
-
-
-@dataclass(slots=True)
 class _Offered:
     node: Node
     uses: int
@@ -157,7 +149,8 @@ class Disk:
         self._queue: dict[bytes, _Offered] = {}
         self._queued_bytes = 0
         self._fetches: deque[Fetch] = deque()
-        self._used: dict[bytes, _Used] = {}
+        self._used: set[bytes] = set()
+        """What the index was not told yet."""
         self._futile: set[bytes] = set()
         """Nodes that had to go as soon as they were written: everything else is worth more."""
         self._counters = _Counters()
@@ -183,12 +176,18 @@ class Disk:
         checkpoint: bool = False,
         window: bool = True,
     ) -> bool:
-        """Whether ``offer`` would take this node to write it, so that its bytes need not be made in vain: it is not
-        there yet (or without the checkpoint or the sliding layers' part), what stands before it is, and there is
-        room."""
+        """Whether ``offer`` would write this node, so that its bytes need not be made in vain: it is not there yet (or
+        without the checkpoint or the sliding layers' part), and what stands before it is. Where it only has to wait,
+        ``has_room`` says so."""
         head = Head(key, parent, root, 0, pack_tokens(tokens), window, checkpoint, nbytes)
         with self._changed:
-            return self._missing(head) and self._has_room(nbytes)
+            return self._missing(head)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the queue would take so many bytes now. Offer nothing that follows a node that had to wait before
+        that node: it would be refused."""
+        with self._changed:
+            return self._has_room(nbytes)
 
     def offer(
         self,
@@ -285,25 +284,23 @@ class Disk:
                 self._changed.notify_all()
         return fetch
 
-    def used(self, keys: Iterable[bytes], clients: int = 0) -> None:
-        """These were used just now, ``clients``: by so many who had not used them before. Written down later."""
+    def used(self, nodes: Iterable[tuple[bytes, int]]) -> None:
+        """These were used just now (wherever from), each by so many clients up to now: what is kept longest, and what
+        is warmed up, goes by that. Written down later."""
         now = time.time()
         with self._changed:
-            for key in keys:
+            for key, uses in nodes:
                 if (entry := self._catalog.entries.get(key)) is not None:
                     entry.used = now
-                    entry.uses += clients
-                    noted = self._used.setdefault(key, _Used(now))
-                    noted.at = now
-                    noted.more += clients
+                    entry.uses = max(entry.uses, uses)
+                    self._used.add(key)
 
-    def warm(self, most_bytes: int, least_uses: int = 2) -> Iterator[tuple[Node, int]]:
-        """The nodes that at least so many clients used, and how many did, parents before children: what most share
-        first. Waits for the disk: before the engine is ready, not later."""
+    def warm(self, most_bytes: int, least_uses: int = 2) -> Iterator[Node]:
+        """The nodes that at least so many clients used, parents before children: what most share first. Waits for the
+        disk: before the engine is ready, not later."""
         with self._changed:
             self._changed.wait_for(lambda: self._opened or self._off, OPEN_S)
             heads = deque(self._catalog.shared(most_bytes, least_uses))
-            uses = {head.key: self._catalog.entries[head.key].uses for head in heads}
         lost: set[bytes] = set()
         while heads:
             wants: list[_Want] = []
@@ -322,8 +319,7 @@ class Disk:
                     fetch.cancel()
                     return
                 got = fetch.take()
-                for node in got:
-                    yield node, uses[node.head.key]
+                yield from got
                 # Each may be of another prefix: after a bad one those go on that do not stand on it.
                 for want in rest[len(got) : len(got) + 1]:
                     lost.add(want.head.key)
@@ -483,7 +479,7 @@ class Disk:
                 break
             read.append(node)
             fetch._read.append(node)
-        self.used([node.head.key for node in read])
+        self.used((node.head.key, node.uses) for node in read)
         with self._changed:
             self._fetches.popleft()
             self._counters.read_nodes += len(read)
@@ -501,7 +497,9 @@ class Disk:
                 raise BadFile("its tokens are others")
             if want.head.checkpoint and not head.checkpoint:
                 raise BadFile("its checkpoint is not there")
-            return node
+            with self._changed:
+                entry = self._catalog.entries.get(key)
+            return node._replace(uses=entry.uses) if entry is not None else node
         except FileNotFoundError:
             self._forget(key, bad=False)
         except BadFile as error:
@@ -524,12 +522,9 @@ class Disk:
         """When nodes were used, and by how many."""
         assert self._index is not None
         with self._changed:
-            noted, self._used = self._used, {}
-            uses = [
-                (Entry(entry.head, entry.uses, used.at), used.more)
-                for key, used in noted.items()
-                if (entry := self._catalog.entries.get(key)) is not None
-            ]
+            keys, self._used = self._used, set()
+            entries = self._catalog.entries
+            uses = [Entry(entries[key].head, entries[key].uses, entries[key].used) for key in keys & entries.keys()]
         if uses:
             self._index.use(uses)
 

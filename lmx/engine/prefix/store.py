@@ -28,6 +28,8 @@ LEAST_LEADER_TOKENS = BLOCK_TOKENS
 LEAST_LEADER_SHARE = 0.5
 # Of the memory for blocks, filled from the disk at load.
 _WARM_SHARE = 0.5
+# At the end blocks are offered to the disk, and then written, for so long each.
+_CLOSE_S = 2.0
 
 
 class Source(NamedTuple):
@@ -152,6 +154,8 @@ class PrefixStore:
         else:
             assert source.found is not None
             blocks, checkpoint = self._ram.take(source.found, self._chains[sequence.seq])
+            if self._disk is not None and source.found.node is not None:
+                self._disk.used((node.key, node.uses) for node in source.found.node.path())
             self._backend.copy_in(sequence, blocks, tokens, checkpoint)
             read = min(self._read_tokens.pop(sequence.seq, 0), tokens)
             self._disk_hit_tokens += read
@@ -181,65 +185,64 @@ class PrefixStore:
         since = time.perf_counter()
         fetching.read += fetching.fetch.take()
         while fetching.read and time.perf_counter() - since < hold_s:
-            self._adopt(fetching.read.popleft(), 1)
+            self._adopt(fetching.read.popleft())
         return fetching.fetch.done and not fetching.read
 
     def give_up(self, fetching: Fetching) -> None:
         fetching.fetch.cancel()
         fetching.read.clear()
 
-    def _adopt(self, node: Node, uses: int) -> None:
+    def _adopt(self, node: Node) -> None:
         head = node.head
         try:
-            block = self._backend.from_bytes(node.data)
+            block = self._backend.from_bytes(node.block)
             checkpoint = self._backend.from_bytes(node.checkpoint) if node.checkpoint else None
         except ValueError as error:
             print(f"prefixes on disk: {head.key.hex()} is not of this model: {error}", flush=True)
             return
         if not head.window:
             block.drop_window()
-        self._ram.adopt(head.parent, head.root, head.key, array("I", unpack_tokens(head.ids)), block, checkpoint, uses)
+        tokens = array("I", unpack_tokens(head.ids))
+        self._ram.adopt(head.parent, head.root, head.key, tokens, block, checkpoint, node.uses)
 
     def warm(self) -> int:
         """Before the engine is ready: the prefixes that most conversations share; how many bytes they hold."""
         if self._disk is not None:
             most = self._budget_bytes or self._backend.facts.kv_budget_bytes
-            for node, uses in self._disk.warm(int(_WARM_SHARE * most)):
-                self._adopt(node, uses)
+            for node in self._disk.warm(int(_WARM_SHARE * most)):
+                self._adopt(node)
         return self._ram.nbytes
 
     @property
     def unsaved(self) -> bool:
         """``save`` has something to do."""
-        return bool(self._unsaved)
+        while self._unsaved and self._unsaved[0][1].block is None:
+            self._unsaved.popleft()  # given up meanwhile
+        return self._disk is not None and bool(self._unsaved) and self._disk.has_room(self._unsaved[0][1].nbytes)
 
     def save(self) -> None:
         """Offer the disk the next block; takes a copy of it."""
-        if self._disk is None or not self._unsaved:
+        if not self.unsaved:
             return
+        assert self._disk is not None
         root, node = self._unsaved.popleft()
-        block, parent = node.block, node.parent
-        if block is None or parent is None or (len(node.tokens) < BLOCK_TOKENS and node.checkpoint is None):
-            return  # it was given up; or the end of an answer, which the next turn makes longer
-        has = {"checkpoint": node.checkpoint is not None, "window": not node.windowless}
-        kept = node.nbytes
-        if self._disk.wants(node.key, parent.key, root, node.tokens, kept, **has):
-            checkpoint = node.checkpoint.to_bytes() if node.checkpoint else None
-            self._disk.offer(
-                node.key,
-                parent.key,
-                root,
-                node.start,
-                node.tokens,
-                block.to_bytes(),
-                checkpoint,
-                node.uses,
-                window=has["window"],
-            )
+        block, checkpoint, parent = node.block, node.checkpoint, node.parent
+        assert block is not None
+        assert parent is not None
+        if len(node.tokens) < BLOCK_TOKENS and checkpoint is None:
+            return  # the end of an answer, which the next turn makes longer
+        window = not node.windowless
+        names = node.key, parent.key, root
+        if self._disk.wants(*names, node.tokens, node.nbytes, checkpoint=checkpoint is not None, window=window):
+            states = checkpoint.to_bytes() if checkpoint else None
+            self._disk.offer(*names, node.start, node.tokens, block.to_bytes(), states, node.uses, window=window)
 
     def close(self) -> None:
         """At the engine's end: what was offered is written, as far as a moment allows."""
         if self._disk is not None:
+            until = time.monotonic() + _CLOSE_S
+            while self.unsaved and time.monotonic() < until:
+                self.save()
             self._disk.close()
 
     # --- keeping ------------------------------------------------------------------------------------------------------
@@ -251,16 +254,17 @@ class PrefixStore:
         if chain is None or (not end and self._backend.facts.publishes == "end"):
             return
         tokens = sequence.kv_tokens
-        tail = end or (self._checkpoints and tokens in sequence.stops)
+        stops = self._checkpoints and (end or tokens in sequence.stops)
+        tail = end or stops
         if not tail:
             tokens = tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        if tokens <= self._published[sequence.seq]:
+        if not tokens or (tokens <= self._published[sequence.seq] and not stops):
             return
         since = time.perf_counter()
         self._published[sequence.seq] = tokens
         checkpoint = None
         try:
-            if tail and self._checkpoints:
+            if stops:
                 if (made := self._backend.checkpoint(sequence)) is None:
                     return
                 tokens, checkpoint = made
