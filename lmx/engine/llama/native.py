@@ -179,7 +179,6 @@ class Context:
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self._window = model.window
-        self._recurrent = model.recurrent
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -230,13 +229,6 @@ class Context:
         # llama.cpp lets new positions overwrite those that left the window, and does not say that they would be needed.
         needed = max(start - self._window + 1, 0)
         return not (self._window and start) or 0 <= C.llama_memory_seq_pos_min(self._memory, slot) <= needed
-
-    def can_forget(self, slot: int, start: int) -> bool:
-        """Whether ``forget`` would leave the slot's first ``start`` positions, at least one, whole."""
-        if self._recurrent:
-            return start > self.last_position(slot)
-        needed = max(start - self._window + 1, 0) if self._window else 0
-        return 0 <= int(C.llama_memory_seq_pos_min(self._memory, slot)) <= needed
 
     def last_position(self, slot: int) -> int:
         """The highest position whose KV the slot holds; -1: none."""
