@@ -16,8 +16,8 @@ from typing import NamedTuple
 from lmx.engine.backend import Backend, Sequence
 from lmx.engine.prefix.chain import BLOCK_TOKENS, Chain, root_key
 from lmx.engine.prefix.disk import Disk, Fetch, Node
+from lmx.engine.prefix.nodes import Node as RamNode
 from lmx.engine.prefix.ram import Found, RamTier
-from lmx.engine.prefix.ram import Node as RamNode
 from lmx.engine.prefix.stops import stops
 from lmx.protocol import PrefixStats, unpack_tokens
 
@@ -277,6 +277,8 @@ class PrefixStore:
         new = self._ram.put(chain, tokens, spans, blocks, checkpoint)
         if self._disk is not None:
             self._unsaved += [(chain.key(0), node) for node in new]
+            if end and (found := self._ram.match(chain, tokens)).node is not None:
+                self._disk.used((node.key, node.uses) for node in found.node.path())
         self._publish_s += time.perf_counter() - since
 
     def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
