@@ -18,7 +18,7 @@ from lmx.bench.server import running_server
 
 STREAMS = 8
 TARGET = 3000.0
-"""Events for each second of the server's CPU time (lmx.api.chunks)."""
+"""Events for each second of the server's CPU time (lmx.api.openai.chunks)."""
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 PACED_STEP_MS = 4
 """Slow enough that no two tokens of a stream are merged into one event."""

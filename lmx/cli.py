@@ -23,7 +23,7 @@ import trio
 
 from lmx.api.app import create_app
 from lmx.api.errors import expected
-from lmx.api.http import BACKLOG, serve_http
+from lmx.api.transport.http import BACKLOG, serve_http
 from lmx.config import Settings, load_settings
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
 from lmx.logs import Log, flush, log_to_stderr

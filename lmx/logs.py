@@ -2,7 +2,8 @@
 
 Whoever reads it slowly, or not at all (a pipe that nobody empties, a stopped terminal), must never hold the event loop:
 what does not fit into the queue is dropped and counted, and the count is told when somebody reads again. Called by
-``lmx.cli``; everybody else uses ``logging`` as ever, or structlog for lines with fields.
+``lmx.cli``; everybody else uses ``logging`` as ever, or structlog for lines with fields. A field may be a function
+without arguments: the thread calls it, so that what takes long to say costs the event loop nothing.
 """
 
 import copy
@@ -32,6 +33,7 @@ _STDERR = 2
 def _formatter(form: Literal["console", "json"]) -> logging.Formatter:
     """For records of ``logging`` and of structlog alike."""
     json: list[Processor] = [
+        _say_late,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         _add_time,
@@ -39,8 +41,18 @@ def _formatter(form: Literal["console", "json"]) -> logging.Formatter:
         structlog.processors.EventRenamer("message"),
         structlog.processors.JSONRenderer(ensure_ascii=False),
     ]
-    console: list[Processor] = [ProcessorFormatter.remove_processors_meta, _as_line]
+    console: list[Processor] = [_say_late, ProcessorFormatter.remove_processors_meta, _as_line]
     return ProcessorFormatter(fmt=FORMAT if form == "console" else None, processors=json if form == "json" else console)
+
+
+def _say_late(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for name, value in event.items():
+        if callable(value):
+            try:
+                event[name] = value()
+            except Exception as error:  # the thread must go on
+                event[name] = f"unknown: {error!r}"
+    return event
 
 
 def _add_time(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

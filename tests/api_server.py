@@ -23,7 +23,7 @@ import trio
 from safetensors.numpy import save_file
 
 from lmx.api.app import create_app
-from lmx.api.http import serve_http
+from lmx.api.transport.http import serve_http
 from lmx.chat.pieces import read_pieces
 from lmx.config import EngineSettings, ModelSettings, load_settings
 from lmx.serving.metrics import Metrics

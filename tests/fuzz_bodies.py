@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmx.api.body import SMALL_BYTES
-from lmx.api.embedding_requests import EmbeddingRequest, RerankRequest
-from lmx.api.schemas import ChatRequest, CompletionRequest, TokenizeRequest
-from lmx.api.unbuilt import _FIELDS
+from lmx.api.core.embedding_requests import EmbeddingRequest, RerankRequest
+from lmx.api.core.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from lmx.api.core.unbuilt import _FIELDS
 from tests.server import Server, serve
 
 CASES = int(os.environ.get("LMX_FUZZ_CASES", "5000"))

@@ -13,8 +13,8 @@ import h2.events
 import pytest
 import trio
 
-from lmx.api import stream as stream_module
-from lmx.api.http import serve_http
+from lmx.api.transport import stream as stream_module
+from lmx.api.transport.http import serve_http
 from lmx.config import ServerSettings, Settings
 
 HANG = b"GET /hang HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -11,9 +11,9 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmx.api.parse import parse
-from lmx.api.schemas import ChatRequest
-from lmx.api.unbuilt import _FIELDS
+from lmx.api.core.parse import parse
+from lmx.api.core.schemas import ChatRequest
+from lmx.api.core.unbuilt import _FIELDS
 from lmx.errors import InvalidRequest
 from tests.api_server import CONTEXT, Server, answer_text, with_server, write_model
 from tests.models import train_tokenizer

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 
 from lmx.api.access import authorize
+from lmx.api.core.generation import Choice
+from lmx.api.core.parse import parse
+from lmx.api.core.schemas import ChatRequest, CompletionRequest
 from lmx.api.errors import ForeignHost
-from lmx.api.generation import Choice
-from lmx.api.parse import parse
 from lmx.api.paths import normalised
-from lmx.api.schemas import ChatRequest, CompletionRequest
 from lmx.chat.text import TextStream
 from lmx.config import ServerSettings
 from lmx.errors import Forbidden, InvalidRequest, LmxError, Unauthorized

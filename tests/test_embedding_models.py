@@ -13,10 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lmx.engine.embedding import families
+from lmx.engine.embedding import families, kernels
 from lmx.engine.embedding.backend import ENCODERS, Input
 from lmx.engine.embedding.embedder import MLXEmbedder
-from lmx.engine.embedding.kernels import attention, gelu
 from lmx.engine.embedding.pooling import MODES
 from lmx.errors import ModelInvalid
 from lmx.hub import sentence
@@ -236,14 +235,23 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
 
 def test_the_kernels_of_the_cpu() -> None:
     x = np.linspace(-12, 12, 40_000, dtype=np.float32).reshape(200, 200)
-    np.testing.assert_allclose(gelu(mx.array(x)), mx.array(x) * (1 + mx.erf(mx.array(x) / 2**0.5)) / 2, atol=1e-5)
+    for name in ("gelu", "gelu_tanh", "silu", "relu"):
+        activate = getattr(kernels, name)
+        np.testing.assert_allclose(activate(x), activate(mx.array(x)), atol=1e-5)
     draw = np.random.default_rng(5)
-    queries, keys, values = (mx.array(draw.normal(0, 2, (3, 4, 300, 8)).astype(np.float32)) for _ in range(3))
-    lengths = mx.array([300, 1, 170])
-    mask = (mx.arange(300) < lengths[:, None])[:, None, None, :]
+    x = draw.normal(0, 2, (200, 200)).astype(np.float32)
+    weight, bias = draw.normal(0, 2, (2, 200)).astype(np.float32)
+    for some in (bias, None):
+        found = kernels.layer_norm(x, weight, some, 1e-5)
+        like = None if some is None else mx.array(some)
+        np.testing.assert_allclose(found, kernels.layer_norm(mx.array(x), mx.array(weight), like, 1e-5), atol=1e-5)
+    queries, keys, values = draw.normal(0, 2, (3, 3, 4, 300, 8)).astype(np.float32)
+    np.testing.assert_allclose(kernels.rope(queries, 1e4), kernels.rope(mx.array(queries), 1e4), atol=1e-4)
+    mask = (np.arange(300) < np.array([300, 1, 170])[:, None])[:, None, None, :]
     for given in (None, mask):
-        found = attention(queries, keys, values, scale=0.5, mask=given)
-        expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.5, mask=given)
+        found = kernels.attention(queries, keys, values, scale=0.5, mask=given)
+        arrays = (mx.array(array) for array in (queries, keys, values))
+        expected = kernels.attention(*arrays, scale=0.5, mask=None if given is None else mx.array(given))
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

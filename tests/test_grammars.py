@@ -2,13 +2,13 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lmx.chat.schema import complaint
+from lmx.chat.forms.schema import complaint
 from lmx.chat.stack import on_a_large_stack
 from lmx.engine import grammar as module
 from lmx.engine.backend import Sequence
@@ -48,10 +48,8 @@ class Compiler:
 
 
 @pytest.fixture(scope="module")
-def compile_(words: Path) -> Iterator[Compiler]:
-    compiler = Compiler(str(words))
-    yield compiler
-    compiler.grammars.close()
+def compile_(words: Path) -> Compiler:
+    return Compiler(str(words))
 
 
 def row(constraint: Constraint | None = None, generated: int = 0, **fields: object) -> Sequence:

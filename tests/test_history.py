@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lmx.chat.history import Habits, candidates, probe, shaped
-from lmx.chat.messages import Message, normalise, with_arguments
 from lmx.chat.model import ChatModel
-from lmx.chat.switches import Switches, template_variables
-from lmx.chat.template import ChatTemplate
+from lmx.chat.prompt.history import Habits, candidates, probe, shaped
+from lmx.chat.prompt.messages import Message, normalise, with_arguments
+from lmx.chat.prompt.switches import Switches, template_variables
+from lmx.chat.prompt.template import ChatTemplate
 from lmx.errors import InvalidRequest
 from tests.chat_templates import ALL
 from tests.models import write_tokenizer

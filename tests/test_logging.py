@@ -126,3 +126,22 @@ def test_a_client_that_left_has_its_line_too(tiny_model: Path, tmp_path: Path) -
         assert "status=499" in line
         assert "finish=none" in line
         assert 'prompt="Not so secret"' in line
+
+
+LATE = """
+import logging, threading, structlog
+from lmx.logs import log_to_stderr
+with log_to_stderr():
+    log = structlog.stdlib.get_logger()
+    log.warning("one", thread=lambda: threading.current_thread() is threading.main_thread())
+    log.warning("two", broken=lambda: 1 / 0)
+    log.warning("three", plain=3)
+"""
+
+
+def test_what_takes_long_to_say_is_said_by_the_log_s_thread() -> None:
+    ran = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    one, two, three = ran.stderr.splitlines()
+    assert one.endswith("one thread=false")
+    assert "ZeroDivisionError" in two
+    assert three.endswith("three plain=3")

@@ -10,7 +10,7 @@ import pytest
 
 from lmx.chat.answer import AnswerParser
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
-from lmx.chat.grammar import Choice, answer_grammar, literal
+from lmx.chat.forms.grammar import Choice, answer_grammar, literal
 from lmx.chat.reasoning import FORMATS, ReasoningFormat, find, rules
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.hermes import HERMES

@@ -8,9 +8,9 @@ import random
 import jsonschema
 import pytest
 
-from lmx.chat.patterns import none_of, translated
-from lmx.chat.rewrite import MAX_DEPTH, MAX_PROPERTIES
-from lmx.chat.schema import json_rule, strict_rule
+from lmx.chat.forms.limits import MAX_DEPTH, MAX_PROPERTIES
+from lmx.chat.forms.patterns import none_of, translated
+from lmx.chat.forms.schema import json_rule, strict_rule
 from lmx.errors import GrammarTooComplex, InvalidRequest
 from tests.schemas import CASES, DRAFT7, Case
 from tests.walks import matcher, takes, walk

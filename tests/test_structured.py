@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lmx.chat.grammar import answer_grammar, check
-from lmx.chat.structured import MAX_RULES, body_of
+from lmx.chat.forms.grammar import answer_grammar, check
+from lmx.chat.forms.structured import MAX_RULES, body_of
 from lmx.chat.tools import GENERIC, HERMES, LLAMA3
 from lmx.chat.tools.base import Tool
 from lmx.errors import GrammarTooComplex, InvalidRequest

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lmx.chat.events import CallStart, Content, Event, Malformed, Reasoning
 from lmx.chat.tools.base import Tool, WholeFormat
 from lmx.chat.tools.harmony import HARMONY
-from tests.tool_calls import Walker, calls, content, read, read_every_way, reasoning, whole_calls
+from tests.tool_calls import Walker, calls, content, every_way, read, reasoning, whole_calls
 
 WRITE = Tool(
     "write_file",
@@ -31,8 +31,8 @@ NEXT = "<|start|>assistant"
 FINAL = "<|channel|>final<|message|>"
 
 
-def every_way(text: str) -> list[Event]:
-    return read_every_way(lambda: HARMONY.parser(TOOLS), text)
+def events_of(text: str) -> list[Event]:
+    return every_way(HARMONY, text, TOOLS)
 
 
 def call(name: str, arguments: object) -> str:
@@ -41,7 +41,7 @@ def call(name: str, arguments: object) -> str:
 
 
 def test_an_answer_after_reasoning() -> None:
-    events = every_way(f"{THOUGHT}{NEXT}{FINAL}It is 3 < 4 é 😀.\n<|return|>")
+    events = events_of(f"{THOUGHT}{NEXT}{FINAL}It is 3 < 4 é 😀.\n<|return|>")
     assert events == [Reasoning("The user wants\na < b."), Content("It is 3 < 4 é 😀.\n")]
 
 
@@ -61,7 +61,7 @@ def test_an_answer_after_reasoning() -> None:
 @pytest.mark.parametrize("end", ["<|call|>", "<|end|>", ""])
 def test_every_header_of_a_call(header: str, end: str) -> None:
     arguments = {"path": "a", "content": 'é "😀"\n<|call|><|start|>assistant<|channel|>final<|message|>}'}
-    events = every_way(header + json.dumps(arguments, ensure_ascii=False) + end)
+    events = events_of(header + json.dumps(arguments, ensure_ascii=False) + end)
     assert whole_calls(events) == [("write_file", arguments)]
     assert content(events) == reasoning(events) == ""
 
@@ -70,7 +70,7 @@ def test_text_then_reasoning_then_several_calls() -> None:
     preamble = "<|channel|>commentary<|message|>Let me look.<|end|>"
     arguments = {"path": "<|end|>", "content": "<|channel|>"}
     text = f"{preamble}{NEXT}{THOUGHT}{NEXT}{call('write_file', arguments)}{NEXT}{call('now', {})}"
-    events = every_way(text)
+    events = events_of(text)
     assert whole_calls(events) == [("write_file", arguments), ("now", {})]
     assert content(events) == "Let me look."
     assert reasoning(events) == "The user wants\na < b."
@@ -78,20 +78,20 @@ def test_text_then_reasoning_then_several_calls() -> None:
 
 
 def test_messages_of_one_kind_are_apart() -> None:
-    events = every_way(f"<|channel|>commentary<|message|>One.<|end|>{NEXT}{THOUGHT}{NEXT}{THOUGHT}{NEXT}{FINAL}Two.")
+    events = events_of(f"<|channel|>commentary<|message|>One.<|end|>{NEXT}{THOUGHT}{NEXT}{THOUGHT}{NEXT}{FINAL}Two.")
     assert content(events) == "One.\nTwo."
     assert reasoning(events) == "The user wants\na < b.\nThe user wants\na < b."
 
 
 def test_markers_in_a_text_are_text() -> None:
     said = "A message ends at <|end|> or <|return|>; <|channel|>final<|message|> begins one, <|start|>user too. <|en"
-    assert content(every_way(f"{FINAL}{said}<|return|>")) == said
-    assert content(every_way(FINAL + said)) == said
+    assert content(events_of(f"{FINAL}{said}<|return|>")) == said
+    assert content(events_of(FINAL + said)) == said
 
 
 def test_an_unknown_recipient_is_content() -> None:
     text = "<|channel|>commentary to=functions.delete <|constrain|>json<|message|>{}"
-    events = every_way(f"{THOUGHT}{NEXT}{text}<|call|>")
+    events = events_of(f"{THOUGHT}{NEXT}{text}<|call|>")
     assert not calls(events)
     assert content(events) == NEXT + text
     (malformed,) = (event for event in events if isinstance(event, Malformed))
@@ -101,7 +101,7 @@ def test_an_unknown_recipient_is_content() -> None:
 @pytest.mark.parametrize("body", ["no JSON", '{"path": }', '["a"]'])
 def test_arguments_that_are_no_object_are_content(body: str) -> None:
     text = f"<|channel|>commentary to=functions.now <|constrain|>json<|message|>{body}<|call|>{NEXT}{FINAL}Done."
-    events = every_way(text)
+    events = events_of(text)
     assert [event for event in events if isinstance(event, Malformed)]
     assert not [found for found in calls(events) if found.whole]
     together = "".join(found.arguments for found in calls(events)) + content(events)
@@ -110,12 +110,12 @@ def test_arguments_that_are_no_object_are_content(body: str) -> None:
 
 @pytest.mark.parametrize("text", ["Hello there.", "", "to be", "<|", " ", "Hello <|end|>", "<html>"])
 def test_an_answer_without_header_is_content(text: str) -> None:
-    assert content(every_way(text)) == text.removesuffix("<|end|>")
+    assert content(events_of(text)) == text.removesuffix("<|end|>")
 
 
 def test_no_arguments() -> None:
     text = f"<|channel|>commentary to=functions.now <|constrain|>json<|message|><|call|>{NEXT}{FINAL}x"
-    assert whole_calls(every_way(text)) == [("now", {})]
+    assert whole_calls(events_of(text)) == [("now", {})]
 
 
 def test_a_call_that_is_cut_has_no_end() -> None:

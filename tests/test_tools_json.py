@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools import FORMATS, find
 from lmx.chat.tools.base import Format, Tool
 from lmx.chat.tools.command_r import COMMAND_R, COMMAND_R_OLD

@@ -2,21 +2,33 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmx.chat.events import Event, Malformed
+from lmx.chat.events import Malformed
 from lmx.chat.tools import FORMATS, find
 from lmx.chat.tools.base import Format, Tool
 from lmx.chat.tools.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
 from lmx.chat.tools.gemma import FUNCTION_GEMMA, GEMMA4
 from lmx.chat.tools.kimi_k2 import KIMI_K2
-from tests.tool_calls import Walker, calls, check_walks, content, read, read_every_way, whole_calls
+from tests.tool_calls import (
+    Made,
+    Walker,
+    by_name,
+    calls,
+    check_calls,
+    check_no_call,
+    check_walks,
+    content,
+    every_way,
+    in_pieces,
+    read,
+    whole_calls,
+)
 
 WRITE = Tool(
     "write_file",
@@ -61,7 +73,6 @@ STRUCTURED = [
 ]
 TOOLS = [WRITE, NOW]
 FORMS: list[Format] = [DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, FUNCTION_GEMMA, GEMMA4]
-Made = tuple[str, Mapping[str, Any]]
 
 
 def dumps(value: object) -> str:
@@ -110,15 +121,11 @@ WRITERS = {
     "function_gemma": write_gemma("<start_function_call>", "<end_function_call>", "<escape>"),
     "gemma4": write_gemma("<|tool_call>", "<tool_call|>", '<|"|>'),
 }
-all_formats = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+all_formats = by_name(FORMS)
 
 
 def write(form: Format, *made: Made) -> str:
     return WRITERS[form.name](made)
-
-
-def every_way(form: Format, text: str) -> list[Event]:
-    return read_every_way(lambda: form.parser(TOOLS), text)
 
 
 @all_formats
@@ -131,35 +138,22 @@ def test_calls_after_text(form: Format) -> None:
         "extra": {"size": -1.5e3, "deep": [[], ["end"]]},
     }
     other = {"content": "", "path": "b"}
-    text = "Let me write it.\n" + write(form, ("write_file", arguments), ("now", {}), ("write_file", other)) + "\n"
-    events = every_way(form, text)
-    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", other)]
-    assert content(events) == "Let me write it."
-    assert not [event for event in events if isinstance(event, Malformed)]
+    made = ("write_file", arguments), ("now", {}), ("write_file", other)
+    check_calls(form, TOOLS, write, "Let me write it.\n", *made)
 
 
 @all_formats
 def test_strings_may_hold_the_markers(form: Format) -> None:
     everything = "a ".join(form.markers) + "\n" + "\n```".join(reversed(form.markers)) + " }"
     arguments = {"path": "a", "content": everything, "tags": ["b", everything]}
-    events = every_way(form, write(form, ("write_file", arguments)))
+    events = every_way(form, write(form, ("write_file", arguments)), TOOLS)
     assert whole_calls(events) == [("write_file", arguments)]
     assert content(events) == ""
 
 
 @all_formats
 def test_what_is_no_call_is_content(form: Format) -> None:
-    call = write(form, ("now", {}))
-    text = f"x {write(form, ('delete', {'path': 'a'}))} y {call}"
-    events = every_way(form, text)
-    assert whole_calls(events) == [("now", {})]
-    assert "".join(content(events).split()) == "".join(text.removesuffix(call).split())
-    (malformed,) = (event for event in events if isinstance(event, Malformed))
-    assert "'delete'" in malformed.reason
-    for text in (f"{form.markers[0]} is the marker", f"a {form.markers[0]}", form.markers[0][:-1], "< <tool"):
-        events = every_way(form, text)
-        assert content(events) == text
-        assert not calls(events)
+    check_no_call(form, TOOLS, write, form.markers[0])
 
 
 @all_formats
@@ -179,11 +173,11 @@ def test_a_call_that_is_cut_has_no_end(form: Format) -> None:
             assert content(events) == ""
 
 
-@pytest.mark.parametrize("form", [DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2], ids=lambda form: form.name)
+@by_name([DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2])
 @pytest.mark.parametrize("broken", ['["a"]', "a", '{"path": }', '{"path" 1}', "{path: 1}"])
 def test_what_is_broken_is_not_lost(form: Format, broken: str) -> None:
     text = write(form, ("write_file", {"path": "a"})).replace('{"path": "a"}', broken)
-    events = every_way(form, text)
+    events = every_way(form, text, TOOLS)
     assert [event for event in events if isinstance(event, Malformed)]
     found = calls(events)
     assert not any(call.whole for call in found)
@@ -191,7 +185,7 @@ def test_what_is_broken_is_not_lost(form: Format, broken: str) -> None:
     assert said.endswith(text[text.index(broken) :])
 
 
-@pytest.mark.parametrize("form", [FUNCTION_GEMMA, GEMMA4], ids=lambda form: form.name)
+@by_name([FUNCTION_GEMMA, GEMMA4])
 @pytest.mark.parametrize(
     ("written", "arguments"),
     [
@@ -214,7 +208,7 @@ def test_what_is_broken_is_not_lost(form: Format, broken: str) -> None:
 def test_gemmas_notation(form: Format, written: str, arguments: object) -> None:
     begin, end, quote = form.markers
     text = f"{begin}call:write_file{written.replace('Q', quote)}{end}"
-    events = every_way(form, text)
+    events = every_way(form, text, TOOLS)
     if arguments is None:
         assert not any(call.whole for call in calls(events))
         assert [event for event in events if isinstance(event, Malformed)]
@@ -269,16 +263,16 @@ def test_what_the_template_writes_is_read_again(form: Format, data: st.DataObjec
     made = [("write_file", arguments) for arguments in data.draw(st.lists(one, min_size=1, max_size=2))]
     text = write(form, *made)
     size = data.draw(st.integers(1, 40))
-    assert whole_calls(read(form.parser(TOOLS), [text[at : at + size] for at in range(0, len(text), size)])) == made
+    assert whole_calls(read(form.parser(TOOLS), in_pieces(text, size))) == made
 
 
-@pytest.mark.parametrize("form", [KIMI_K2, FUNCTION_GEMMA, GEMMA4], ids=lambda form: form.name)
+@by_name([KIMI_K2, FUNCTION_GEMMA, GEMMA4])
 def test_mlx_lm_reads_the_same(form: Format) -> None:
     parser = importlib.import_module(f"mlx_lm.tool_parsers.{form.name}")
     text = write(form, ("write_file", {"path": "a/b.txt", "content": "two\nlines < & é", "mode": 3}))
     theirs = parser.parse_tool_call(text.removeprefix(parser.tool_call_start).removesuffix(parser.tool_call_end), None)
     (one,) = theirs if isinstance(theirs, list) else [theirs]
-    assert whole_calls(every_way(form, text)) == [(one["name"], one["arguments"])]
+    assert whole_calls(every_way(form, text, TOOLS)) == [(one["name"], one["arguments"])]
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,34 @@
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lmx.chat.events import Malformed
-from lmx.chat.grammar import answer_grammar
+from lmx.chat.forms.grammar import answer_grammar
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.deepseek_v32 import DEEPSEEK_V4, DEEPSEEK_V32
 from lmx.chat.tools.glm import GLM45, GLM47
 from lmx.chat.tools.markup import MarkupFormat
 from lmx.chat.tools.minimax_m2 import MINIMAX_M2
 from lmx.chat.tools.qwen3_coder import QWEN3_CODER
-from tests.tool_calls import Walker, calls, check_walks, content, read, read_every_way, whole_calls
+from tests.tool_calls import (
+    Made,
+    Walker,
+    by_name,
+    calls,
+    check_calls,
+    check_no_call,
+    check_walks,
+    content,
+    every_way,
+    in_pieces,
+    read,
+    whole_calls,
+)
 
 FORMATS = [QWEN3_CODER, GLM45, GLM47, MINIMAX_M2, DEEPSEEK_V32, DEEPSEEK_V4]
 WRITE = Tool(
@@ -87,18 +99,14 @@ WRITERS = {
 }
 
 
-def block(form: MarkupFormat, *made: tuple[str, Arguments]) -> str:
+def block(form: MarkupFormat, *made: Made) -> str:
     """As the model's own template writes them."""
     inner = "\n".join(WRITERS[form.name](name, arguments) for name, arguments in made)
     markup = form.markup
     return f"{markup.begin}\n{inner}\n{markup.end}" if markup.several else inner
 
 
-def every_way(form: MarkupFormat, text: str, tools: Sequence[Tool] = TOOLS) -> list[Any]:
-    return read_every_way(lambda: form.parser(tools), text)
-
-
-all_formats = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+all_formats = by_name(FORMATS)
 
 
 @all_formats
@@ -113,11 +121,8 @@ def test_calls_after_text_leave_as_json(form: MarkupFormat) -> None:
         "extra": {"size": 1.5},
     }
     other = {"content": "", "path": "b"}
-    text = "Let me write it.\n\n" + block(form, ("write_file", arguments), ("now", {}), ("write_file", other)) + "\n"
-    events = every_way(form, text)
-    assert whole_calls(events) == [("write_file", arguments), ("now", {}), ("write_file", other)]
-    assert content(events) == "Let me write it."
-    assert not [event for event in events if isinstance(event, Malformed)]
+    made = ("write_file", arguments), ("now", {}), ("write_file", other)
+    check_calls(form, TOOLS, block, "Let me write it.\n\n", *made)
 
 
 @all_formats
@@ -131,7 +136,7 @@ def test_strings_may_hold_the_markup(form: MarkupFormat) -> None:
     everything = re.sub(rf"({re.escape(form.markup.parameter_end)})\s*({goes_on})", r"\1.\2", everything)
     assert form.markup.parameter_end in everything
     arguments = {"path": "p", "content": everything}
-    events = every_way(form, block(form, ("write_file", arguments)))
+    events = every_way(form, block(form, ("write_file", arguments)), TOOLS)
     assert whole_calls(events) == [("write_file", arguments)]
     assert content(events) == ""
 
@@ -140,31 +145,21 @@ def test_strings_may_hold_the_markup(form: MarkupFormat) -> None:
 def test_a_json_string_inside_a_value_may_hold_all_of_it(form: MarkupFormat) -> None:
     inner = block(form, ("write_file", {"path": "a", "content": "b"}), ("now", {}))
     arguments = {"path": "p", "content": "c", "tags": [inner, '"' + inner]}
-    assert whole_calls(every_way(form, block(form, ("write_file", arguments)))) == [("write_file", arguments)]
+    assert whole_calls(every_way(form, block(form, ("write_file", arguments)), TOOLS)) == [("write_file", arguments)]
 
 
 @all_formats
 def test_what_is_no_call_is_content(form: MarkupFormat) -> None:
-    call = block(form, ("now", {}))
-    unknown = "x " + block(form, ("delete", {"path": "a"})) + " y " + call
-    events = every_way(form, unknown)
-    assert whole_calls(events) == [("now", {})]
-    assert re.sub(r"\s", "", content(events)) == re.sub(r"\s", "", unknown.removesuffix(call))
-    (malformed,) = (event for event in events if isinstance(event, Malformed))
-    assert "'delete'" in malformed.reason
-    for text in (f"{form.markup.begin} is the marker", f"a {form.markup.begin}", form.markup.begin[:-1], "< <tool"):
-        events = every_way(form, text)
-        assert content(events) == text
-        assert not calls(events)
+    check_no_call(form, TOOLS, block, form.markup.begin)
 
 
 def test_qwen_forgets_what_opens_a_call() -> None:
     call = block(QWEN3_CODER, ("now", {})).removeprefix("<tool_call>\n")
-    events = every_way(QWEN3_CODER, f"Now.\n{call} <function=now> and <function=delete></function>")
+    events = every_way(QWEN3_CODER, f"Now.\n{call} <function=now> and <function=delete></function>", TOOLS)
     assert whole_calls(events) == [("now", {})]
     assert content(events) == "Now. <function=now> and <function=delete></function>"
     for text in ("<function=", "<function= >", "<function=<function="):
-        assert content(every_way(QWEN3_CODER, text)) == text
+        assert content(every_way(QWEN3_CODER, text, TOOLS)) == text
 
 
 @all_formats
@@ -337,7 +332,7 @@ def test_what_the_template_writes_is_read_again(form: MarkupFormat, data: st.Dat
         assume(not any(isinstance(value, str) and ambiguous.search(value) for value in arguments.values()))
     text = block(form, *made)
     size = data.draw(st.integers(1, 40))
-    assert whole_calls(read(form.parser(TOOLS), [text[at : at + size] for at in range(0, len(text), size)])) == made
+    assert whole_calls(read(form.parser(TOOLS), in_pieces(text, size))) == made
 
 
 @pytest.mark.parametrize(
@@ -350,4 +345,4 @@ def test_mlx_lm_reads_the_same(form: MarkupFormat, module: str) -> None:
     tools = [{"type": "function", "function": {"name": tool.name, "parameters": tool.parameters}} for tool in TOOLS]
     parser = importlib.import_module(f"mlx_lm.tool_parsers.{module}")
     theirs = parser.parse_tool_call(text.removeprefix(begin).removesuffix(end).strip(), tools)
-    assert whole_calls(every_way(form, text)) == [(theirs["name"], theirs["arguments"])]
+    assert whole_calls(every_way(form, text, TOOLS)) == [(theirs["name"], theirs["arguments"])]

@@ -2,17 +2,24 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import jsonschema
 import llguidance
 import numpy as np
+import pytest
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed, Reasoning
 from lmx.chat.tools.base import Format, Parser, Tool
+
+Made = tuple[str, Mapping[str, Any]]
+"""A call that is to be written: the tool's name, and the arguments."""
+Write = Callable[..., str]
+"""(form, *made) to the text, as the model's own template writes it."""
 
 
 def together(events: Sequence[Event]) -> list[Event]:
@@ -35,13 +42,21 @@ def read(parser: Parser, pieces: Sequence[str]) -> list[Event]:
     return together([*events, *parser.finish()])
 
 
-def read_every_way(make: Callable[[], Parser], text: str) -> list[Event]:
+def every_way(form: Format, text: str, tools: Sequence[Tool]) -> list[Event]:
     """The whole text's events, which are the same for every cut and for single characters."""
-    whole = read(make(), [text])
-    assert read(make(), list(text)) == whole
+    whole = read(form.parser(tools), [text])
+    assert read(form.parser(tools), list(text)) == whole
     for cut in range(1, len(text)):
-        assert read(make(), [text[:cut], text[cut:]]) == whole, text[:cut]
+        assert read(form.parser(tools), [text[:cut], text[cut:]]) == whole, text[:cut]
     return whole
+
+
+def in_pieces(text: str, size: int) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def by_name(forms: Sequence[Format]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", forms, ids=lambda form: form.name)
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,29 @@ class Walker:
 
     def _text(self, written: Sequence[int]) -> str:
         return b"".join(self.tokens[token] for token in written).decode()
+
+
+def check_calls(form: Format, tools: Sequence[Tool], write: Write, before: str, *made: Made) -> None:
+    """Calls behind text are read, and the text is theirs no more than the white space between them."""
+    events = every_way(form, f"{before}{write(form, *made)}\n", tools)
+    assert whole_calls(events) == list(made)
+    assert content(events) == before.rstrip()
+    assert not [event for event in events if isinstance(event, Malformed)]
+
+
+def check_no_call(form: Format, tools: Sequence[Tool], write: Write, begin: str) -> None:
+    """A call of no tool, and ``begin`` without one, are content. ``tools`` hold ``now``, without arguments."""
+    call = write(form, ("now", {}))
+    text = f"x {write(form, ('delete', {'path': 'a'}))} y {call}"
+    events = every_way(form, text, tools)
+    assert whole_calls(events) == [("now", {})]
+    assert "".join(content(events).split()) == "".join(text.removesuffix(call).split())
+    (malformed,) = (event for event in events if isinstance(event, Malformed))
+    assert "'delete'" in malformed.reason
+    for text in (f"{begin} is the marker", f"a {begin}", begin[:-1], "< <tool"):
+        events = every_way(form, text, tools)
+        assert content(events) == text
+        assert not calls(events)
 
 
 def check_walks(

@@ -4,7 +4,7 @@ import random
 
 from llguidance import LLMatcher
 
-from lmx.chat.patterns import bytes_tokenizer
+from lmx.chat.forms.patterns import bytes_tokenizer
 
 END = 256
 _CLOSERS = frozenset(b'"}]')

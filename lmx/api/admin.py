@@ -13,7 +13,7 @@ import psutil
 from quart import Blueprint, Response, request
 
 from lmx import __version__
-from lmx.api.models import formats
+from lmx.api.core.formats import formats
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
 

@@ -1,7 +1,7 @@
 """The HTTP application: routes of every face, and the rules all of them share (API.md, "Common").
 
 Before a request: its id, the access rules. After: the headers that every response carries. Errors go through
-``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.http``.
+``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.transport.http``.
 """
 
 import logging
@@ -9,18 +9,19 @@ from functools import partial
 from typing import Any
 
 import trio
-from quart import Blueprint, Quart, Response, g, request
+from quart import Blueprint, Quart, Response, request
 from quart_schema import Info, QuartSchema
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, chat, completions, docs, embeddings
-from lmx.api import models as model_routes
+from lmx.api import admin, docs
 from lmx.api.access import authorize, origin_allowed
-from lmx.api.call import Call, current_call, request_id
+from lmx.api.core.call import Call, current_call
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
 from lmx.api.events import EventStream, HTTPConnection
+from lmx.api.openai import chat, completions, embeddings
+from lmx.api.openai import models as model_routes
 from lmx.api.paths import with_normal_paths
 from lmx.config import ServerSettings, Settings
 from lmx.errors import DeadlineExceeded, ModelOverloaded
@@ -67,15 +68,13 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
 def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Metrics) -> None:
     @app.before_request
     async def admit() -> None:
-        address = request.remote_addr or ""
-        # At the request, too, for its line in the log, which is written when this context is gone.
-        g.call = request.call = Call(request_id(), trio.current_time(), address)  # type: ignore[attr-defined]
+        call = current_call()
         if not _is_preflight(settings):
-            g.call.key_name = authorize(settings, request.path, request.headers, address)
+            call.key_name = authorize(settings, request.path, request.headers, call.address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
         if request.blueprint in NEED_A_MODEL and not models.listing():
-            with trio.move_on_at(g.call.deadline(None, settings)) as limit:
+            with trio.move_on_at(call.deadline(None, settings)) as limit:
                 await models.settled.wait()
             if limit.cancelled_caught:
                 raise DeadlineExceeded("The request's time is up, and the model is not there yet.")

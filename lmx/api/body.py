@@ -13,10 +13,10 @@ import trio
 from quart import request
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
-from lmx.api.parse import parse_object, validate
-from lmx.api.prepare import Prepared, check_length, prepare
-from lmx.api.prepare_embeddings import prepare_embeddings
-from lmx.api.schemas import Request
+from lmx.api.core.parse import parse_object, validate
+from lmx.api.core.prepare import Prepared, check_length, prepare
+from lmx.api.core.prepare_embeddings import prepare_embeddings
+from lmx.api.core.schemas import Request
 from lmx.config import Settings
 from lmx.errors import InvalidRequest, LmxError
 from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding

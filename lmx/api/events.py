@@ -13,8 +13,10 @@ from typing import Any
 import trio
 from quart import Response
 from quart.utils import encode_headers
+from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
+from lmx.api.core.call import begin_call
 from lmx.api.errors import contained, error_event, error_response, expected
 from lmx.api.request_log import log_request
 
@@ -108,7 +110,8 @@ class EventStream(Response):
 class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
     """Quart-Trio's request runner, for which an EventStream writes itself."""
 
-    async def handle_request(self, nursery: trio.Nursery, request: Any, send: Send) -> None:
+    async def handle_request(self, nursery: trio.Nursery, request: Request, send: Send) -> None:
+        call = begin_call(request)
         try:
             response = await self.app.handle_request(request)
             if isinstance(response, EventStream):
@@ -116,6 +119,5 @@ class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
             else:
                 await self._send_response(send, response)
         finally:
-            if (call := getattr(request, "call", None)) is not None:
-                log_request(request.method, request.path, call)
+            log_request(request.method, request.path, call)
         nursery.cancel_scope.cancel()

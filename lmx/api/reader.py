@@ -25,9 +25,9 @@ from typing import Any
 
 import psutil
 
-from lmx.api import prepare_embeddings
-from lmx.api.parse import parse_object, validate
-from lmx.api.prepare import KINDS, prepare, slimmed
+from lmx.api.core import prepare_embeddings
+from lmx.api.core.parse import parse_object, validate
+from lmx.api.core.prepare import KINDS, prepare, slimmed
 from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel, Source
 from lmx.errors import InvalidRequest, LmxError

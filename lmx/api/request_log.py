@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 import trio
 
-from lmx.api.call import Call
+from lmx.api.core.call import Call
 
 WATCHED = frozenset({"/", "/health", "/metrics", "/admin/health", "/admin/metrics", "/admin/status"})
 """What monitors ask every few seconds: told at level debug while all is well."""
@@ -38,7 +38,7 @@ def log_request(method: str, path: str, call: Call) -> None:
     if call.first_token_at is not None and call.completion_tokens > call.choices:
         fields["itl_ms"] = _ms((call.last_token_at - call.first_token_at) / (call.completion_tokens / call.choices - 1))
     if call.prompt is not None:
-        fields["prompt"] = call.prompt()
+        fields["prompt"] = call.prompt  # called where the log is written: a long one takes many milliseconds
     logger.log(logging.DEBUG if watched else logging.INFO, f"{method} {path[:200]}", **fields)
 
 

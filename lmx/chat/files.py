@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
-from lmx.chat.template import ChatTemplate
+from lmx.chat.prompt.template import ChatTemplate
 from lmx.errors import ModelInvalid
 from lmx.hub.folder import read_json
 

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from lmx.chat import fim
 from lmx.chat.answer import AnswerParser
 from lmx.chat.files import named_tokens, read_eos_ids, read_settings, read_template
-from lmx.chat.history import Habits, candidates, probe, shaped, tame_tools, with_tools
-from lmx.chat.messages import Message
 from lmx.chat.pieces import read_pieces
 from lmx.chat.plan import Plan
+from lmx.chat.prompt import fim
+from lmx.chat.prompt.history import Habits, candidates, probe, shaped, tame_tools, with_tools
+from lmx.chat.prompt.messages import Message
+from lmx.chat.prompt.special import SpecialTokens, unused_character
+from lmx.chat.prompt.switches import Switches, template_variables
+from lmx.chat.prompt.written import WRITERS, generic
 from lmx.chat.reasoning import ReasoningFormat
 from lmx.chat.reasoning import find as find_reasoning
-from lmx.chat.special import SpecialTokens, unused_character
-from lmx.chat.switches import Switches, template_variables
 from lmx.chat.text import TextStream
 from lmx.chat.tools import find as find_tool_format
 from lmx.chat.tools.base import Format, WholeFormat
 from lmx.chat.tools.generic import GENERIC, instructions
-from lmx.chat.written import WRITERS, generic
 from lmx.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelInvalid
 
 

@@ -1,7 +1,7 @@
 """What a request decides about its answer before the first token: the words between its reading and its sending.
 
-Pure data, small enough to come from the process that reads large bodies. Made by ``lmx.api.prepare``; the server makes
-each answer's parser from it.
+Pure data, small enough to come from the process that reads large bodies. Made by ``lmx.api.core.prepare``; the server
+makes each answer's parser from it.
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,15 @@
 """How models write what they think before they answer: the table of formats, which one a model has, and its grammar.
 
 Pure. A format is two markers at the beginning of an answer; formats in which thinking is one of several channels
-(harmony) are read whole by ``lmx.chat.tools``. ``lmx.chat.answer`` reads answers by it, ``lmx.api.prepare`` puts the
-rules before those of the answer. Called by ``lmx.chat.model``.
+(harmony) are read whole by ``lmx.chat.tools``. ``lmx.chat.answer`` reads answers by it, ``lmx.api.core.prepare`` puts
+the rules before those of the answer. Called by ``lmx.chat.model``.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 
 
 @dataclass(frozen=True, slots=True)

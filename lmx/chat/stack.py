@@ -15,7 +15,7 @@ FLAT_CHARACTERS = 1 << 13
 """Of a grammar that goes nowhere deeper than the usual stack reaches."""
 MOST_LINES = 20_000
 """Mostly a rule each; 200 tools need some 5,000. Terminals that refer to the next take a second where there are 4,000,
-and more than a minute where there are 8,000: of a client's own grammar ``lmx.chat.structured`` takes 500 rules."""
+and more than a minute where there are 8,000: ``lmx.chat.forms.structured`` takes 500 rules of a client's grammar."""
 # Address space: a thread uses what it touches, and gives that back when it ends.
 _STACK_BYTES = 1 << 30
 _Result = TypeVar("_Result")

@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmx.engine.backend import Backend
-from lmx.engine.embedding.backend import ENCODERS, Embedder, read_config
+from lmx.engine.backend import Backend, Facts
+from lmx.engine.embedding.backend import Embedder
+from lmx.engine.embedding.backend import Facts as EmbeddingFacts
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
 from lmx.errors import ModelInvalid
 from lmx.protocol import Failed, Load, Ready
+
+Loaded = tuple[Facts | EmbeddingFacts, Callable[[], None]]
+"""What is known of the model, and its loop, which begins when the server has been told."""
 
 
 def main() -> int:
@@ -35,16 +39,12 @@ def _serve(link: Link) -> int:
     options = next(link.receive(None))
     if not isinstance(options, Load):
         raise ValueError(f"the first frame must be Load, not {type(options).__name__}")
-    if options.embedding is not None:
-        return _serve_embeddings(link, options)
-    load = _loader(options.backend)
     started = time.monotonic()
     try:
-        backend = load(options)
+        facts, run = (_load_text if options.embedding is None else _load_embeddings)(link, options)
     except ModelInvalid as error:
         link.send(Failed(-1, "model_invalid", error.message))
         return 3
-    facts = backend.facts
     link.send(
         Ready(
             backend=options.backend,
@@ -61,43 +61,23 @@ def _serve(link: Link) -> int:
             path_reason=facts.path_reason,
             probes=facts.probes,
             load_s=time.monotonic() - started,
+            dimension=facts.dimension if isinstance(facts, EmbeddingFacts) else 0,
         )
     )
-    StepLoop(link, backend, options).run()
+    run()
     return 0
 
 
-def _serve_embeddings(link: Link, options: Load) -> int:
+def _load_text(link: Link, options: Load) -> Loaded:
+    backend = _loader(options.backend)(options)
+    return backend.facts, lambda: StepLoop(link, backend, options).run()
+
+
+def _load_embeddings(link: Link, options: Load) -> Loaded:
     from lmx.engine.embedding.loop import EmbeddingLoop
 
-    started = time.monotonic()
-    try:
-        embedder = _load_embedder(options)
-    except ModelInvalid as error:
-        link.send(Failed(-1, "model_invalid", error.message))
-        return 3
-    facts = embedder.facts
-    link.send(
-        Ready(
-            backend=options.backend,
-            architecture=facts.architecture,
-            context_length=facts.context_length,
-            vocab_size=facts.vocab_size,
-            eos_ids=(),
-            kv_bytes_per_token=0,
-            kv_budget_bytes=0,
-            weights_bytes=facts.weights_bytes,
-            device=facts.device,
-            dtype=facts.dtype,
-            path="embedding",
-            path_reason=facts.reason,
-            probes=facts.probes,
-            load_s=time.monotonic() - started,
-            dimension=facts.dimension,
-        )
-    )
-    EmbeddingLoop(link, embedder, options).run()
-    return 0
+    embedder = _load_embedder(options)
+    return embedder.facts, lambda: EmbeddingLoop(link, embedder, options).run()
 
 
 def _load_embedder(options: Load) -> Embedder:
@@ -106,9 +86,6 @@ def _load_embedder(options: Load) -> Embedder:
         from lmx.engine.embedding.llama import LlamaEmbedder
 
         return LlamaEmbedder.load(options)
-    if read_config(Path(options.path)).get("model_type") in ENCODERS:
-        # Each core takes a share of a step, products included.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     used = _load_blas(options)
     from lmx.engine.embedding.embedder import MLXEmbedder
 

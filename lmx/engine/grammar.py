@@ -141,10 +141,6 @@ class Grammars:
             compiled.cancel()
             self._characters -= len(grammar)
 
-    def close(self) -> None:
-        """Compile nothing more. What is being compiled goes on: nothing can interrupt it."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
 
 class _Words:
     """A vocabulary in the shape that llguidance asks for."""

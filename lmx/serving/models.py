@@ -271,7 +271,11 @@ def _read_embedding(settings: Settings, metrics: Metrics, *, taken: str) -> Serv
         mmap=settings.llama.mmap,
         embedding=encoder.sentence.pooling,
     )
-    engine = Engine(model_id, load, settings.engine, metrics, _environment(settings))
+    environment = _environment(settings)
+    if folder.architecture in ENCODERS:
+        # Each core takes a share of a step, products included; NumPy's BLAS reads this when it is imported.
+        environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    engine = Engine(model_id, load, settings.engine, metrics, environment)
     return ServedEmbedding(model_id, folder, encoder, engine, int(time.time()))
 
 

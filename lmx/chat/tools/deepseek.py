@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import call_rules
 from lmx.chat.tools.lark import within
-from lmx.chat.tools.literals import space, value
+from lmx.chat.tools.literals import space
 from lmx.chat.tools.reader import CallReader
-from lmx.chat.tools.source import Broken, Cut, Steps
+from lmx.chat.tools.source import Cut, Source, Steps
 
 _CALLS, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEPARATOR, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -61,29 +61,18 @@ def _read(reader: CallReader, trigger: str) -> Steps[None]:
             raise
         if fenced:
             name = yield from source.run(_WORD)
-        try:
-            yield from space(source)
-            if (yield from source.accept("```")):
-                yield from source.accept("json")
-                yield from space(source)
-            if (yield from source.peek()) != "{":
-                raise Broken("arguments are no object")
-        except Cut:
-            reader.start(name)
-            raise
-        reader.start(name)
-        yield from value(source, reader.arguments)
-        reader.end()
+        yield from reader.call(name, _fence(source))
         yield from space(source)
-        if (yield from source.accept("```")):
-            yield from space(source)
-        yield from source.accept(_CALL_END)
-        if reader.between:
-            source.keep()  # what is read by now is the call's
-        yield from space(source)
-        if not (yield from source.accept(_CALL)):
+        yield from source.accept("```")
+        if not (yield from reader.another(_CALL_END, _CALL)):
             break
     yield from reader.closing(_CALLS_END)
+
+
+def _fence(source: Source) -> Steps[None]:
+    yield from space(source)
+    if (yield from source.accept("```")):
+        yield from source.accept("json")
 
 
 DEEPSEEK_V3 = _DeepSeek("deepseek_v3", fenced=True)

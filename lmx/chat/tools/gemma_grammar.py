@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.lark import ANY, count, json_value, may_be_empty, plain, quoted, string_body
 from lmx.chat.tools.parameters import TYPES, Parameters, Schema

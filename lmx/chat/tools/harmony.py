@@ -16,18 +16,17 @@ from typing import Literal
 import regex
 
 from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed, Reasoning
-from lmx.chat.grammar import literal
-from lmx.chat.schema import json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.schema import json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.lark import within
 from lmx.chat.tools.literals import space, value
 from lmx.chat.tools.patterns import match, until
-from lmx.chat.tools.source import Broken, Cut, Source, Steps
+from lmx.chat.tools.source import Broken, Cut, SourceParser, Steps, unknown
 
 _START, _CHANNEL, _CONSTRAIN, _MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 _END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
 _FUNCTIONS = "functions."
-_SHOWN_CHARACTERS = 64
 
 _MESSAGE_START = regex.compile(r"<\|start\|>\w*+(?=\W)")
 _RECIPIENT = regex.compile(r" {0,4}to=(?P<name>[^\s<]++)(?=[\s<])")
@@ -38,38 +37,18 @@ _STOP = regex.compile(r"<\|(?:end|call|return)\|>(?=<\|start\|>)")
 _STOPS = (_END, _CALL, _RETURN)
 
 
-class HarmonyParser:
+class HarmonyParser(SourceParser):
     def __init__(self, tools: Sequence[Tool]) -> None:
-        self._names = frozenset(tool.name for tool in tools)
-        self._source = Source()
-        self._events: list[Event] = []
         self._index = 0
         self._recipient: str | None = None
         self._channel = ""
         self._told: set[type[Event]] = set()
         """Of which kinds there was text."""
-        self._steps = self._run()
-        next(self._steps)
-
-    def feed(self, text: str) -> list[Event]:
-        self._source.add(text)
-        next(self._steps)
-        return self._taken()
-
-    def finish(self) -> list[Event]:
-        try:
-            while True:  # each place where it waits, until none does
-                self._steps.throw(Cut)
-        except StopIteration:
-            return self._taken()
-
-    def _taken(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+        super().__init__(tools)
 
     def _run(self) -> Steps[None]:
         while True:
-            self._source.keep()
+            self.source.keep()
             self._recipient, self._channel = None, ""
             try:
                 yield from self._header()
@@ -82,7 +61,7 @@ class HarmonyParser:
                 yield from self._message()
 
     def _header(self) -> Steps[None]:
-        source = self._source
+        source = self.source
         yield from match(source, _MESSAGE_START)
         before = yield from match(source, _RECIPIENT)
         self._recipient = before and before["name"]
@@ -96,10 +75,10 @@ class HarmonyParser:
 
     def _message(self) -> Steps[None]:
         name = (self._recipient or "").removeprefix(_FUNCTIONS)
-        if self._recipient is not None and name not in self._names:
-            yield from self._text(Content, f"{name[:_SHOWN_CHARACTERS]!r} is none of the tools")
+        if self._recipient is not None and name not in self.names:
+            yield from self._text(Content, unknown(name))
             return
-        self._source.kept()
+        self.source.kept()
         if self._recipient is not None:
             yield from self._call(name)
         else:
@@ -118,9 +97,9 @@ class HarmonyParser:
 
         if malformed:
             self._events.append(Malformed(malformed))
-        give(self._source.kept())
+        give(self.source.kept())
         try:
-            yield from until(self._source, _STOP, give)
+            yield from until(self.source, _STOP, give)
         except Cut:
             rest = self._rest()
             if not rest.startswith(_STOPS):
@@ -128,18 +107,18 @@ class HarmonyParser:
 
     def _call(self, name: str) -> Steps[None]:
         self._events.append(CallStart(self._index, name))
-        self._source.keep()
+        self.source.keep()
         try:
-            yield from space(self._source)
-            if (yield from match(self._source, _STOP)):
+            yield from space(self.source)
+            if (yield from match(self.source, _STOP)):
                 self._arguments("{}")
                 self._end()
                 return
-            if (yield from self._source.peek()) != "{":
+            if (yield from self.source.peek()) != "{":
                 raise Broken("arguments are no object")
-            yield from value(self._source, self._arguments)
+            yield from value(self.source, self._arguments)
             self._end()
-            yield from until(self._source, _STOP, self._after)
+            yield from until(self.source, _STOP, self._after)
         except Broken as broken:
             self._index += 1
             yield from self._text(Content, f"a call of {name!r} is broken: {broken}")
@@ -148,12 +127,12 @@ class HarmonyParser:
 
     def _arguments(self, json: str) -> None:
         self._events.append(CallArguments(self._index, json))
-        self._source.keep()
+        self.source.keep()
 
     def _end(self) -> None:
         self._events.append(CallEnd(self._index))
         self._index += 1
-        self._source.kept()
+        self.source.kept()
 
     def _after(self, text: str) -> None:
         """What stands behind a call, before its end, is nothing that the format knows."""
@@ -161,15 +140,15 @@ class HarmonyParser:
     def _cut_header(self) -> None:
         name = (self._recipient or "").removeprefix(_FUNCTIONS)
         self._rest()
-        read = self._source.kept()
-        if name in self._names:
+        read = self.source.kept()
+        if name in self.names:
             self._events.append(CallStart(self._index, name))
         elif read and not any(marker in read for marker in (_START, _CHANNEL, _CONSTRAIN, _MESSAGE)):
             self._events.append(Content(read))
 
     def _rest(self) -> str:
-        rest = self._source.text[self._source.at :]
-        self._source.at += len(rest)
+        rest = self.source.text[self.source.at :]
+        self.source.at += len(rest)
         return rest
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmx.chat.grammar import literal
-from lmx.chat.schema import json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.schema import json_rule
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.literals import space, text, value
 from lmx.chat.tools.reader import CallReader, NoCall
@@ -103,7 +103,8 @@ def call_rules(tools: Sequence[Tool], heads: Sequence[str], tail: str) -> str:
 def closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     """A schema of arguments under which no others than the declared ones are written.
 
-    Where the schema does not speak of others it allows any, and small models would go on and on with them.
+    Where the schema does not speak of others it allows any, and small models would go on and on with them. Any schema
+    that names properties is closed where it is written (``lmx.chat.forms.writing``); a tool's that names none, too.
     """
     properties = parameters.get("properties")
     if not isinstance(properties, Mapping) or parameters.keys() & _OTHERS:

@@ -6,13 +6,13 @@ Whatever a JSON string holds, the arguments end where their JSON does. Pure.
 import re
 from collections.abc import Mapping, Sequence
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import call_rules
 from lmx.chat.tools.lark import within
-from lmx.chat.tools.literals import space, value
+from lmx.chat.tools.literals import space
 from lmx.chat.tools.reader import CallReader
-from lmx.chat.tools.source import Broken, Cut, Steps
+from lmx.chat.tools.source import Steps
 
 _CALLS, _CALLS_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 _CALL, _ARGUMENTS, _CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
@@ -50,22 +50,8 @@ def _read(reader: CallReader, trigger: str) -> Steps[None]:
         name = _NUMBER.sub("", (yield from source.run(_ID))).removeprefix("functions.")
         yield from space(source)
         yield from source.expect(_ARGUMENTS)
-        try:
-            yield from space(source)
-            if (yield from source.peek()) != "{":
-                raise Broken("arguments are no object")
-        except Cut:
-            reader.start(name)
-            raise
-        reader.start(name)
-        yield from value(source, reader.arguments)
-        reader.end()
-        yield from space(source)
-        yield from source.accept(_CALL_END)
-        if reader.between:
-            source.keep()  # what is read by now is the call's
-        yield from space(source)
-        if not (yield from source.accept(_CALL)):
+        yield from reader.call(name)
+        if not (yield from reader.another(_CALL_END, _CALL)):
             break
     yield from reader.closing(_CALLS_END)
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from lmx.chat.patterns import matches, translated
-from lmx.chat.rewrite import Refused, TooComplex, rewritten
-from lmx.chat.schema import LAYOUT, complaint
+from lmx.chat.forms.limits import Refused, TooComplex
+from lmx.chat.forms.patterns import matches, translated
+from lmx.chat.forms.schema import LAYOUT, complaint
+from lmx.chat.forms.writing import rewritten
 
 ANY = r"(.|\n)*"
 

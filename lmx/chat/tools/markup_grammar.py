@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Tool
 from lmx.chat.tools.lark import ANY, json_value, may_be_empty, plain, quoted, string_body
 from lmx.chat.tools.markup_parser import SPACE, Markup

@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from lmx.chat.grammar import literal
+from lmx.chat.forms.grammar import literal
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import JsonFormat, call_rules, read_list
-from lmx.chat.tools.literals import space, value
+from lmx.chat.tools.literals import space
 from lmx.chat.tools.reader import CallReader
-from lmx.chat.tools.source import Broken, Cut, Steps
+from lmx.chat.tools.source import Broken, Source, Steps
 
 _CALLS, _ARGS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _NAME = re.compile(r"[\w.:/-]*")
@@ -48,20 +48,14 @@ def _read(reader: CallReader, trigger: str) -> Steps[None]:
     name = yield from source.run(_NAME)
     if not name:
         raise Broken("a call has no name")
-    try:
-        yield from space(source)
-        if (yield from source.accept(_ID)):
-            yield from source.run(_NAME)
-        yield from source.accept(_ARGS)
-        yield from space(source)
-        if (yield from source.peek()) != "{":
-            raise Broken("arguments are no object")
-    except Cut:
-        reader.start(name)
-        raise
-    reader.start(name)
-    yield from value(source, reader.arguments)
-    reader.end()
+    yield from reader.call(name, _markers(source))
+
+
+def _markers(source: Source) -> Steps[None]:
+    yield from space(source)
+    if (yield from source.accept(_ID)):
+        yield from source.run(_NAME)
+    yield from source.accept(_ARGS)
 
 
 def _detect_old(template: str, special: Mapping[str, int]) -> bool:

@@ -7,16 +7,17 @@ keywords cannot spell as ``f(**{…})``: so every schema is kept to the letter. 
 """
 
 import json
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
-from lmx.chat.grammar import literal
-from lmx.chat.rewrite import Refused, TooComplex, rewritten
-from lmx.chat.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
+from lmx.chat.forms.grammar import literal
+from lmx.chat.forms.limits import Refused, TooComplex
+from lmx.chat.forms.schema import ANY_OBJECT, LAYOUT, complaint, json_rule
+from lmx.chat.forms.writing import rewritten
 from lmx.chat.tools.base import Calls, Parser, Tool
 from lmx.chat.tools.json_calls import closed, read_items
 from lmx.chat.tools.literals import space, value
@@ -57,7 +58,8 @@ class _Pythonic:
             trigger, first, closing = opening, '"[" call', "]" + closing
         else:
             # As much of the first call as every tool's begins with.
-            common = os.path.commonprefix(heads)  # noqa: RUF071
+            same = takewhile(lambda characters: len(set(characters)) == 1, zip(*heads, strict=False))
+            common = "".join(character for character, *_ in same)
             trigger, first, closing = "[" + common, "call_first", "]"
             rules += _alternatives("call_first", [head[len(common) :] for head in heads], tails)
         rules = [f"calls: {first}{more} {literal(closing, special)}", *rules, *writer.rules]

@@ -8,11 +8,11 @@ belongs to the format and not to the text. Pure; ``Format.parser`` makes one for
 import re
 from collections.abc import Callable, Sequence
 
-from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Event, Malformed
+from lmx.chat.events import CallArguments, CallEnd, CallStart, Content, Malformed
 from lmx.chat.tools.base import Tool
-from lmx.chat.tools.source import Broken, Cut, Source, Steps
+from lmx.chat.tools.literals import space, value
+from lmx.chat.tools.source import Broken, Cut, SourceParser, Steps, unknown
 
-_SHOWN_CHARACTERS = 64
 _SPACE = " \t\r\n"
 
 
@@ -20,18 +20,15 @@ class NoCall(Broken):
     """The trigger's text was ordinary text: nothing to report."""
 
 
-class CallReader:
+class CallReader(SourceParser):
     """``read`` reads the calls behind a trigger, which is given to it, with the methods below."""
 
     def __init__(
         self, tools: Sequence[Tool], triggers: Sequence[str], read: "Callable[[CallReader, str], Steps[None]]"
     ) -> None:
-        self.source = Source()
-        self.names = frozenset(tool.name for tool in tools)
         self._triggers = tuple(triggers)
         self._pattern = re.compile("|".join(map(re.escape, triggers)))
         self._read = read
-        self._events: list[Event] = []
         self._space = ""
         """White space at the end of the text so far: the text's if more text follows."""
         self._index = 0
@@ -42,20 +39,7 @@ class CallReader:
         self._begun = False
         self._refused = ""
         """Why the call that is being read is none."""
-        self._steps = self._run()
-        next(self._steps)
-
-    def feed(self, text: str) -> list[Event]:
-        self.source.add(text)
-        next(self._steps)
-        return self._taken()
-
-    def finish(self) -> list[Event]:
-        try:
-            while True:  # each place where it waits, until none does
-                self._steps.throw(Cut)
-        except StopIteration:
-            return self._taken()
+        super().__init__(tools)
 
     # What a format's reading calls, in this order for each call.
 
@@ -69,7 +53,7 @@ class CallReader:
             self._open, self._space = True, ""
             self._events.append(CallStart(self._index, name))
         else:
-            self._refused = f"{name[:_SHOWN_CHARACTERS]!r} is none of the tools"
+            self._refused = unknown(name)
 
     def arguments(self, json: str) -> None:
         if self._open and json:
@@ -85,6 +69,32 @@ class CallReader:
             self._refuse(self._refused)
         self._begun = False
         self.source.keep()
+
+    # What the readings of some formats share.
+
+    def call(self, name: str, opening: Steps[None] | None = None) -> Steps[None]:
+        """A call whose name is read: ``opening``, which must not have begun, and its arguments, a JSON object."""
+        try:
+            if opening is not None:
+                yield from opening
+            yield from space(self.source)
+            if (yield from self.source.peek()) != "{":
+                raise Broken("arguments are no object")
+        except Cut:
+            self.start(name)
+            raise
+        self.start(name)
+        yield from value(self.source, self.arguments)
+        self.end()
+
+    def another(self, end: str, begin: str) -> Steps[bool]:
+        """Behind a call: its ``end``, which models forget, and whether the next one's ``begin`` follows."""
+        yield from space(self.source)
+        yield from self.source.accept(end)
+        if self.between:
+            self.source.keep()  # what is read by now is the call's
+        yield from space(self.source)
+        return (yield from self.source.accept(begin))
 
     def closing(self, marker: str) -> Steps[None]:
         """Behind the last call: white space and ``marker``, which models forget."""
@@ -169,7 +179,3 @@ class CallReader:
         self._say(text)
         if self._begun:
             self._refuse(self._refused or "the answer ended inside a call")
-
-    def _taken(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events

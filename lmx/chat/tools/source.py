@@ -6,9 +6,14 @@ Pure; the parsers of this package use it.
 """
 
 import re
-from collections.abc import Generator
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from typing import Final, TypeVar
 
+from lmx.chat.events import Event
+from lmx.chat.tools.base import Tool
+
+_SHOWN_CHARACTERS: Final = 64
 _Result = TypeVar("_Result")
 Steps = Generator[None, None, _Result]
 """A part of a parser: yields where the text is used up."""
@@ -84,3 +89,40 @@ class Source:
             if found != character:
                 raise Broken(f"{found!r} stands where {string!r} is expected")
             self.at += 1
+
+
+class SourceParser(ABC):
+    """A ``Parser`` that is written so: ``_run`` reads ``source``, and puts what it reads into ``_events``."""
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        """Begins to read: a subclass has its own fields by then."""
+        self.source = Source()
+        self.names = frozenset(tool.name for tool in tools)
+        self._events: list[Event] = []
+        self._steps = self._run()
+        next(self._steps)
+
+    @abstractmethod
+    def _run(self) -> Steps[None]:
+        """Ends where the text does, not before."""
+
+    def feed(self, text: str) -> list[Event]:
+        self.source.add(text)
+        next(self._steps)
+        return self._taken()
+
+    def finish(self) -> list[Event]:
+        try:
+            while True:  # each place where it waits, until none does
+                self._steps.throw(Cut)
+        except StopIteration:
+            return self._taken()
+
+    def _taken(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+def unknown(name: str) -> str:
+    """Why a call of this name is none."""
+    return f"{name[:_SHOWN_CHARACTERS]!r} is none of the tools"

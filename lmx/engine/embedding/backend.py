@@ -31,11 +31,15 @@ class Facts:
     weights_bytes: int
     device: str
     dtype: str
-    reason: str
+    path_reason: str
     """How inputs become vectors, in words."""
     step_tokens: int
     """What a step may hold of several inputs together."""
     probes: dict[str, str] = field(default_factory=dict)
+    path: str = "embedding"
+    eos_ids: tuple[int, ...] = ()
+    kv_bytes_per_token: int = 0
+    kv_budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

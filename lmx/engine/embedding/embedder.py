@@ -1,13 +1,12 @@
 """The MLX embedder: a step's inputs become groups of like length, the groups' hidden states vectors.
 
-On a CPU each core takes a share of the step in a thread and an MLX stream of its own: MLX computes all but matrix
-products on one core. Decides nothing; called by the loop.
+On a CPU an encoder's arrays are NumPy's, and each core takes a share of the step in a thread of its own. Decides
+nothing; called by the loop.
 """
 
 import gc
 import os
 import platform
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
@@ -21,11 +20,12 @@ import numpy.typing as npt
 from lmx.engine.embedding import families
 from lmx.engine.embedding.backend import ENCODERS, Facts, Input, MemoryFacts, read_config
 from lmx.engine.embedding.encoder import Group
+from lmx.engine.embedding.kernels import Array
 from lmx.engine.embedding.pooling import Classifier, Head
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Pooling
 
-Hidden = Callable[[list[Group]], list[mx.array]]
+Hidden = Callable[[list[Group]], list[Array]]
 
 # Tokens of a step, by device (CPU, GPU): large enough for the matrix products, small enough for a cancel.
 _STEP_TOKENS = (2048, 16384)
@@ -37,13 +37,12 @@ class MLXEmbedder:
     """Make it with ``load``."""
 
     def __init__(self, hidden: Hidden, head: Callable[..., mx.array], facts: Facts, *, threads: int = 1) -> None:
-        """``threads`` above 1: nothing that ``hidden`` and ``head`` use is left to be computed, or to be shared."""
+        """``threads`` above 1: ``hidden`` uses NumPy only."""
         self._hidden = hidden
         self._head = head
         self.facts = facts
         self._on_gpu = mx.default_device() == mx.gpu
-        self._local = threading.local()
-        self._threads = ThreadPoolExecutor(threads, initializer=self._start_thread) if threads > 1 else None
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._shares = threads
 
     @classmethod
@@ -77,38 +76,30 @@ class MLXEmbedder:
                 head = Head(pooling, "mean", encoder.width)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ModelInvalid(f"{folder} cannot be loaded: {type(error).__name__}: {error}", param="model") from error
+        shape, on_gpu = encoder.shape, mx.default_device() == mx.gpu
         arrays = [*_arrays(encoder), *_arrays(tuple(head.layers))]
         mx.eval(arrays)
         size, dtype = sum(array.nbytes for array in arrays), str(encoder.words.dtype).removeprefix("mlx.core.")
-        shape = encoder.shape
         facts = _facts(config, options, head, shape.context_length, shape.vocab_size, size, dtype)
-        threads = 1 if mx.default_device() == mx.gpu else _cores()
-        return cls(encoder.hidden, head, facts, threads=threads)
-
-    def _start_thread(self) -> None:
-        self._local.stream = mx.new_stream(mx.cpu)
+        if on_gpu:
+            return cls(encoder.hidden, head, facts)
+        return cls(_in_numpy(encoder).hidden, head, facts, threads=_cores())
 
     def embed(self, inputs: Sequence[Input]) -> npt.NDArray[np.float32]:
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index].tokens))
         shares = _shares([len(inputs[index].tokens) for index in order], self._shares)
-        parts = [[inputs[index] for index in order[start:end]] for start, end in shares]
-        if self._threads is None or len(parts) == 1:
-            found = [self._compute(part) for part in parts]
-        else:
-            found = list(self._threads.map(self._compute_apart, parts))
+        parts = [
+            list(_groups([inputs[i] for i in order[start:end]], _PADDING_SHARE[self._on_gpu])) for start, end in shares
+        ]
+        states = map(self._hidden, parts) if self._threads is None else self._threads.map(self._hidden, parts)
         vectors = np.empty((len(inputs), self.facts.dimension), np.float32)
-        vectors[order] = np.concatenate(found)
+        found = [
+            self._head(hidden if isinstance(hidden, mx.array) else mx.array(hidden), group.lengths)
+            for groups, state in zip(parts, states, strict=True)
+            for group, hidden in zip(groups, state, strict=True)
+        ]
+        vectors[order] = np.array(mx.concatenate(found))
         return vectors
-
-    def _compute_apart(self, inputs: list[Input]) -> npt.NDArray[np.float32]:
-        with mx.stream(self._local.stream):
-            return self._compute(inputs)
-
-    def _compute(self, inputs: list[Input]) -> npt.NDArray[np.float32]:
-        groups = list(_groups(inputs, _PADDING_SHARE[self._on_gpu]))
-        hidden = self._hidden(groups)
-        vectors = mx.concatenate([self._head(h, group.lengths) for h, group in zip(hidden, groups, strict=True)])
-        return np.array(vectors)
 
     def memory(self) -> MemoryFacts:
         arrays = sum(isinstance(thing, mx.array) for thing in gc.get_objects())
@@ -133,7 +124,7 @@ def _facts(
         weights_bytes=weights_bytes,
         device=f"gpu ({mx.device_info().get('device_name', platform.processor())})" if gpu else "cpu",
         dtype=dtype,
-        reason=head.words,
+        path_reason=head.words,
         step_tokens=_STEP_TOKENS[gpu],
     )
 
@@ -148,6 +139,17 @@ def _arrays(part: Any) -> Iterator[mx.array]:
     elif is_dataclass(part):
         for field in fields(part):
             yield from _arrays(getattr(part, field.name))
+
+
+def _in_numpy(part: Any) -> Any:
+    """A record, with the arrays in it and in its records as NumPy's: the same memory."""
+    if isinstance(part, mx.array):
+        return np.asarray(part)
+    if isinstance(part, tuple):
+        return tuple(_in_numpy(item) for item in part)
+    if is_dataclass(part) and not isinstance(part, type):
+        return type(part)(*(_in_numpy(getattr(part, field.name)) for field in fields(part)))
+    return part
 
 
 def _cores() -> int:

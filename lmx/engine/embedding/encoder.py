@@ -1,45 +1,45 @@
 """A bidirectional transformer over inputs of any lengths: BERT and its kin, whatever their names for its parts.
 
 The tokens of all inputs stand behind each other, (T, D), so that the products of a step are as large as can be; only
-attention goes group by group, inputs of (nearly) one length each. ``families`` makes one of a model folder. Called by
-``embedder`` on the engine's threads.
+attention goes group by group, inputs of (nearly) one length each. Its arrays are MLX's (on a GPU) or NumPy's (on a
+CPU); ``kernels`` knows both. ``families`` makes one of a model folder. Called by ``embedder`` on the engine's threads.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
-from lmx.engine.embedding.kernels import attention, gelu
+from lmx.engine.embedding import kernels
+from lmx.engine.embedding.kernels import Array
 
-_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": gelu,
-    "gelu_tanh": nn.gelu_approx,
-    "silu": nn.silu,
-    "relu": nn.relu,
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": kernels.gelu,
+    "gelu_tanh": kernels.gelu_tanh,
+    "silu": kernels.silu,
+    "relu": kernels.relu,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: mx.array
+    weight: Array
     """(in, out)."""
-    bias: mx.array | None = None
+    bias: Array | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight if self.bias is None else mx.addmm(self.bias, x, self.weight)
+    def __call__(self, x: Array) -> Array:
+        return kernels.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    weight: mx.array
-    bias: mx.array | None
+    weight: Array
+    bias: Array | None
     eps: float
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, self.weight, self.bias, self.eps)
+    def __call__(self, x: Array) -> Array:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Encoder:
     shape: Shape
-    words: mx.array
-    positions: mx.array | None
-    types: mx.array | None
+    words: Array
+    positions: Array | None
+    types: Array | None
     norm: Norm
     layers: tuple[Layer, ...]
     last_norm: Norm | None
@@ -100,11 +100,12 @@ class Encoder:
     def width(self) -> int:
         return int(self.words.shape[1])
 
-    def hidden(self, groups: list[Group]) -> list[mx.array]:
-        """The last hidden states of each group, (B, L, D); lazy. Those of padding mean nothing."""
+    @np.errstate(all="ignore")
+    def hidden(self, groups: list[Group]) -> list[Array]:
+        """The last hidden states of each group, (B, L, D); MLX's are lazy. Those of padding mean nothing."""
         x = self._embed(groups)
-        masks = [_mask(group) for group in groups]
-        near: dict[tuple[int, int], mx.array] = {}
+        masks = [_mask(x, group) for group in groups]
+        near: dict[tuple[int, int], Array] = {}
         for layer in self.layers:
             before = layer.attention_norm(x) if self.shape.norm_first and layer.attention_norm else x
             attended = x + layer.out(self._attend(layer, layer.qkv(before), groups, masks, near))
@@ -117,24 +118,27 @@ class Encoder:
             x = self.last_norm(x)
         return _split(x, groups)
 
-    def _embed(self, groups: list[Group]) -> mx.array:
-        x = self.words[mx.array(np.concatenate([group.tokens.ravel() for group in groups]))]
+    def _embed(self, groups: list[Group]) -> Array:
+        x = self.words[self._like(np.concatenate([group.tokens.ravel() for group in groups]))]
         if self.positions is not None:
             places = [np.broadcast_to(np.arange(g.tokens.shape[1]), g.tokens.shape).ravel() for g in groups]
-            x = x + self.positions[mx.array(np.concatenate(places) + self.shape.first_position)]
+            x = x + self.positions[self._like(np.concatenate(places) + self.shape.first_position)]
         if self.types is not None:
             alike = self.types.shape[0] == 1 or all(group.seconds is None for group in groups)
-            x = x + (self.types[0] if alike else self.types[_types(groups)])
+            x = x + (self.types[0] if alike else self.types[self._like(_types(groups))])
         return self.norm(x)
+
+    def _like(self, values: "npt.NDArray[np.integer]") -> Array:
+        return kernels.like(self.words, values)
 
     def _attend(
         self,
         layer: Layer,
-        qkv: mx.array,
+        qkv: Array,
         groups: list[Group],
-        masks: list[mx.array | None],
-        near: dict[tuple[int, int], mx.array],
-    ) -> mx.array:
+        masks: list[Array | None],
+        near: dict[tuple[int, int], Array],
+    ) -> Array:
         heads, width = self.shape.heads, qkv.shape[1] // 3
         scale = (width // heads) ** -0.5
         parts = []
@@ -142,32 +146,24 @@ class Encoder:
             count, length, _ = part.shape
             queries, keys, values = part.reshape(count, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
             if layer.rope_base is not None:
-                queries, keys = (_rope(x, layer.rope_base) for x in (queries, keys))
+                queries, keys = (kernels.rope(x, layer.rope_base) for x in (queries, keys))
             if layer.window is not None and layer.window < length:
-                window = near.setdefault((length, layer.window), _near(length, layer.window))
+                window = near.setdefault((length, layer.window), _near(qkv, length, layer.window))
                 # Padding looks everywhere: what sees nothing is no number, and would spread.
                 mask = window if mask is None else (window & mask) | ~mask.swapaxes(-1, -2)
-            found = attention(queries, keys, values, scale=scale, mask=mask)
-            parts.append(found.transpose(0, 2, 1, 3).reshape(count * length, width))
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            found = kernels.attention(queries, keys, values, scale=scale, mask=mask)
+            parts.append(found.reshape(count * length, width))
+        return kernels.concatenate(parts)
 
-    def _mlp(self, layer: Layer, x: mx.array) -> mx.array:
-        up = layer.up(x)
+    def _mlp(self, layer: Layer, x: Array) -> Array:
+        up, activate = layer.up(x), _ACTIVATIONS[self.shape.activation]
         if not self.shape.gated:
-            return layer.down(self._activate(up))
-        activated, other = mx.split(up, 2, axis=-1)
-        return layer.down(self._activate(activated) * other)
-
-    def _activate(self, x: mx.array) -> mx.array:
-        activated: mx.array = _ACTIVATIONS[self.shape.activation](x)
-        return activated
+            return layer.down(activate(up))
+        half = up.shape[1] // 2
+        return layer.down(activate(up[:, :half]) * up[:, half:])
 
 
-def _rope(x: mx.array, base: float) -> mx.array:
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=base, scale=1.0, offset=0)
-
-
-def _split(x: mx.array, groups: list[Group]) -> list[mx.array]:
+def _split(x: Array, groups: list[Group]) -> list[Array]:
     parts, start = [], 0
     for group in groups:
         end = start + group.tokens.size
@@ -176,22 +172,22 @@ def _split(x: mx.array, groups: list[Group]) -> list[mx.array]:
     return parts
 
 
-def _mask(group: Group) -> mx.array | None:
+def _mask(x: Array, group: Group) -> Array | None:
     if not group.padded:
         return None
     inside = np.arange(group.tokens.shape[1]) < group.lengths[:, None]
-    return mx.array(inside)[:, None, None, :]
+    return kernels.like(x, inside[:, None, None, :])
 
 
-def _near(length: int, window: int) -> mx.array:
+def _near(x: Array, length: int, window: int) -> Array:
     places = np.arange(length)
-    return mx.array(np.abs(places[:, None] - places) <= window)[None, None]
+    return kernels.like(x, (np.abs(places[:, None] - places) <= window)[None, None])
 
 
-def _types(groups: list[Group]) -> mx.array:
+def _types(groups: list[Group]) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":
     kinds = []
     for group in groups:
         places = np.broadcast_to(np.arange(group.tokens.shape[1]), group.tokens.shape)
         second = places >= group.seconds[:, None] if group.seconds is not None else np.zeros(group.tokens.shape, bool)
         kinds.append(second.astype(np.int32).ravel())
-    return mx.array(np.concatenate(kinds))
+    return np.concatenate(kinds)

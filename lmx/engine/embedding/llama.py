@@ -48,7 +48,7 @@ class LlamaEmbedder:
             weights_bytes=model.weights_bytes,
             device="gpu" if model.on_gpu else "cpu",
             dtype=model.quantization,
-            reason=f"{made.pooling} pooling" + (", normalised" if self._normalize else ""),
+            path_reason=f"{made.pooling} pooling" + (", normalised" if self._normalize else ""),
             step_tokens=_STEP_TOKENS,
         )
 

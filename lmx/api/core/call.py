@@ -1,0 +1,98 @@
+"""The facts of the HTTP request being served that its handlers need: its id, who asks, and until when."""
+
+import math
+import re
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import trio
+from quart import request
+from quart.wrappers import Request
+
+from lmx.config import ServerSettings
+from lmx.errors import InvalidRequest
+
+
+@dataclass(slots=True)
+class Call:
+    id: str
+    """Sent back as x-request-id: the client's own, or a fresh one."""
+    started: float
+    """On Trio's clock."""
+    address: str
+    key_name: str = ""
+    """The API key's name, "" without keys."""
+    model: str = ""
+    """Whose answer it is, and how that ended, for the metrics; "" until it is known."""
+    finish: str = ""
+    status: int = 0
+    """Of the response, or of the error that ended its stream; 0 while there is none."""
+    asker: str = ""
+    """Whom fair scheduling counted the tokens for."""
+    route: str = ""
+    """How the model was chosen; "" where none is needed."""
+    prompt: Callable[[], str] | None = None
+    """Its text, for the log when that is asked for."""
+    choices: int = 1
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_at: float | None = None
+    """Of all choices, like the next; on Trio's clock."""
+    last_token_at: float = 0.0
+
+    def took(self, tokens: int, now: float) -> None:
+        """A choice got so many tokens."""
+        self.completion_tokens += tokens
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def client(self, user: str | None) -> str:
+        """Whom fair scheduling counts the tokens for."""
+        self.asker = self.key_name or user or self.address
+        return self.asker
+
+    def deadline(self, timeout_s: float | None, settings: ServerSettings) -> float:
+        """On Trio's clock: the request's own field, else its x-request-timeout header, else the setting; or inf.
+
+        Raises InvalidRequest for a header that is no positive number.
+        """
+        header = request.headers.get("x-request-timeout")
+        if timeout_s is None and header is not None:
+            timeout_s = _positive(header)
+        return self.started + (timeout_s or settings.request_timeout_s or math.inf)
+
+
+def _positive(header: str) -> float:
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(
+            f"x-request-timeout must be a positive number of seconds, not {header[:40]!r}.", param="x-request-timeout"
+        )
+    return seconds
+
+
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def begin_call(request: Request) -> Call:
+    """The call of this request, which is the current one of the task that serves it."""
+    call = Call(_request_id(request), trio.current_time(), request.remote_addr or "")
+    _current.set(call)
+    return call
+
+
+def _request_id(request: Request) -> str:
+    """The client's x-request-id where it can be repeated safely, else a fresh one."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req_{uuid.uuid4().hex}"
+
+
+def current_call() -> Call:
+    return _current.get()
