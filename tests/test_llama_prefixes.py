@@ -341,7 +341,7 @@ def test_shared_cells_are_the_living_rows_first(make: Make, run: Start) -> None:
     assert steps.backend.memory().rows == 2
 
 
-@pytest.mark.parametrize("kind", ["llama", "jamba"])
+@pytest.mark.parametrize("kind", ["llama", "jamba", "gemma3_text"])
 def test_rows_that_are_resumed_apart_move_together(make: Make, run: Start, kind: str) -> None:
     """They are computed in one forward then; those between stay what they are."""
     steps = run(make(kind))

@@ -10,14 +10,14 @@ import ctypes
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lmx.engine.budget import KVCost
-from lmx.engine.llama.state import Bytes
+from lmx.engine.llama.state import Bytes, allocate_bytes
 from lmx.errors import ModelInvalid
 
 # llama.cpp would start a debugger to print a backtrace when it aborts; Python's fault handler tells enough.
@@ -243,12 +243,14 @@ class Context:
         """Forget every slot and zero every cell."""
         C.llama_memory_clear(self._memory, True)
 
-    def export_slot(self, slot: int, *, partial: bool = False) -> Bytes:
+    def export_slot(
+        self, slot: int, *, partial: bool = False, allocate: Callable[[int], Bytes] = allocate_bytes
+    ) -> Bytes:
         """A copy of all that the slot holds; ``partial``: only of what stands for all its tokens, recurrent states and
         the windows of sliding layers (of a model with neither: all the same)."""
         flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         size = self.state_bytes(slot, partial=partial)
-        data = np.empty(size, np.uint8)
+        data = allocate(size)
         written = C.llama_state_seq_get_data_ext(self.pointer, _pointer(data, ctypes.c_uint8), size, slot, flags)
         if written != size:
             raise RuntimeError(f"llama.cpp gave out {written} of the {size} bytes of a sequence's state")
