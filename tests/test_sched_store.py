@@ -208,6 +208,8 @@ def test_any_order_of_events_gives_the_same_answers_and_forgets_nobody(seed):
     figures = loop.both("statistics")
     assert (figures.queued, figures.prefilling, figures.decoding, figures.ending) == (0, 0, 0, 0)
     assert figures.kv_used_bytes == 0
+    assert loop.hits
+    assert loop.leaders
     for request in loop.requests.values():
         assert request.ended
         tokens = request.tokens[: request.prompt_tokens]
