@@ -103,6 +103,7 @@ cdef class Scheduler:
     cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
     cdef Slots waiting  # in order of arrival
     cdef Slots line  # what line_up() found
+    cdef bint followed  # _follow() was called, and nothing has changed since but by recache()
     cdef long long placed, backlog  # in _leads(): for which priority _place() was called, and what it found
     cdef dict slot_of
     cdef list free_slots
@@ -143,8 +144,9 @@ cdef class Scheduler:
         self.plans += 1
         if now >= self.due:
             plan.expired = self._expire(now)
-        if self.waiting.size:
+        if self.waiting.size and not self.followed:
             self._follow()
+        self.followed = False
         cdef int slot
         cdef bint admit
         if self._make_room(plan):
@@ -192,17 +194,22 @@ cdef class Scheduler:
 
         Not in the parent's own step: what they take over is there only when that has run.
         """
-        cdef int i = 0, slot
+        cdef int i, slot
         cdef Seq *seq
+        self.followed = True
         self.placed = NO_PRIORITY
+        for i in range(self.waiting.size):
+            seq = &self.seqs[self.waiting.items[i]]
+            if seq.parent >= 0 and not self._has(&self.seqs[seq.parent], seq.cached):
+                if not self._leads(&self.seqs[seq.parent], seq):
+                    self._leave_parent(seq)
+        i = 0
         while i < self.waiting.size:
             slot = self.waiting.items[i]
             seq = &self.seqs[slot]
             if seq.parent >= 0 and not self._has(&self.seqs[seq.parent], seq.cached):
-                if self._leads(&self.seqs[seq.parent], seq):
-                    i += 1
-                    continue
-                self._leave_parent(seq)
+                i += 1
+                continue
             remove_slot(&self.waiting, slot)
             self._enqueue(slot)
             self._start_with(seq, seq.cached if seq.parent >= 0 else 0)
@@ -216,7 +223,7 @@ cdef class Scheduler:
 
         Surely not if the parent is before it in order. If another client's parent comes ``lag`` tokens later, each of
         the others may be served so many until then: less than is saved, or all that they have is less than the parent
-        has computed of it. Nothing here depends on recache(): what upcoming() queued, plan() does not queue more of.
+        has computed of it.
         """
         cdef long long room_bytes, lag, computed = 0, others
         cdef Client *ahead = &self.clients.items[parent.client]
@@ -651,6 +658,7 @@ cdef class Scheduler:
             self._learn_answer(seq.generated)
         self.kv_ending_bytes += seq.held_bytes
         seq.state = ENDED
+        self.followed = False
         seq.since = self.plans
         self._leave_parent(seq)
         if seq.children:
@@ -868,6 +876,7 @@ cdef class Scheduler:
         cdef int slot = self.free_slots.pop()
         cdef Seq *s = &self.seqs[slot]
         self.slot_of[seq] = slot
+        self.followed = False
         memset(s, 0, sizeof(Seq))
         self.arrivals += 1
         s.id = id_
@@ -907,8 +916,7 @@ cdef class Scheduler:
         cdef int i, slot, count = _whole("most", most, 0), first_of_all = -1, fits = -1
         cdef long long room_bytes
         cdef Seq *seq
-        cdef Client *client
-        if self.waiting.size:
+        if self.waiting.size and not self.followed:
             self._follow()
         if self.queue.size == 0 or count == 0:
             return ()
@@ -987,6 +995,7 @@ cdef class Scheduler:
         cdef long long freed_bytes = self.seqs[slot].held_bytes
         self.rows_used -= self.seqs[slot].has_row
         self.seqs[slot].has_row = False
+        self.followed = False
         if self.seqs[slot].children:
             self._abandon(slot)
         remove_slot(&self.ending, slot)

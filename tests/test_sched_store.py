@@ -91,7 +91,13 @@ class StoreLoop:
 
     def step(self, most):
         for seq in self.both("upcoming", most):
-            self.both("recache", seq, self.match(self.requests[seq].tokens))
+            tokens = self.requests[seq].tokens
+            lengths = {other: min(shared(tokens, row), len(tokens) - 1) for other, row in self.rows.items()}
+            row, cached = max(lengths, key=lambda other: (lengths[other], -other), default=-1), self.match(tokens)
+            if row >= 0 and lengths[row] > cached:
+                assert self.both("recache", seq, lengths[row], row)
+            else:
+                assert self.both("recache", seq, cached)
         served = dict(self.reference.served)
         plan, expected = self.compiled.plan(self.now), self.reference.plan(self.now)
         assert all(getattr(plan, name) == getattr(expected, name) for name in PLAN_FIELDS)
@@ -208,6 +214,8 @@ def test_any_order_of_events_gives_the_same_answers_and_forgets_nobody(seed):
     figures = loop.both("statistics")
     assert (figures.queued, figures.prefilling, figures.decoding, figures.ending) == (0, 0, 0, 0)
     assert figures.kv_used_bytes == 0
+    assert loop.hits
+    assert loop.leaders
     for request in loop.requests.values():
         assert request.ended
         tokens = request.tokens[: request.prompt_tokens]
