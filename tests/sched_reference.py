@@ -295,11 +295,20 @@ class ReferenceScheduler:
             return False
         if parent.priority != s.priority or parent.client == s.client:
             return (-parent.priority, parent.turn) < (-s.priority, s.turn)
-        lag = self.served[parent.client] - self.served[s.client]
+        rivals = [o for o in self.in_state("prefilling", "queued") if o is not s and o.priority >= s.priority]
+        left = {other.id: other.target - (other.charged, other.length)[other.has_row] for other in rivals}
+        computed = 0
         if parent.state == "prefilling":
-            lag -= parent.length - parent.cached
-        clients = {other.client for other in self.sequences.values() if other.state != "ended"}
-        return lag <= 0 or lag * len(clients) <= s.cached
+            computed = parent.length - parent.cached
+            before = -computed
+        else:
+            its = [other for other in rivals if other.client == parent.client and other is not parent]
+            its = [o for o in its if o.has_row or parent.state == "waiting" or o.turn < parent.turn]
+            before = sum(left[other.id] for other in its)
+        lag = self.served[parent.client] + before - self.served[s.client]
+        others = sum(left.values()) - left.get(parent.id, 0)
+        clients = {other.client for other in self.sequences.values() if other.state != "ended"} | {s.client}
+        return lag <= 0 or lag * len(clients) <= s.cached or others <= computed
 
     def start_with(self, s, tokens, parent=-1):
         s.length, s.cached, s.cached_in, s.parent = tokens, tokens, self.plans, parent

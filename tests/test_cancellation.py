@@ -25,7 +25,7 @@ from tests.backends import BACKENDS
 from tests.models import build_gguf
 from tests.server import Server, serve
 
-STORM = 300
+STORM = 200
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog, and 17 of 42 others do not. " * 150
 
 
@@ -270,8 +270,8 @@ def test_the_sdk_leaves_a_stream(server: Server) -> None:
 
 
 def test_a_storm_of_streams_leaves_nothing(storm_server: Server) -> None:
-    """300 streams, each left after a random number of events, by FIN or by reset; memory is back where it was."""
-    with send(storm_server) as sock:
+    """200 streams, each left after a random number of events, by FIN or by reset; memory is back where it was."""
+    with send(storm_server, cache=False) as sock:
         read_chunks(sock, 2)
     storm_server.idle()
     active_bytes = storm_server.engine()["engine"]["mlx_active_bytes"]
@@ -292,6 +292,7 @@ def test_a_storm_of_streams_leaves_nothing(storm_server: Server) -> None:
                 "max_tokens": draw.choice([3, 30, 200]),
                 "temperature": draw.choice([0, 1]),
                 "seed": draw.randrange(2**40),
+                "cache": False,  # what is kept is no leak
             }
             storm.append(pool.submit(one, draw.choice([0, 1, 2, 5, 20]), draw.choice([GO["fin"], reset]), fields))
         for one_of_them in storm:

@@ -169,9 +169,9 @@ def test_preempted_sequences_come_back_from_the_store(tmp_path: Path) -> None:
     path = build_model("llama", tmp_path / "model")
     with engine(path, max_rows=2, max_chunk_tokens=256) as client:
         assert client.ready is not None
-        budget = 5 * 256 * client.ready.kv_bytes_per_token
+        budget = 6 * 256 * client.ready.kv_bytes_per_token
     with engine(path, max_rows=2, max_chunk_tokens=256, kv_budget_bytes=budget, prefix_ram_bytes=2**30) as client:
-        seqs = client.submit_together([(tokens(500), 400, GREEDY) for _ in range(2)])
+        seqs = client.submit_together([(tokens(500), 600, GREEDY) for _ in range(2)])
         client.wait_freed(*seqs)
         assert client.stats[-1].preemptions > 0
         computed = [client.answers[seq].freed for seq in seqs]

@@ -1,5 +1,7 @@
 """The compiled scheduler and the pure-Python reference, driven together by Hypothesis in any order of calls."""
 
+import os
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -364,5 +366,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.released.isdisjoint(self.compiled.releasable())
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+EXAMPLES = 150
+"""Of 60 calls each, others in every run; ``make soak`` asks for more."""
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("LMX_SOAK_EXAMPLES", EXAMPLES)), stateful_step_count=60, deadline=None
+)
 TestScheduler = SchedulerMachine.TestCase

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from lmx.engine.backend import Backend, Sequence
 from lmx.engine.prefix.chain import BLOCK_TOKENS, Chain, root_key
 from lmx.engine.prefix.disk import Disk, Fetch, Node
+from lmx.engine.prefix.nodes import Node as RamNode
 from lmx.engine.prefix.ram import Found, RamTier
-from lmx.engine.prefix.ram import Node as RamNode
 from lmx.engine.prefix.stops import stops
 from lmx.protocol import PrefixStats, unpack_tokens
 
@@ -28,6 +28,8 @@ LEAST_LEADER_TOKENS = BLOCK_TOKENS
 LEAST_LEADER_SHARE = 0.5
 # Of the memory for blocks, filled from the disk at load.
 _WARM_SHARE = 0.5
+# At the end blocks are offered to the disk, and then written, for so long each.
+_CLOSE_S = 2.0
 
 
 class Source(NamedTuple):
@@ -152,6 +154,8 @@ class PrefixStore:
         else:
             assert source.found is not None
             blocks, checkpoint = self._ram.take(source.found, self._chains[sequence.seq])
+            if self._disk is not None and source.found.node is not None:
+                self._disk.used((node.key, node.uses) for node in source.found.node.path())
             self._backend.copy_in(sequence, blocks, tokens, checkpoint)
             read = min(self._read_tokens.pop(sequence.seq, 0), tokens)
             self._disk_hit_tokens += read
@@ -181,14 +185,14 @@ class PrefixStore:
         since = time.perf_counter()
         fetching.read += fetching.fetch.take()
         while fetching.read and time.perf_counter() - since < hold_s:
-            self._adopt(fetching.read.popleft(), 1)
+            self._adopt(fetching.read.popleft())
         return fetching.fetch.done and not fetching.read
 
     def give_up(self, fetching: Fetching) -> None:
         fetching.fetch.cancel()
         fetching.read.clear()
 
-    def _adopt(self, node: Node, uses: int) -> None:
+    def _adopt(self, node: Node) -> None:
         head = node.head
         try:
             block = self._backend.from_bytes(node.block)
@@ -198,48 +202,49 @@ class PrefixStore:
             return
         if not head.window:
             block.drop_window()
-        self._ram.adopt(head.parent, head.root, head.key, array("I", unpack_tokens(head.ids)), block, checkpoint, uses)
+        tokens = array("I", unpack_tokens(head.ids))
+        if head.parent == head.root:
+            self._ram.root(head.root)
+        self._ram.adopt(head.parent, head.key, tokens, block, checkpoint, node.uses)
 
     def warm(self) -> int:
         """Before the engine is ready: the prefixes that most conversations share; how many bytes they hold."""
         if self._disk is not None:
             most = self._budget_bytes or self._backend.facts.kv_budget_bytes
-            for node, uses in self._disk.warm(int(_WARM_SHARE * most)):
-                self._adopt(node, uses)
+            for node in self._disk.warm(int(_WARM_SHARE * most)):
+                self._adopt(node)
         return self._ram.nbytes
 
     @property
     def unsaved(self) -> bool:
         """``save`` has something to do."""
-        return bool(self._unsaved)
+        while self._unsaved and self._unsaved[0][1].block is None:
+            self._unsaved.popleft()  # given up meanwhile
+        return self._disk is not None and bool(self._unsaved) and self._disk.has_room(self._unsaved[0][1].nbytes)
 
     def save(self) -> None:
         """Offer the disk the next block; takes a copy of it."""
-        if self._disk is None or not self._unsaved:
+        if not self.unsaved:
             return
+        assert self._disk is not None
         root, node = self._unsaved.popleft()
-        block, parent = node.block, node.parent
-        if block is None or parent is None or (len(node.tokens) < BLOCK_TOKENS and node.checkpoint is None):
-            return  # it was given up; or the end of an answer, which the next turn makes longer
-        has = {"checkpoint": node.checkpoint is not None, "window": not node.windowless}
-        kept = node.nbytes
-        if self._disk.wants(node.key, parent.key, root, node.tokens, kept, **has):
-            checkpoint = node.checkpoint.to_bytes() if node.checkpoint else None
-            self._disk.offer(
-                node.key,
-                parent.key,
-                root,
-                node.start,
-                node.tokens,
-                block.to_bytes(),
-                checkpoint,
-                node.uses,
-                window=has["window"],
-            )
+        block, checkpoint, parent = node.block, node.checkpoint, node.parent
+        assert block is not None
+        assert parent is not None
+        if len(node.tokens) < BLOCK_TOKENS and checkpoint is None:
+            return  # the end of an answer, which the next turn makes longer
+        window = not node.windowless
+        names = node.key, parent.key, root
+        if self._disk.wants(*names, node.tokens, node.nbytes, checkpoint=checkpoint is not None, window=window):
+            states = checkpoint.to_bytes() if checkpoint else None
+            self._disk.offer(*names, node.start, node.tokens, block.to_bytes(), states, node.uses, window=window)
 
     def close(self) -> None:
         """At the engine's end: what was offered is written, as far as a moment allows."""
         if self._disk is not None:
+            until = time.monotonic() + _CLOSE_S
+            while self.unsaved and time.monotonic() < until:
+                self.save()
             self._disk.close()
 
     # --- keeping ------------------------------------------------------------------------------------------------------
@@ -272,12 +277,16 @@ class PrefixStore:
         new = self._ram.put(chain, tokens, spans, blocks, checkpoint)
         if self._disk is not None:
             self._unsaved += [(chain.key(0), node) for node in new]
+            if end and (found := self._ram.match(chain, tokens)).node is not None:
+                self._disk.used((node.key, node.uses) for node in found.node.path())
         self._publish_s += time.perf_counter() - since
 
-    def make_room(self, kv_used_bytes: int) -> None:
-        """Before sequences take what they were given of the KV budget: it is theirs first."""
+    def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
+        """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
+        and is to be restored yet; it can be, whatever goes."""
         left = self._backend.facts.kv_budget_bytes - kv_used_bytes
-        self._ram.shrink(self._budget_bytes or max(left, 0))
+        spare = [source.found for source in sources if source.found is not None]
+        self._ram.shrink(self._budget_bytes or max(left, 0), spare)
 
     def statistics(self) -> PrefixStats:
         ram, disk = self._ram.statistics(), self._disk.statistics() if self._disk else None
