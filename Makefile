@@ -17,7 +17,7 @@ MAKE_VENV = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --
 INSTALL = $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: serve test test-debug fuzz clients install-clients lint format bench install clean
+.PHONY: serve test test-debug fuzz clients install-clients soak lint format bench install clean
 
 serve: $(VENV)/installed  ## install everything and serve the embedded model on port 1234
 	$(BIN)/lmx serve
@@ -31,6 +31,9 @@ test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with 
 	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 	$(BIN)/python -m pytest tests/test_sched.py tests/test_sched_machine.py; status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
+
+soak: $(VENV)/installed-dev  ## the scheduler against its reference in thousands of random runs
+	LMX_SOAK_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_sched_machine.py
 
 fuzz: $(VENV)/installed-dev  ## thousands of requests of every kind against a running server
 	$(INSTALL) --group fuzz

@@ -12,6 +12,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 from bench.models import CACHE, folder, folder_without_eos
 from bench.peer import find_llama_server, llama_server, mlx_lm_server
@@ -62,7 +63,7 @@ class Contestant:
         streams = [stream for agent in turns for stream in agent]
         assert all(stream.completion_tokens == ANSWER_TOKENS for stream in streams), "an answer ended early"
         times = [stream.event_times for stream in streams]
-        self.gaps_ms.append(1e3 * max(b - a for one in times for a, b in zip(one, one[1:], strict=False)))
+        self.gaps_ms.append(1e3 * max(b - a for one in times for a, b in pairwise(one)))
         self.cached_share = sum(s.cached_tokens for s in streams) / sum(s.prompt_tokens for s in streams)
         later = [stream for agent in turns for stream in agent[1:]]
         self.later_ttft_ms = 1e3 * statistics.median(s.event_times[0] - s.sent_at for s in later)

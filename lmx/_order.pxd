@@ -40,13 +40,13 @@ cdef inline int first(Seq *seqs, Clients *clients, int a, int b) noexcept:
 cdef inline long long turn_of(
     Seq *seqs, Slots *queue, Slots *running, Seq *newcomer, long long arrival, long long short_tokens
 ) noexcept:
-    """By arrival; but a short prompt goes before the long ones of its own client that wait or prefill, unless they were
-    overtaken MAX_OVERTAKEN times already, or a short one waits behind them."""
+    """By arrival; but a short prompt (by what is left to prefill) goes before the long ones of its own client that wait
+    or prefill, unless they were overtaken MAX_OVERTAKEN times already, or a short one waits behind them."""
     cdef long long barrier = -1, turn = arrival * (MAX_OVERTAKEN + 1) + MAX_OVERTAKEN  # room for those it lets pass
     cdef int i, slot
     cdef Seq *seq
     cdef Seq *passed = NULL
-    if newcomer.target > short_tokens:
+    if newcomer.target - newcomer.length > short_tokens:
         return turn
     for i in range(queue.size + running.size):
         seq = &seqs[queue.items[i] if i < queue.size else running.items[i - queue.size]]
@@ -82,9 +82,8 @@ cdef inline bint line_up(Seq *seqs, Clients *clients, Slots *queue, Slots *line,
     each one's place is its client's counter and the tokens of the client's earlier ones (the start tags of Goyal et
     al., "Start-time Fair Queuing", 1996). ``queue`` is in order of turns, and so equal places stay in it.
     """
-    cdef int i, j, slot
+    cdef int i, slot
     cdef Seq *seq
-    cdef Client *client
     line.size = 0
     for i in range(clients.capacity):
         clients.items[i].ahead = 0
@@ -95,21 +94,27 @@ cdef inline bint line_up(Seq *seqs, Clients *clients, Slots *queue, Slots *line,
             continue
         if seq.priority > priority:
             return False
-        client = &clients.items[seq.client]
-        seq.place = client.served + client.ahead
-        client.ahead += max(0, seq.target - seq.charged) + 1
-        j = line.size
-        if j < most:
-            line.size += 1
-        elif j > 0 and seq.place < seqs[line.items[j - 1]].place:
-            j -= 1  # the last one gives up its place
-        else:
-            continue
-        while j > 0 and seq.place < seqs[line.items[j - 1]].place:
-            line.items[j] = line.items[j - 1]
-            j -= 1
-        line.items[j] = slot
+        into_line(seqs, clients, line, slot, most)
     return True
+
+
+cdef inline void into_line(Seq *seqs, Clients *clients, Slots *line, int slot, int most) noexcept:
+    """The next one of ``queue``, at its place, if that is among the first ``most``."""
+    cdef Seq *seq = &seqs[slot]
+    cdef Client *client = &clients.items[seq.client]
+    cdef int j = line.size
+    seq.place = client.served + client.ahead
+    client.ahead += max(0, seq.target - max(seq.charged, seq.length)) + 1
+    if j < most:
+        line.size += 1
+    elif j > 0 and seq.place < seqs[line.items[j - 1]].place:
+        j -= 1  # the last one gives up its place
+    else:
+        return
+    while j > 0 and seq.place < seqs[line.items[j - 1]].place:
+        line.items[j] = line.items[j - 1]
+        j -= 1
+    line.items[j] = slot
 
 
 cdef inline int activate(Clients *clients, dict client_of, list free_clients, str name) except -1:

@@ -8,13 +8,14 @@ cdef extern from "<assert.h>" nogil:
 
 cdef enum:
     MAX_OVERTAKEN = 8  # that go before one out of turn: smaller ones while it waits for KV, its client's shorter ones
+    MAX_STOPS = 16
 
 cdef enum State:
     QUEUED
     PREFILLING
     DECODING
     ENDED  # by cancel, commit or its last planned token; holds its row and KV until release()
-    WAITING  # for its parent's prefill
+    WAITING  # for its parent's prefill of what they share
 
 cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them are searched in each step
     int priority
@@ -25,6 +26,7 @@ cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them
     long long most_bytes  # when it ends at max_tokens
     long long target  # tokens to prefill: the prompt, and after a preemption the answer so far
     long long charged  # as many of them its client was charged for already, before a preemption
+    long long length  # tokens in its KV once the planned steps have run; of a queued one, those it starts with
     long long place  # in line_up(): what its client will have been served when its turn comes
     double deadline
     State state
@@ -32,15 +34,17 @@ cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them
     int overtaken  # out of turn
     int yielded  # times it gave its row to a client that was behind
     long long held_bytes  # KV in whole quanta; none while queued
-    long long length  # tokens in its KV once the planned steps have run
     long long generated
     long long max_tokens
     long long last_step  # last planned step that it is in
-    long long cached  # the parent's tokens that it will take over
+    long long cached  # tokens that it starts with, or did; while it waits, those of its parent that it wants
+    long long cached_in  # the plan before which it was told of them
     int parent  # whose KV it takes over when it starts; -1: nobody's
     int children  # that have not started
     long long ended_in  # the plan() in or after which it ended
     long long id
+    int stops[MAX_STOPS]  # where a chunk must end, ascending
+    int stops_count
 
 cdef struct Slots:  # sequences in one condition
     int *items

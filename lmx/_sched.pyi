@@ -2,6 +2,8 @@
 
 Pure decisions: no MLX, no I/O, no clock of its own. The engine's step loop is its only caller:
 
+    for seq in scheduler.upcoming(8):    # with a store of prefixes: what could these start with?
+        scheduler.recache(seq, tokens)
     plan = scheduler.plan(now)           # decide step k (one more step may still be running)
     ...launch it on the device...
     scheduler.commit(k, elapsed_ms, finished=(seq, ...))   # its outcome, when it is read back
@@ -49,8 +51,8 @@ class Join(NamedTuple):
     cached_tokens: int
     """Where its first chunk starts."""
     parent: int
-    """Whose KV of those it takes over; that sequence's prefill is in an earlier step, and it is not released. -1: they
-    come from elsewhere."""
+    """Whose KV of those it takes over: computed in earlier steps, and neither released nor preempted. -1: they come
+    from a store, which had them when ``submit`` or ``recache`` told so, after the plan before this one."""
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
@@ -60,7 +62,7 @@ class Prefill:
     start: int
     """Position of the chunk's first token; 0 means that the sequence joins now and needs a row."""
     tokens: int
-    """A multiple of 32 except at the prompt's end."""
+    """A multiple of 32, or less than that more, or fewer, up to the prompt's end or a stop."""
     last: bool
     """The chunk ends the prompt, so that this step samples the sequence's next token."""
 
@@ -84,7 +86,8 @@ class Plan:
         """The chunks of this step: one, or several that each end a prompt."""
     @property
     def preempted(self) -> tuple[int, ...]:
-        """Sequences whose KV is to be dropped before this step; they prefill again (prompt and answer so far) later."""
+        """Sequences whose KV is to be dropped before this step; they are queued, and prefill again (prompt and answer
+        so far) later, from the start or from where ``recache`` says. They are in no ``prefills`` of this plan."""
     @property
     def expired(self) -> tuple[int, ...]:
         """Sequences whose deadline passed, now cancelled; they show up in ``releasable()``."""
@@ -156,17 +159,46 @@ class Scheduler:
         deadline: float = ...,
         cached_tokens: int = 0,
         parent: int = -1,
+        stops: Sequence[int] = (),
     ) -> int:
         """Queue a sequence; the number of tokens after which it ends by itself is returned: ``max_tokens``, or what
         the whole KV budget holds after this prompt, if that is less. ``deadline`` is on the clock of ``plan`` (seconds;
         infinity: none); a larger ``priority`` goes first. Raises NeverFits, or ValueError for a known ``seq``, an empty
         prompt, or a value out of range.
 
-        It starts with ``cached_tokens`` of its prompt computed, which are neither planned nor charged; but not again
-        after a preemption. With a ``parent``, whose prompt begins with the same tokens, it takes them over from there:
-        it waits until the parent's prefill is in an earlier plan, and prefills all by itself if the parent ends before
-        that, or if the parent's KV goes (by release, or a preemption) before it is started itself. KV that is taken
-        over counts as any. An unknown parent is none, and gives nothing."""
+        It starts with ``cached_tokens`` of its prompt computed, fewer than all: they are neither planned nor charged,
+        and its turn is that of a prompt of what is left. A store's are believed in the next plan only: before each
+        later one tell them again, by ``recache``. KV that was computed elsewhere counts as any.
+
+        With a ``parent``, whose prompt begins with the same tokens, it takes them over from that one's row: it waits
+        until the parent has computed so many in an earlier plan, its prefill being done or not. It does not wait where
+        it could lose by that; then, and where the parent is unknown or has a shorter prompt, it is queued with nothing
+        cached. It waits while the parent
+        - is of a higher priority; or of the same and, being the same client's, before it in turn; or another client's
+          that was served no more, but for what it has computed of this prompt, or so little more that the tokens saved
+          outweigh it (times the clients that have sequences here, which may all be served as much meanwhile);
+        - and is not queued for want of KV while this one would find a place.
+        These are looked at before each plan; a parent that is preempted may so be waited for until it has prefilled
+        again. If it ends, or its row goes (by release or preemption) before this one has started, this one is queued
+        with nothing cached as well. Whether waiting saves anything the caller must know: not if a store has as much.
+
+        ``stops``: up to 16 ascending positions inside the prompt where a chunk must end, if it is prefilled across
+        them. A prompt takes part in waves, and rows wait for it, once no stop is left before its end."""
+    def upcoming(self, most: int) -> tuple[int, ...]:
+        """Those of the queued that the next ``plan`` may start, in about their order: the first of all, even if rows or
+        KV would have to be freed for it; then others that fit, not more than rows are free. At most ``most``. Those who
+        need not wait for their parent any more are queued by this. If nothing but ``recache`` comes between this and
+        ``plan``, and no deadline passes in it, no other one starts than these (all of them, had ``most`` been larger).
+        """
+    def recache(self, seq: int, tokens: int, parent: int = -1) -> bool:
+        """From now on a queued sequence starts with so many tokens computed, as if submitted so: 0 to one fewer than it
+        has to prefill (prompt, and after a preemption the answer so far; else ValueError). Instead of what was said
+        before, a parent's too. They are a store's, and believed in the next plan only; or those of ``parent``, which
+        has a row with so many, planned or computed: these stay until that row goes. Its turn, and what its client was
+        charged already, stay.
+
+        False: it does not start so. It is not queued (unknown, waiting for its parent, started, ended), and nothing has
+        changed; or the parent does not have so many, and it starts with nothing."""
     def cancel(self, seq: int) -> bool:
         """Stop a sequence in any state: it is in no later plan. True if it was live; False for unknown ids, and for one
         that has ended already (also when its last step is planned and not yet committed)."""

@@ -10,11 +10,11 @@ bookkeeping, then the C plumbing.
 next one can be planned at once, and nothing has to be settled when it is committed but its cost and who ended in it.
 
     state        row, KV   it becomes      by
-    WAITING      no        QUEUED          _follow: its parent's prefill is planned, or its parent is gone
+    WAITING      no        QUEUED          _follow: its parent is past what they share, or is not waited for any more
     QUEUED       no        PREFILLING      _admit: its first chunk is planned
     PREFILLING   yes       DECODING        _take: its last chunk is planned (which draws its first token too)
     DECODING     yes       ENDED           _generate: its last token is planned
-    PREFILLING, DECODING   QUEUED          _preempt: its row and KV are free at once; it prefills all again
+    PREFILLING, DECODING   QUEUED          _preempt: its row and KV are free at once; it prefills again
     any          as it was ENDED           _end, by cancel() and commit(finished), or a deadline in plan()
     ENDED        as it was (forgotten)     release(), when no uncommitted step has it any more
 """
@@ -26,7 +26,7 @@ from libc.string cimport memset
 cimport cython
 
 from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
-from lmx._order cimport Client, Clients, activate, first, first_begun, idle, line_up, turn_of
+from lmx._order cimport Client, Clients, activate, first, first_begun, idle, into_line, line_up, turn_of
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -148,6 +148,8 @@ cdef class Scheduler:
             # A step that preempts for want of memory admits nobody.
             admit = not plan.preempted and self._give_way(plan)
             slot = self._next_prompt(admit)
+            if slot >= 0 and self._stale(&self.seqs[slot]):
+                self._start_with(&self.seqs[slot], 0)
             if slot >= 0 and self._holds(slot):
                 step.holds = True
             else:
@@ -182,44 +184,76 @@ cdef class Scheduler:
         return tuple(late)
 
     cdef void _follow(self) noexcept:
-        """Queue those whose parent's prefill is in an earlier plan, or who have no parent any more.
+        """Queue those whose parent is past what they share, in an earlier plan; and with nothing cached those who have
+        no parent any more, or might lose by waiting for it.
 
-        Not in the parent's own last step: what they take over is there only when that has run.
+        Not in the parent's own step: what they take over is there only when that has run.
         """
         cdef int i = 0, slot
         cdef Seq *seq
         while i < self.waiting.size:
             slot = self.waiting.items[i]
             seq = &self.seqs[slot]
-            if seq.parent >= 0 and not self._prefilled(&self.seqs[seq.parent], seq.cached):
-                i += 1
-                continue
+            if seq.parent >= 0 and not self._has(&self.seqs[seq.parent], seq.cached):
+                if self._leads(&self.seqs[seq.parent], seq):
+                    i += 1
+                    continue
+                self._leave_parent(seq)
             remove_slot(&self.waiting, slot)
             self._enqueue(slot)
-            if seq.parent >= 0:
-                seq.length = seq.charged = seq.cached
+            self._start_with(seq, seq.cached if seq.parent >= 0 else 0)
 
-    cdef inline bint _prefilled(self, Seq *seq, long long tokens) noexcept:
-        """Whether its prefill is done (by plan), and its KV is there."""
-        return seq.has_row and seq.state != PREFILLING and seq.length >= tokens
+    cdef inline bint _has(self, Seq *seq, long long tokens) noexcept:
+        """Whether the KV of its first ``tokens`` is there, once the planned steps have run."""
+        return seq.has_row and seq.length >= tokens
+
+    cdef bint _leads(self, Seq *parent, Seq *seq) noexcept:
+        """Whether ``seq`` cannot lose by waiting until this one has prefilled what they share.
+
+        Surely not if the parent is before it in order. If the parent's client was served ``lag`` tokens more, others
+        may be served so many each until it is the parent's turn; that must be less than what is saved. What the parent
+        has computed of the shared tokens counts for it.
+        """
+        cdef long long room_bytes, lag
+        if parent.state == ENDED:
+            return False
+        if parent.state == QUEUED and self.rows_used < self.max_rows:
+            room_bytes = self._room_bytes()
+            if not self._fits(parent, room_bytes) and self._fits(seq, room_bytes):
+                return False
+        if parent.priority != seq.priority:
+            return parent.priority > seq.priority
+        if parent.client == seq.client:
+            return parent.turn < seq.turn
+        lag = self.clients.items[parent.client].served - self.clients.items[seq.client].served
+        if parent.state == PREFILLING:
+            lag -= parent.length - parent.cached
+        return lag <= 0 or lag * self.clients.active <= seq.cached
 
     cdef void _abandon(self, int parent) noexcept:
-        """Its KV goes: who was to take it over prefills all, who still waits for it waits for the next prefill, if it
-        only was preempted."""
+        """Those who cannot take over its KV any more start from nothing; but who waits for it still does, if it was
+        only preempted."""
         cdef int i
         cdef Seq *seq
-        cdef bint gone = self.seqs[parent].state == ENDED
+        cdef bint ended = self.seqs[parent].state == ENDED
         for i in range(self.queue.size):
             seq = &self.seqs[self.queue.items[i]]
-            if seq.parent == parent:
-                seq.parent = -1
-                seq.length = seq.charged = 0
-                self.seqs[parent].children -= 1
+            if seq.parent == parent and not self._has(&self.seqs[parent], seq.cached):
+                self._leave_parent(seq)
+                self._start_with(seq, 0)
         for i in range(self.waiting.size):
             seq = &self.seqs[self.waiting.items[i]]
-            if seq.parent == parent and gone:
-                seq.parent = -1
-                self.seqs[parent].children -= 1
+            if seq.parent == parent and ended and not self._has(&self.seqs[parent], seq.cached):
+                self._leave_parent(seq)
+
+    cdef inline void _start_with(self, Seq *seq, long long tokens) noexcept:
+        """So much of what a queued one is to prefill is computed already."""
+        seq.length = seq.cached = tokens
+        seq.cached_in = self.plans
+
+    cdef inline bint _stale(self, Seq *seq) noexcept:
+        """Whether its tokens from a store were told before the last plan: they may be gone."""
+        return seq.state == QUEUED and seq.length > 0 and seq.parent < 0 and seq.cached_in < self.plans - 1
 
     cdef bint _make_room(self, Plan plan):
         """See that every decoding row can take one more token. False: not before ended sequences are released.
@@ -395,6 +429,8 @@ cdef class Scheduler:
             if (
                 seq.priority < priority
                 or left > self.max_chunk_tokens
+                or self._chunk_end(seq) < seq.target
+                or self._stale(seq)
                 or step.chunk + left > self.max_wave_tokens
                 or not (seq.state == PREFILLING or self._fits(seq, self._room_bytes()))
                 or self._predict_ms(step, seq.length, left) > limit_ms
@@ -415,6 +451,8 @@ cdef class Scheduler:
         cdef Seq *row
         cdef Step next_step
         if not self.prefill_fit.seen or seq.target - seq.length > self.max_chunk_tokens:
+            return False
+        if self._chunk_end(seq) < seq.target:
             return False
         for i in range(self.running.size):
             row = &self.seqs[self.running.items[i]]
@@ -510,6 +548,11 @@ cdef class Scheduler:
             room_bytes -= self._expected_bytes(seq, seq.held_bytes) - seq.held_bytes
         return room_bytes
 
+    cdef inline long long _asked_bytes(self, Seq *seq) noexcept:
+        """What its admission takes: room for one decode step too, if there will be one; else it would be preempted as
+        soon as it is admitted."""
+        return self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
+
     cdef inline bint _fits(self, Seq *seq, long long room_bytes) noexcept:
         return self._wanted_bytes(seq, alone=self.running.size == 0) <= room_bytes
 
@@ -548,7 +591,9 @@ cdef class Scheduler:
         self.decoding_changed |= seq.state == DECODING
         seq.target = max(seq.target, seq.length + (seq.state == DECODING))  # the newest token is not in the KV yet
         seq.charged = max(seq.charged, seq.target if seq.state == DECODING else seq.length)
+        seq.asked_bytes = self._asked_bytes(seq)
         self._enqueue(slot)
+        self._start_with(seq, 0)
         if seq.children:
             self._abandon(slot)
         self.preemptions += 1
@@ -557,9 +602,6 @@ cdef class Scheduler:
     cdef void _enqueue(self, int slot) noexcept:
         cdef Seq *seq = &self.seqs[slot]
         seq.state = QUEUED
-        seq.length = 0
-        # Room for one decode step too, if there will be one; else it would be preempted as soon as it is admitted.
-        seq.asked_bytes = self._kv_bytes(seq.target + (seq.max_tokens - seq.generated > 1))
         cdef int i = self.queue.size
         append_slot(&self.queue, slot)
         while i > 0 and self.seqs[self.queue.items[i - 1]].turn > seq.turn:  # it was preempted, or passes others
@@ -593,7 +635,7 @@ cdef class Scheduler:
         seq.state = ENDED
         seq.ended_in = self.plans
         self._leave_parent(seq)
-        if seq.children and seq.length < seq.target:
+        if seq.children:
             self._abandon(slot)
         append_slot(&self.ending, slot)
         idle(&self.clients, seq.client)
@@ -623,8 +665,10 @@ cdef class Scheduler:
     # --- cost ---------------------------------------------------------------------------------------------------------
 
     cdef long long _chunk_tokens(self, Step *step, Seq *seq) noexcept:
-        """The largest chunk whose step stays within the time limit: whole tiles, or all that is left."""
-        cdef long long left = seq.target - seq.length
+        """The largest chunk whose step stays within the time limit: whole tiles, or all that is left to where it must
+        end."""
+        cdef long long left = self._chunk_end(seq) - seq.length
+        cdef bint last = seq.length + left == seq.target
         if left <= TILE:
             return left
         cdef long long most = self.max_chunk_tokens
@@ -636,18 +680,26 @@ cdef class Scheduler:
         cdef long long tokens = min(left, most) // TILE * TILE
         while tokens > TILE and (
             self._predict_ms(step, seq.length, tokens) > limit_ms
-            or self._area(step, seq.length, tokens, tokens == left) > self.max_chunk_area
+            or self._area(step, seq.length, tokens, last and tokens == left) > self.max_chunk_area
         ):
             tokens -= TILE
         if (
             left - tokens < TILE
             and left <= most
-            and self._area(step, seq.length, left, True) <= self.max_chunk_area
+            and self._area(step, seq.length, left, last) <= self.max_chunk_area
             and self._predict_ms(step, seq.length, left)
             <= TAIL_SLACK * max(limit_ms, self._predict_ms(step, seq.length, tokens))
         ):
             return left
         return tokens
+
+    cdef inline long long _chunk_end(self, Seq *seq) noexcept:
+        """Where its next chunk must end at the latest."""
+        cdef int i
+        for i in range(seq.stops_count):
+            if seq.stops[i] > seq.length:
+                return seq.stops[i]
+        return seq.target
 
     cdef double _area(self, Step *step, long long start, long long tokens, bint last) noexcept:
         """Tokens times context of the step's prefill, with this chunk: what its attention may need memory for."""
@@ -765,6 +817,7 @@ cdef class Scheduler:
         double deadline=INFINITY,
         cached_tokens=0,
         parent=-1,
+        stops=(),
     ):
         cdef long long id_ = _whole("seq", seq, 0, 2**62)
         cdef long long prompt = _whole("prompt_tokens", prompt_tokens, 1)
@@ -774,6 +827,11 @@ cdef class Scheduler:
         cdef int parent_slot = self.slot_of.get(parent, -1)
         if cached >= prompt:
             raise ValueError(f"cached_tokens must leave one of {prompt} prompt tokens to compute, got {cached}")
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"there may be at most {MAX_STOPS} stops, got {len(stops)}")
+        cdef long long after = 0
+        for stop in stops:
+            after = _whole("each of stops, which ascend,", stop, after + 1, prompt - 1)
         if not deadline >= 0:
             raise ValueError(f"deadline must be a time of at least 0 (infinity: none), got {deadline!r}")
         if seq in self.slot_of:
@@ -800,26 +858,75 @@ cdef class Scheduler:
         s.max_tokens = min(limit, self.capacity_tokens - prompt + 1)  # the last token is never put into the KV
         s.prompt_bytes = self._kv_bytes(prompt)
         s.most_bytes = self._kv_bytes(prompt + s.max_tokens - 1)
+        s.asked_bytes = self._asked_bytes(s)
+        for stop in stops:
+            s.stops[s.stops_count] = stop
+            s.stops_count += 1
+        s.cached = cached
+        s.parent = -1
+        cdef bint has = parent_slot >= 0 and self._has(&self.seqs[parent_slot], cached)
+        s.length = cached if parent == -1 or has else 0
         s.client = activate(&self.clients, self.client_of, self.free_clients, client)
         s.turn = turn_of(self.seqs, &self.queue, &self.running, s, self.arrivals, self.max_chunk_tokens)
         self.due = min(self.due, deadline)
-        s.parent = parent_slot if cached and self._has_or_will(parent_slot, cached) else -1
-        if s.parent >= 0:
-            s.cached = cached
-            self.seqs[s.parent].children += 1
+        if cached and parent_slot >= 0 and (has or self._will_have(&self.seqs[parent_slot], s)):
+            s.length = 0
+            s.parent = parent_slot
+            self.seqs[parent_slot].children += 1
             s.state = WAITING
             append_slot(&self.waiting, slot)
         else:
             self._enqueue(slot)
-            if parent == -1:
-                s.length = s.charged = cached
+            self._start_with(s, cached if parent == -1 else 0)
         return s.max_tokens
 
-    cdef bint _has_or_will(self, int slot, long long tokens) noexcept:
-        """Whether this one has so many tokens in its KV, or will have after its prefill."""
-        if slot < 0 or self.seqs[slot].target < tokens:
+    cdef bint _will_have(self, Seq *parent, Seq *seq) noexcept:
+        return parent.target >= seq.cached and self._leads(parent, seq)
+
+    def upcoming(self, most):
+        cdef int i, slot, count = _whole("most", most, 0), first_of_all = -1, fits = -1
+        cdef long long room_bytes
+        cdef Seq *seq
+        cdef Client *client
+        if self.waiting.size:
+            self._follow()
+        if self.queue.size == 0 or count == 0:
+            return ()
+        room_bytes = self._room_bytes()
+        for i in range(self.queue.size):
+            slot = self.queue.items[i]
+            first_of_all = self._first(first_of_all, slot)
+            if (fits < 0 or self.seqs[slot].priority > self.seqs[fits].priority) and self._fits(
+                &self.seqs[slot], room_bytes
+            ):
+                fits = slot
+        self.line.size = 0
+        count = min(count, self.max_rows - self.rows_used)
+        for i in range(self.clients.capacity):
+            self.clients.items[i].ahead = 0
+        for i in range(self.queue.size if fits >= 0 and count > 0 else 0):
+            slot = self.queue.items[i]
+            seq = &self.seqs[slot]
+            if seq.priority == self.seqs[fits].priority and self._fits(seq, room_bytes):
+                into_line(self.seqs, &self.clients, &self.line, slot, count)
+        ids = [self.seqs[self.line.items[i]].id for i in range(self.line.size)]
+        if self.line.size == 0 or self.line.items[0] != first_of_all:
+            ids = [self.seqs[first_of_all].id, *ids][:most]
+        return tuple(ids)
+
+    def recache(self, seq, tokens, parent=-1):
+        cdef int slot = self.slot_of.get(seq, -1), parent_slot = self.slot_of.get(parent, -1)
+        if slot < 0 or self.seqs[slot].state != QUEUED:
             return False
-        return self.seqs[slot].state != ENDED or self._prefilled(&self.seqs[slot], tokens)
+        cdef Seq *s = &self.seqs[slot]
+        cdef long long cached = _whole("tokens", tokens, 0, s.target - 1)
+        cdef bint there = parent == -1 or (parent_slot >= 0 and self._has(&self.seqs[parent_slot], cached))
+        self._leave_parent(s)
+        self._start_with(s, cached if there else 0)
+        if parent != -1 and s.cached:
+            s.parent = parent_slot
+            self.seqs[parent_slot].children += 1
+        return there
 
     def cancel(self, seq):
         slot = self.slot_of.get(seq, -1)
@@ -858,12 +965,13 @@ cdef class Scheduler:
         if slot < 0 or self.seqs[slot].state != ENDED or not self._releasable(&self.seqs[slot]):
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
         cdef long long freed_bytes = self.seqs[slot].held_bytes
+        self.rows_used -= self.seqs[slot].has_row
+        self.seqs[slot].has_row = False
         if self.seqs[slot].children:
             self._abandon(slot)
         remove_slot(&self.ending, slot)
         self.kv_used_bytes -= freed_bytes
         self.kv_ending_bytes -= freed_bytes
-        self.rows_used -= self.seqs[slot].has_row
         del self.slot_of[seq]
         self.free_slots.append(slot)
         return freed_bytes

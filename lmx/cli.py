@@ -1,5 +1,5 @@
 """The command ``lmx``: reads the settings, binds the port, and holds the server's life together from start to the last
-signal.
+signal. (``lmx cache`` needs no server, and only reads or empties a folder.)
 
 The order matters: everything that can be refused (settings, port, model) is refused before anything is started, with
 one line that says the way out and exit code 2. The engines outlive the HTTP face, so that the last request can still
@@ -27,6 +27,8 @@ from lmx.api.transport.http import BACKLOG, serve_http
 from lmx.config import Settings, load_settings
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
 from lmx.logs import Log, flush, log_to_stderr
+from lmx.prefix_disk.report import add_command as add_cache_command
+from lmx.prefix_disk.report import command as cache_command
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -50,6 +52,11 @@ def _run(options: argparse.Namespace, log: Log) -> int:
         settings = _settings(options)
         log.use(settings.server.log_format)
         logger.setLevel(settings.server.log_level.upper())
+        if options.command == "cache":
+            print(
+                cache_command(options.action, options.models, settings.prefix_path, settings.engine.prefix_disk_bytes)
+            )
+            return 0
         _raise_open_files()
         return trio.run(_Server(settings, _bind(settings.server.host, settings.server.port)).run)
     except LmxError as error:
@@ -59,22 +66,24 @@ def _run(options: argparse.Namespace, log: Log) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lmx", description="A headless LLM inference server with OpenAI's API.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     serve = commands.add_parser("serve", help="serve a model over HTTP")
-    serve.add_argument("--config", type=Path, metavar="FILE", help="settings (default: lmx.toml here, if there is one)")
     serve.add_argument("--host", help="address to listen on; 0.0.0.0: every network (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, help="0 takes a free one (default: 1234)")
     serve.add_argument(
         "--model", metavar="PATH_OR_ID", help="MLX folder, GGUF file, or id (default: the embedded model)"
     )
+    for command in (serve, add_cache_command(commands)):
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="settings (default: lmx.toml here, if there is one)"
+        )
     return parser
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    given: dict[str, dict[str, Any]] = {
-        "server": {"host": options.host, "port": options.port},
-        "model": {"default": options.model},
-    }
+    given: dict[str, dict[str, Any]] = {}
+    if options.command == "serve":
+        given = {"server": {"host": options.host, "port": options.port}, "model": {"default": options.model}}
     overrides = {
         section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
     }

@@ -120,6 +120,8 @@ class EngineSettings(_Section):
     grammar_mask_ms: float = Field(20.0, gt=0)
     prefix_cache: bool = True
     prefix_ram_bytes: int = Field(0, ge=0, le=2**63 - 1)
+    prefix_disk_bytes: int = Field(-1, ge=-1, le=2**63 - 1)
+    prefix_dir: str = ""
     openblas: Annotated[str, AfterValidator(_library)] = "auto"
     mlx_ops_per_buffer: int = Field(0, ge=0, le=2**31 - 1)
     mlx_mb_per_buffer: int = Field(0, ge=0, le=2**31 - 1)
@@ -146,6 +148,13 @@ class Settings(_Section):
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     llama: LlamaSettings = LlamaSettings()
+
+    @property
+    def prefix_path(self) -> Path:
+        """Where prefixes are kept on the disk: ``prefix_dir``, or beside converted models."""
+        return (
+            Path(self.engine.prefix_dir).expanduser() if self.engine.prefix_dir else self.model.cache_path / "prefixes"
+        )
 
 
 def load_settings(

@@ -391,7 +391,10 @@ _CLASSES: tuple[type[Any], ...] = (
     Stats,
 )
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
-_NAMES = {cls: tuple(f.name for f in fields(cls)) for cls in (*_CLASSES, Pooling, Sampling, Tokens, Started, Logprobs, PrefixStats)}
+_NAMES = {
+    cls: tuple(f.name for f in fields(cls))
+    for cls in (*_CLASSES, Pooling, Sampling, Tokens, Started, Logprobs, PrefixStats)
+}
 
 _EMBEDDING = _NAMES[Load].index("embedding")
 

@@ -6,6 +6,7 @@ from the sequences, so that its accounting cannot drift. Slow on purpose; used b
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lmx._sched import Join, NeverFits, Prefill, SchedulerStatistics
 
@@ -22,6 +23,7 @@ ANSWER_SHARE = 1 / 16
 TAIL_SLACK = 1.1
 WAVE_TARGETS = 8
 MAX_WAVE = 64
+MAX_STOPS = 16
 
 
 @dataclass
@@ -55,8 +57,14 @@ class Sequence:
     generated: int = 0
     last_step: int = 0
     cached: int = 0
+    cached_in: int = 0
     parent: int = -1
     ended_in: int = 0
+    stops: tuple[int, ...] = ()
+
+    @property
+    def chunk_end(self):
+        return min((stop for stop in self.stops if stop > self.length), default=self.target)
 
 
 @dataclass
@@ -231,17 +239,15 @@ class ReferenceScheduler:
         for seq in late:
             self.cancel(seq)
         plan.expired = tuple(late)
-        for s in self.in_state("waiting"):
-            parent = self.sequences.get(s.parent)
-            if parent is None or self.prefilled(parent, s.cached):
-                s.state = "queued"
-                s.length = s.charged = s.cached if parent else 0
+        self.follow()
         if self.make_room(plan):
             admit = not plan.preempted
             if admit:
                 self.give_way(plan)
                 admit = not plan.preempted or self.committed == self.planned
             s = self.next_prompt(admit)
+            if s and self.stale(s):
+                self.start_with(s, 0)
             step.holds = s is not None and self.holds(s)
             if not step.holds:
                 self.decode(plan, step)
@@ -269,16 +275,48 @@ class ReferenceScheduler:
             others = [s for s in self.running() if s is not first_started]
             self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
 
-    def prefilled(self, s, tokens):
-        return s.has_row and s.state != "prefilling" and s.length >= tokens
+    def follow(self):
+        for s in self.in_state("waiting"):
+            parent = self.sequences.get(s.parent)
+            if parent is None or self.has(parent, s.cached):
+                s.state = "queued"
+                self.start_with(s, s.cached if parent else 0, s.parent)
+            elif not self.leads(parent, s):
+                s.state = "queued"
+                self.start_with(s, 0)
+
+    def has(self, s, tokens):
+        return s.has_row and s.length >= tokens
+
+    def leads(self, parent, s):
+        if parent.state == "ended":
+            return False
+        if parent.state == "queued" and self.has_place(s) and not self.has_place(parent):
+            return False
+        if parent.priority != s.priority or parent.client == s.client:
+            return (-parent.priority, parent.turn) < (-s.priority, s.turn)
+        lag = self.served[parent.client] - self.served[s.client]
+        if parent.state == "prefilling":
+            lag -= parent.length - parent.cached
+        clients = {other.client for other in self.sequences.values() if other.state != "ended"}
+        return lag <= 0 or lag * len(clients) <= s.cached
+
+    def start_with(self, s, tokens, parent=-1):
+        s.length, s.cached, s.cached_in, s.parent = tokens, tokens, self.plans, parent
+
+    def stale(self, s):
+        """What a store had before an earlier plan."""
+        return s.state == "queued" and s.length > 0 and s.parent == -1 and s.cached_in < self.plans - 1
 
     def children(self, s):
         return [other for other in self.in_state("waiting", "queued") if other.parent == s.id]
 
     def abandon(self, s):
         for child in self.children(s):
+            if self.has(s, child.cached):
+                continue
             if child.state == "queued":
-                child.parent, child.length, child.charged = -1, 0, 0
+                self.start_with(child, 0)
             elif s.state == "ended":
                 child.parent = -1
 
@@ -286,7 +324,8 @@ class ReferenceScheduler:
         if victim.state == "decoding":
             victim.target = victim.length + 1
         victim.charged = max(victim.charged, victim.target if victim.state == "decoding" else victim.length)
-        victim.state, victim.has_row, victim.length, victim.kv_bytes = "queued", False, 0, 0
+        victim.state, victim.has_row, victim.kv_bytes = "queued", False, 0
+        self.start_with(victim, 0)
         self.abandon(victim)
         self.preemptions += 1
         plan.preempted += (victim.id,)
@@ -361,6 +400,8 @@ class ReferenceScheduler:
             s.priority == priority
             and (s.state == "prefilling" or self.fits(s))
             and left <= self.max_chunk_tokens
+            and s.chunk_end == s.target
+            and not self.stale(s)
             and step.chunk + left <= self.max_wave_tokens
             and self.cost_ms(step, s.length, left) <= limit_ms
             and self.area(step, s, left) <= self.max_chunk_area
@@ -370,6 +411,8 @@ class ReferenceScheduler:
     def holds(self, s):
         rows = self.in_state("decoding")
         if not self.prefill_fit.seen or not rows or s.target - s.length > self.max_chunk_tokens:
+            return False
+        if s.chunk_end < s.target:
             return False
         if any(row.generated > 1 or row.priority > s.priority for row in rows):
             return False
@@ -438,7 +481,7 @@ class ReferenceScheduler:
         return best
 
     def chunk_tokens(self, step, s):
-        left = s.target - s.length
+        left = s.chunk_end - s.length
         most, limit_ms = self.max_chunk_tokens, self.max_step_ms
         if step.rows:
             limit_ms = min(limit_ms, self.itl_target_ms)
@@ -470,8 +513,7 @@ class ReferenceScheduler:
 
     def end(self, s):
         s.state, s.parent, s.ended_in = "ended", -1, self.plans
-        if s.length < s.target:
-            self.abandon(s)
+        self.abandon(s)
         if s.generated:
             self.answer_spread += (abs(s.generated - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
             self.answer_tokens += (s.generated - self.answer_tokens) * ANSWER_SHARE
@@ -530,6 +572,7 @@ class ReferenceScheduler:
         deadline=math.inf,
         cached_tokens=0,
         parent=-1,
+        stops=(),
     ):
         _whole("seq", seq, 0)
         _whole("prompt_tokens", prompt_tokens, 1)
@@ -537,6 +580,8 @@ class ReferenceScheduler:
         _whole("priority", priority, -(2**31))
         if _whole("cached_tokens", cached_tokens, 0) >= prompt_tokens:
             raise ValueError(f"cached_tokens must leave one of {prompt_tokens} prompt tokens, got {cached_tokens}")
+        if len(stops) > MAX_STOPS or any(a >= b for a, b in pairwise((0, *stops, prompt_tokens))):
+            raise ValueError(f"stops must be at most {MAX_STOPS} and ascend inside the prompt, got {stops!r}")
         if not deadline >= 0:
             raise ValueError(f"deadline must be a time of at least 0 (infinity: none), got {deadline!r}")
         if seq in self.sequences:
@@ -550,23 +595,52 @@ class ReferenceScheduler:
             self.served[client] = max(self.served.get(client, 0), self.floor)
         self.arrivals += 1
         max_tokens = min(max_tokens, self.capacity_tokens - prompt_tokens + 1)
-        self.sequences[seq] = Sequence(
+        source = self.sequences.get(parent)
+        there = parent == -1 or bool(source and self.has(source, cached_tokens))
+        s = Sequence(
             seq,
             client,
             priority,
             deadline,
-            self.turn(prompt_tokens, client, priority),
+            self.turn(prompt_tokens - cached_tokens * there, client, priority),
             prompt_tokens,
             target=prompt_tokens,
             max_tokens=max_tokens,
+            cached=cached_tokens,
+            stops=stops,
         )
-        s, source = self.sequences[seq], self.sequences.get(parent)
-        there = source and (source.state != "ended" or self.prefilled(source, cached_tokens))
-        if cached_tokens and there and source.target >= cached_tokens:
-            s.state, s.parent, s.cached = "waiting", parent, cached_tokens
-        if parent == -1:
-            s.length = s.charged = cached_tokens
+        self.sequences[seq] = s
+        if source and cached_tokens and source.target >= cached_tokens and (there or self.leads(source, s)):
+            s.state, s.parent = "waiting", parent
+        else:
+            self.start_with(s, cached_tokens if parent == -1 else 0)
         return max_tokens
+
+    def upcoming(self, most):
+        _whole("most", most, 0)
+        self.follow()
+        first = min(self.in_state("queued"), key=self.order, default=None)
+        if first is None or most == 0:
+            return ()
+        fitting = [s for s in self.in_state("queued") if self.fits(s)]
+        fitting = [s for s in fitting if s.priority == max(s.priority for s in fitting)]
+        ahead = dict(self.served)
+        line = []
+        for s in sorted(fitting, key=lambda s: s.turn):
+            line.append((ahead[s.client], s.turn, s.id))
+            ahead[s.client] += max(0, s.target - max(s.charged, s.length)) + 1
+        ids = [seq for _, _, seq in sorted(line)][: min(most, self.max_rows - self.rows_used())]
+        return tuple(([] if ids[:1] == [first.id] else [first.id]) + ids)[:most]
+
+    def recache(self, seq, tokens, parent=-1):
+        s, source = self.sequences.get(seq), self.sequences.get(parent)
+        if s is None or s.state != "queued":
+            return False
+        if _whole("tokens", tokens, 0) >= s.target:
+            raise ValueError(f"tokens must leave one of {s.target} to compute, got {tokens}")
+        there = parent == -1 or bool(source and self.has(source, tokens))
+        self.start_with(s, tokens * there, parent if there and tokens else -1)
+        return there
 
     def turn(self, prompt_tokens, client, priority):
         turn = self.arrivals * (MAX_OVERTAKEN + 1) + MAX_OVERTAKEN
@@ -616,8 +690,10 @@ class ReferenceScheduler:
     def release(self, seq):
         if seq not in self.releasable():
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
-        self.abandon(self.sequences[seq])
-        return self.sequences.pop(seq).kv_bytes
+        s = self.sequences.pop(seq)
+        s.has_row = False
+        self.abandon(s)
+        return s.kv_bytes
 
     def next_deadline(self):
         return min((s.deadline for s in self.sequences.values() if s.state != "ended"), default=math.inf)

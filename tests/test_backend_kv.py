@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmx.engine.backend import Backend, Chunk, Sequence
+from lmx.engine.backend import Backend, Block, Chunk, Sequence
 from lmx.protocol import Load, Sampling
 from tests.backends import needs_llama
 from tests.models import build_gguf, build_model
@@ -49,9 +49,21 @@ MODELS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Backend]]] = {
 @pytest.fixture(
     scope="module", params=[pytest.param(name, marks=needs_llama if "cpp" in name else ()) for name in MODELS]
 )
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backend:
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Backend, Backend]:
+    """The same model twice."""
     build, load = MODELS[request.param]
-    return load(build(tmp_path_factory.mktemp("model")))
+    path = build(tmp_path_factory.mktemp("model"))
+    return load(path), load(path)
+
+
+@pytest.fixture(scope="module")
+def loaded(both: tuple[Backend, Backend]) -> Backend:
+    return both[0]
+
+
+@pytest.fixture
+def again(both: tuple[Backend, Backend]) -> Backend:
+    return both[1]
 
 
 @pytest.fixture
@@ -70,20 +82,23 @@ def sequence(seq: int) -> Sequence:
 class Run:
     """One sequence driven by hand."""
 
-    def __init__(self, backend: Backend, seq: int = 1) -> None:
+    def __init__(self, backend: Backend, seq: int = 1, *, start: bool = True) -> None:
         self.backend = backend
         self.sequence = sequence(seq)
-        backend.start(self.sequence)
+        if start:
+            backend.start(self.sequence)
 
     def prefill(self, start: int, end: int | None = None) -> None:
         end = end or len(self.sequence.tokens)
         last = end == len(self.sequence.tokens)
         draws = self.backend.launch([], [Chunk(self.sequence, start, end - start, last)]).wait()
+        self.sequence.kv_tokens = end
         self.sequence.tokens += [draw.token for draw in draws]
 
     def decode(self, steps: int) -> list[int]:
         for _ in range(steps):
             [draw] = self.backend.launch([self.sequence], []).wait()
+            self.sequence.kv_tokens = len(self.sequence.tokens)
             self.sequence.tokens.append(draw.token)
         return self.sequence.tokens[len(PROMPT) :]
 
@@ -111,27 +126,57 @@ def test_a_sequence_goes_on_after_a_rewind(backend: Backend, answer: list[int], 
     assert run.decode(20)[:20] == answer
 
 
-@pytest.mark.parametrize("prefilled", [128, len(PROMPT)])
-def test_exported_kv_goes_on_in_another_sequence(backend: Backend, answer: list[int], prefilled: int) -> None:
+def restore(first: Run, end: int, kept: int) -> tuple[list[Block], Block | None]:
+    """Copies of what a row holds of its first ``end`` tokens, cut at multiples of 100, in a form good for ``kept``."""
+    spans = [(start, min(start + 100, end)) for start in range(0, end, 100)]
+    blocks = first.backend.copy_out(first.sequence, spans)
+    made = first.backend.checkpoint(first.sequence)
+    if first.backend.facts.prefixes == "checkpoints":
+        assert made is not None
+        assert made[0] == kept
+    return blocks, made[1] if made else None
+
+
+@pytest.mark.parametrize("kept", [1, 99, 100, 101, 250, 299])
+def test_copies_compute_what_was_copied(backend: Backend, answer: list[int], kept: int) -> None:
+    """A part of a block too, but of models whose state stands for all tokens."""
     first = Run(backend, 1)
-    first.prefill(0, prefilled)
-    data = backend.export_kv(first.sequence)
-    assert isinstance(data, bytes)
-    second = Run(backend, 2)
-    with pytest.raises(ValueError, match=r"\d+ bytes are no"):
-        backend.import_kv(second.sequence, data[:-5])
-    assert backend.import_kv(second.sequence, data) == prefilled
-    if prefilled == len(PROMPT):
-        assert backend.rewind(second.sequence, prefilled - 1) in (prefilled - 1, 0)
+    whole = backend.facts.prefixes == "checkpoints"
+    first.prefill(0, kept if whole else 299)
+    blocks, checkpoint = restore(first, kept if whole else min(kept + 50, 299), kept)
     backend.free(first.sequence)
+    second = Run(backend, 2, start=False)
+    backend.copy_in(second.sequence, blocks, kept, checkpoint)
+    second.prefill(kept)
+    assert second.decode(19) == answer
 
 
-def test_an_import_computes_what_was_exported(backend: Backend, answer: list[int]) -> None:
+def test_copies_stay_good_while_their_row_goes_on(backend: Backend, answer: list[int]) -> None:
     first = Run(backend, 1)
     first.prefill(0, 256)
-    data = backend.export_kv(first.sequence)
-    backend.free(first.sequence)
-    second = Run(backend, 2)
-    assert backend.import_kv(second.sequence, data) == 256
+    blocks, checkpoint = restore(first, 256, 256)
+    first.prefill(256)
+    assert first.decode(19) == answer
+    second = Run(backend, 2, start=False)
+    backend.copy_in(second.sequence, blocks, 256, checkpoint)
     second.prefill(256)
     assert second.decode(19) == answer
+
+
+def test_bytes_are_blocks_in_another_process(backend: Backend, again: Backend, answer: list[int]) -> None:
+    """Another back end with the same model; what is cut or foreign is refused."""
+    first = Run(backend, 1)
+    first.prefill(0, 256)
+    blocks, checkpoint = restore(first, 256, 256)
+    data = [block.to_bytes() for block in blocks]
+    read = [again.from_bytes(block) for block in data]
+    assert [block.nbytes for block in read] == [block.nbytes for block in blocks]
+    kept = again.from_bytes(checkpoint.to_bytes()) if checkpoint else None
+    second = Run(again, 2, start=False)
+    again.copy_in(second.sequence, read, 256, kept)
+    second.prefill(256)
+    assert second.decode(19) == answer
+    again.free(second.sequence)
+    for broken in (data[0][:-5], b"", data[0][:10], b"x" * 200):
+        with pytest.raises(ValueError, match="block"):
+            again.from_bytes(broken)

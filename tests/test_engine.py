@@ -94,11 +94,17 @@ def assert_greedy(folder, prompts, answers, within=0.05, never=()):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_batched_equals_alone_for_every_architecture(kind, tmp_path):
+    """Prompts that wait for a row and take several chunks; then prompts that start in one step."""
     folder = build_model(kind, tmp_path / "model")
     with engine(folder, max_rows=4, max_chunk_tokens=64, lookahead="on") as client:
         assert client.ready.path == "arena", client.ready.path_reason
         prompts = prompts_for(client.ready.vocab_size)
-        assert client.run(prompts, 24) == alone(folder, prompts, 24)
+        starts = prompts_for(client.ready.vocab_size, (40, 64, 7, 55))
+        expected = alone(folder, prompts + starts, 16)
+        assert client.run(prompts, 16) == expected[: len(prompts)]
+        client.steps.clear()
+        assert client.run(starts, 16) == expected[len(prompts) :]
+        assert max(len(step.prefills) for step in client.steps) == 4
         assert_nothing_held(client)
 
 
@@ -109,17 +115,6 @@ def test_llama_says_what_mlx_says_batched_and_alone(folder, gguf, lookahead):
     with engine(gguf, backend="llama", max_rows=4, max_chunk_tokens=64, lookahead=lookahead) as client:
         assert_greedy(folder, prompts, client.run(prompts, 24))
         assert_greedy(folder, prompts, [client.run([prompt], 24)[0] for prompt in prompts])
-        assert_nothing_held(client)
-
-
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_prompts_that_start_in_one_step_equal_alone_for_every_architecture(kind, tmp_path):
-    folder = build_model(kind, tmp_path / "model")
-    with engine(folder, max_rows=6, max_chunk_tokens=64) as client:
-        prompts = prompts_for(client.ready.vocab_size, (40, 64, 7, 55, 64, 9))
-        client.run(prompts[:1], 2)  # before the first measured step no two prompts share one
-        assert client.run(prompts, 12) == alone(folder, prompts, 12)
-        assert max(len(step.prefills) for step in client.steps) == 6
         assert_nothing_held(client)
 
 
@@ -284,10 +279,10 @@ def test_prompts_that_share_a_step_beside_decoding_rows_say_the_same(load, folde
 def test_lengths_far_apart_live_in_lanes_within_the_padding_share(folder):
     prompts = prompts_for(1000, (3000, 20, 30, 40))
     with engine(folder, max_rows=4) as client:
-        expected = client.run(prompts, 300)
+        expected = client.run(prompts, 240)
         budget = 16 * 256 * client.ready.kv_bytes_per_token
     with engine(folder, max_rows=4, kv_budget_bytes=budget, stats_interval_s=0.0) as client:
-        assert client.run(prompts, 300) == expected
+        assert client.run(prompts, 240) == expected
         # One buffer for all would be 4 × 3,328 slots, 3.25 times the budget.
         assert 0 < max(stats.arena_bytes for stats in client.stats) <= 1.3 * budget
         assert_nothing_held(client)
@@ -324,7 +319,7 @@ def test_a_row_that_turns_non_finite_fails_alone(backend, tmp_path):
 
 
 def test_thousands_of_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
-    folder = build_model("llama", tmp_path / "model", num_hidden_layers=2, hidden_size=32)
+    folder = build_model("llama", tmp_path / "model", num_hidden_layers=1, hidden_size=32)
     with engine(folder, max_rows=4, lookahead="on") as client:
         rng = np.random.default_rng(0)
         live = []
@@ -348,8 +343,8 @@ def test_thousands_of_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
             return client.idle_stats()
 
         for _ in range(5):
-            figures.append(churn(600))
-        assert figures[-1].step >= 3_000
+            figures.append(churn(400))
+        assert figures[-1].step >= 2_000
         assert {stats.arena_bytes for stats in figures} == {0}
         active = [stats.mlx_active_bytes for stats in figures]
         arrays = [stats.live_arrays for stats in figures]

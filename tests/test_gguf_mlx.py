@@ -12,10 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from lmx.chat.model import ChatModel
 from lmx.hub.gguf_file import raw
 from lmx.hub.gguf_header import read_header
 from lmx.hub.gguf_weights import pack
 from lmx.hub.inventory import ModelFolder, resolve
+from tests.backends import needs_llama
+from tests.engine_client import engine
 from tests.models import CORPUS, GGUF_ARCHITECTURES, build_gguf, train_tokenizer
 
 PROMPT = train_tokenizer().encode(CORPUS.read_text(encoding="utf-8")[:400]).ids[:64]  # two windows of gemma3_text
@@ -195,3 +198,19 @@ def test_gemma_dequantised_says_what_it_says_on_llama_cpp(gemma: ModelFolder) ->
     ours, theirs = mlx_logits(gemma.path, tokens), llama_logits(gemma.source, tokens)
     assert np.abs(ours - theirs).mean() < 0.3
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@needs_llama
+def test_gemma_runs_on_both_engines(gemma: ModelFolder) -> None:
+    """262,144 tokens, sliding windows of 512. A base model: it goes on with a text; on llama.cpp, which is fast enough
+    here, also with one longer than the window."""
+    model = ChatModel.load(gemma.words)
+    sentence, numbers = "Tom counts the birds in the garden.", "1, 2, 3, 4, 5, 6, 7,"
+    texts = {"llama": (numbers, " ".join([sentence] * 80)), "mlx": (numbers,)}
+    told = []
+    for backend, path in (("llama", gemma.source), ("mlx", gemma.path)):
+        with engine(path, backend=backend) as client:
+            told += map(model.decode, client.run([model.encode_text(text) for text in texts[backend]], 7))
+    assert [told[0], told[2]] == [" 8, 9, "] * 2
+    assert f" {sentence}".startswith(told[1])
+    assert len(told[1]) > 20

@@ -72,7 +72,10 @@ class Neighbours:
         self.client = client
         self._folder = folder
         self.prompts = [clean_prompt(length, length) for length in (100, 60, 20)]
-        self.alone = [client.run([prompt], 150, INNOCENT)[0] for prompt in self.prompts]
+        self.alone: list[list[int]] = []
+        if client.ready and client.ready.backend == "mlx":  # llama.cpp's near ties are judged by their logits
+            lengths = (150, 150, 12)
+            self.alone = [client.run([p], n, INNOCENT)[0] for p, n in zip(self.prompts, lengths, strict=True)]
         self._running: list[int] = []
 
     def start(self) -> None:

@@ -16,11 +16,10 @@ from tests.engine_client import Answer, engine
 pytestmark = needs_llama
 
 QUESTIONS = (
-    "What is the capital of Japan?", "What is 2 + 2?", "How many days are in a week?", "What color is the sky?",
-    "Name three colors.", "What is the opposite of hot?", "Who are you?", "What is the capital of Germany?",
-    "Write one sentence about the sea.", "What is water made of?", "What is a cat?", "Say hello in French.",
+    "What is the capital of Japan?", "How many days are in a week?", "What color is the sky?", "Name three colors.",
+    "What is the opposite of hot?", "Who are you?", "Write one sentence about the sea.", "Say hello in French.",
 )  # fmt: skip
-TOKENS = 16
+TOKENS = 12
 TOLERANCE = 0.05
 """Between log-probabilities above LIKELY: llama.cpp multiplies F16 by F16, with F16 KV; 0.028 was seen."""
 LIKELY = -8.0
@@ -35,19 +34,14 @@ class Side:
         return [self.chat.decode(answer.tokens) for answer in self.answers]
 
 
-def ask(path: Path, cache: Path, backend: str, prompts: tuple[str, ...], *, chat: bool) -> Side:
-    """All prompts at once, eight in a step, greedy; as questions to a chat model, or as texts to go on with."""
+def ask(path: Path, cache: Path, backend: str) -> Side:
+    """All questions at once, in steps of all eight, greedy."""
     found = resolve(str(path), cache, "llama" if backend == "llama" else "mlx")
     model = ChatModel.load(found.words)
     with engine(found.path, backend=backend) as client:
-        seqs = [
-            client.submit(
-                model.encode_chat([{"role": "user", "content": prompt}]) if chat else model.encode_text(prompt),
-                TOKENS,
-                Sampling(0, temperature=0.0, logprobs=20 if chat else -1),
-            )
-            for prompt in prompts
-        ]
+        sampling = Sampling(0, temperature=0.0, logprobs=20)
+        prompts = [model.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+        seqs = [client.submit(prompt, TOKENS, sampling) for prompt in prompts]
         client.wait_freed(*seqs)
         return Side(model, [client.answers[seq] for seq in seqs])
 
@@ -75,7 +69,7 @@ def write_f16(source: Path, target: Path) -> None:
 def test_an_f16_file_says_the_same_on_both_engines(tmp_path: Path) -> None:
     path = tmp_path / "smollm2-f16.gguf"
     write_f16(resolve(EMBEDDED_ID, tmp_path, "llama").path, path)
-    llama, mlx = (ask(path, tmp_path, backend, QUESTIONS, chat=True) for backend in ("llama", "mlx"))
+    llama, mlx = (ask(path, tmp_path, backend) for backend in ("llama", "mlx"))
     assert llama.texts() == mlx.texts()
     for ours, theirs in zip(llama.answers, mlx.answers, strict=True):
         for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
@@ -87,13 +81,3 @@ def test_an_f16_file_says_the_same_on_both_engines(tmp_path: Path) -> None:
             assert far == {}
             assert a.top_ids[0] == b.top_ids[0]
     path.unlink()
-
-
-def test_gemma_3_runs_on_both_engines(gemma_gguf: Path, tmp_path: Path) -> None:
-    """K-quants (dequantised on MLX), 262,144 tokens, sliding windows of 512. A base model: it goes on with a text; on
-    llama.cpp, which is fast enough here, also with one longer than the window."""
-    sentence, numbers = "Tom counts the birds in the garden.", "1, 2, 3, 4, 5, 6, 7,"
-    told = ask(gemma_gguf, tmp_path, "llama", (numbers, " ".join([sentence] * 80)), chat=False).texts()
-    told += ask(gemma_gguf, tmp_path, "mlx", (numbers,), chat=False).texts()
-    assert [text.startswith(" 8, 9, 10, 11") for text in told] == [True, False, True]
-    assert told[1].startswith(f" {sentence} {sentence}"[: len(told[1])])

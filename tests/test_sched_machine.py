@@ -1,5 +1,7 @@
 """The compiled scheduler and the pure-Python reference, driven together by Hypothesis in any order of calls."""
 
+import os
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -66,11 +68,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended = set()  # cancelled or finished: in no later plan
         self.released = set()
         self.tokens_left = {}
-        self.prefilled = {}  # seq -> where its last chunk ended
         self.prompts = {}
-        self.taken_over = {}  # seq -> (its parent or -1, tokens), until it starts
-        self.done_in = {}  # seq -> the step that ends its prefill
+        self.clients = {}
+        self.stops = {}
+        self.told = {}  # seq -> (parent or -1, cached tokens, after how many plans), the last that was said
+        self.reached = {}  # seq with a row -> tokens in its KV
+        self.charged = {}  # seq -> tokens that its client was charged for, from its first start on
         self.plans, self.ended_in = 0, {}
+        self.listed = None  # what upcoming() said, if nothing came between that and plan()
 
     def both(self, name, *args, **kwargs):
         """The same call to both; the same answer or the same kind of error."""
@@ -90,20 +95,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         client=st.sampled_from(["a", "b", "c"]),
         priority=st.sampled_from([0, 0, 0, 1]),
         patience=st.sampled_from([0.0, 2.0, 9.0, float("inf")]),
+        stops=st.sets(st.integers(1, 299), max_size=4),
     )
-    def submit(self, prompt_tokens, max_tokens, client, priority, patience):
+    def submit(self, prompt_tokens, max_tokens, client, priority, patience, stops):
+        stops = tuple(sorted(stop for stop in stops if stop < prompt_tokens))
+        options = {"client": client, "priority": priority, "deadline": self.now + patience, "stops": stops}
+        return multiple(*self.submit_one(prompt_tokens, max_tokens, **options))
+
+    def submit_one(self, prompt_tokens, max_tokens, **options):
+        """Its seq, or nothing if it never fits."""
         seq, self.next_seq = self.next_seq, self.next_seq + 1
-        deadline = self.now + patience
-        answer = self.both(
-            "submit", seq, prompt_tokens, max_tokens, client=client, priority=priority, deadline=deadline
-        )
+        answer = self.both("submit", seq, prompt_tokens, max_tokens, **options)
         if answer is NeverFits:
-            return multiple()
+            return []
         assert 1 <= answer <= max_tokens
-        self.prompts[seq] = prompt_tokens
-        self.live[seq] = deadline
-        self.tokens_left[seq] = answer
-        return seq
+        self.live[seq], self.tokens_left[seq] = options.get("deadline", float("inf")), answer
+        self.prompts[seq], self.stops[seq] = prompt_tokens, options.get("stops", ())
+        self.clients[seq] = options.get("client", "")
+        self.told[seq] = options.get("parent", -1), options.get("cached_tokens", 0), self.plans
+        self.listed = None
+        return [seq]
 
     @rule(
         target=seqs,
@@ -112,56 +123,59 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit_several(self, prompts, max_tokens):
         """Short prompts at one moment, which may start in one step."""
-        seqs = []
-        for prompt_tokens, client in prompts:
-            seq, self.next_seq = self.next_seq, self.next_seq + 1
-            answer = self.both("submit", seq, prompt_tokens, max_tokens, client=client)
-            if answer is not NeverFits:
-                self.live[seq], self.tokens_left[seq] = float("inf"), answer
-                seqs.append(seq)
-        return multiple(*seqs)
+        return multiple(
+            *(seq for tokens, client in prompts for seq in self.submit_one(tokens, max_tokens, client=client))
+        )
 
     @rule(
         target=seqs,
         parent=seqs,
         count=st.integers(1, 4),
-        share=st.sampled_from([1.0, 1.0, 0.5, 0.0]),
+        share=st.sampled_from([1.0, 1.0, 0.5, 0.3, 0.0]),
+        longer=st.sampled_from([1, 1, 5, 100]),
         max_tokens=st.integers(1, 60),
-        others=st.sampled_from([{}, {}, {"client": "b"}, {"priority": 1}]),
+        client=st.sampled_from(["a", "a", "b", "c"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        patience=st.sampled_from([2.0, float("inf"), float("inf")]),
     )
-    def submit_children(self, parent, count, share, max_tokens, others):
-        """Sequences of the same prompt, which take over what the parent has of it, or a part of that."""
+    def submit_children(self, parent, count, share, longer, max_tokens, client, priority, patience):
+        """Sequences whose prompts begin with the parent's, or with a part of it, and take that over from there."""
         seqs = []
         for _ in range(count):
-            seq, self.next_seq = self.next_seq, self.next_seq + 1
-            prompt_tokens = self.prompts.get(parent, 50)
-            cached = int(share * (prompt_tokens - 1))
-            answer = self.both(
-                "submit",
-                seq,
-                prompt_tokens,
-                max_tokens,
-                **({"client": "a"} | others),
-                cached_tokens=cached,
-                parent=parent,
-            )
-            if answer is not NeverFits:
-                self.live[seq], self.tokens_left[seq] = float("inf"), answer
-                self.prompts[seq], self.taken_over[seq] = prompt_tokens, (parent, cached)
-                seqs.append(seq)
+            shared = int(share * (self.prompts[parent] - (longer == 1)))
+            options = {"client": client, "priority": priority, "deadline": self.now + patience, "parent": parent}
+            seqs += self.submit_one(shared + longer, max_tokens, **options, cached_tokens=shared)
         return multiple(*seqs)
 
     @rule(target=seqs, prompt_tokens=st.integers(2, 300), left=st.integers(1, 40), max_tokens=st.integers(1, 20))
     def submit_cached(self, prompt_tokens, left, max_tokens):
         """One that starts with tokens from a store."""
-        seq, self.next_seq = self.next_seq, self.next_seq + 1
-        cached = max(prompt_tokens - left, 0)
-        answer = self.both("submit", seq, prompt_tokens, max_tokens, cached_tokens=cached)
-        if answer is NeverFits:
-            return multiple()
-        self.live[seq], self.tokens_left[seq] = float("inf"), answer
-        self.prompts[seq], self.taken_over[seq] = prompt_tokens, (-1, cached)
-        return seq
+        return multiple(*self.submit_one(prompt_tokens, max_tokens, cached_tokens=max(prompt_tokens - left, 0)))
+
+    @rule(seq=seqs, share=st.sampled_from([0.0, 0.3, 0.9, 1.0]), parent=st.one_of(st.just(-1), seqs))
+    def recache(self, seq, share, parent):
+        """A store, or another one's row, has more or less of its tokens than before."""
+        self.recache_one(seq, share, parent)
+        self.listed = None
+
+    def recache_one(self, seq, share, parent):
+        sequence = self.reference.sequences.get(seq)
+        tokens = int(share * ((sequence.target if sequence else self.prompts[seq]) - 1))
+        queued = sequence is not None and sequence.state == "queued"
+        answer = self.both("recache", seq, tokens, parent)
+        assert answer == (queued and (parent == -1 or self.reached.get(parent, -1) >= tokens))
+        if queued:
+            self.told[seq] = (parent, tokens, self.plans) if answer else (-1, 0, self.plans)
+
+    @rule(most=st.sampled_from([0, 1, 3, 100]), shares=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1))
+    def recache_upcoming(self, most, shares):
+        """As the step loop does before each plan."""
+        seqs = self.both("upcoming", most)
+        assert len(seqs) == len(set(seqs)) <= most
+        for i, seq in enumerate(seqs):
+            assert self.both("recache", seq, 10**9) is ValueError, "it is queued"
+            self.recache_one(seq, shares[i % len(shares)], -1)
+        self.listed = seqs if most == 100 else None
 
     @rule(visitors=st.integers(1, 20), prompt_tokens=st.integers(1, 20))
     def visit(self, visitors, prompt_tokens):
@@ -171,12 +185,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.both("submit", seq, prompt_tokens, 1, client=f"visitor {seq}") is not NeverFits:
                 assert self.both("cancel", seq)
                 assert self.both("release", seq) == 0
+        self.listed = None
 
     @rule(seq=seqs)
     def cancel(self, seq):
         was_live = self.both("cancel", seq)
         assert was_live == (seq in self.live)
         self.end(seq)
+        self.listed = None
 
     def end(self, seq):
         if self.live.pop(seq, None) is not None:
@@ -190,6 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.plan_step()
 
     def plan_step(self):
+        served = dict(self.reference.served)
         expected, plan = self.reference.plan(self.now), self.compiled.plan(self.now)
         self.plans += 1
         for field in PLAN_FIELDS:
@@ -204,9 +221,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(members) <= self.max_rows
         assert len(members) == len(plan.decode) + len(prefilling), "a sequence is in a plan twice"
         for seq in plan.preempted:
-            self.done_in.pop(seq, None)
+            decoded = self.reached.pop(seq) >= self.prompts[seq]
+            self.told[seq] = -1, 0, self.plans
+            self.charged[seq] += decoded  # its newest token, which is not in the KV yet
         self.check_joins(plan)
         self.check_prefills(plan)
+        self.check_charges(plan, served)
+        self.listed = None
         if plan.step:
             self.planned_members[plan.step] = members
         else:
@@ -220,17 +241,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_joins(self, plan):
         assert {join.seq for join in plan.joins} <= {chunk.seq for chunk in plan.prefills}
         for join in plan.joins:
-            assert (join.parent, join.cached_tokens) == self.taken_over[join.seq], "at the first start, and only then"
-            if join.parent != -1:
-                assert self.done_in[join.parent] < plan.step, "what it takes over is not computed yet"
-                assert join.parent not in self.released
-            self.prefilled[join.seq] = join.cached_tokens
-        for chunk in plan.prefills:
-            parent, cached = self.taken_over.pop(chunk.seq, (0, 0))
-            assert parent != -1 or chunk.start == cached
-        for chunk in plan.prefills:
-            if chunk.last:
-                self.done_in[chunk.seq] = plan.step
+            parent, cached, plans = self.told[join.seq]
+            assert (join.parent, join.cached_tokens) == (parent, cached)
+            if join.parent == -1:
+                assert plans == self.plans - 1, "a store may have forgotten it"
+            else:
+                assert self.reached.get(join.parent, 0) >= cached, "what it takes over is not computed, or gone"
+        starting = {chunk.seq: chunk.start for chunk in plan.prefills if chunk.seq not in self.reached}
+        assert {join.seq: join.cached_tokens for join in plan.joins} == {k: v for k, v in starting.items() if v}
+        for seq, start in starting.items():
+            parent, cached, plans = self.told[seq]
+            assert start or parent != -1 or cached == 0 or plans < self.plans - 1, "a hit was forgotten"
+            self.reached[seq] = start
+            self.charged.setdefault(seq, start)
+        if self.listed is not None and not plan.expired:
+            assert starting.keys() <= set(self.listed)
 
     def check_prefills(self, plan):
         if len(plan.prefills) > 1:
@@ -242,8 +267,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in plan.prefills:
             assert chunk.tokens <= 32 or chunk.tokens * (chunk.start + chunk.tokens) <= self.max_chunk_area
             assert 0 < chunk.tokens <= self.max_chunk_tokens
-            assert chunk.start == (0 if chunk.start == 0 else self.prefilled[chunk.seq])
-            self.prefilled[chunk.seq] = chunk.start + chunk.tokens
+            assert chunk.start == self.reached[chunk.seq]
+            assert not any(0 < stop - chunk.start < chunk.tokens for stop in self.stops[chunk.seq])
+            self.reached[chunk.seq] += chunk.tokens
+
+    def check_charges(self, plan, served):
+        """Each token that is computed is charged once, and each that is drawn."""
+        for chunk in plan.prefills:
+            reached = self.reached[chunk.seq]
+            served[self.clients[chunk.seq]] += max(reached - self.charged[chunk.seq], 0) + chunk.last
+            self.charged[chunk.seq] = max(reached, self.charged[chunk.seq])
+        for seq in plan.decode:
+            self.reached[seq] += 1
+            self.charged[seq] = self.reached[seq]
+            served[self.clients[seq]] += 1
+        assert self.reference.served == served
 
     @precondition(lambda self: self.planned_members)
     @rule(elapsed_ms=st.floats(0.0, 5000.0), learn=st.sampled_from([True, True, False]), data=st.data())
@@ -262,6 +300,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         del self.planned_members[step]
         for seq in finished:
             self.end(seq)
+        self.listed = None
 
     @rule()
     def release(self):
@@ -277,10 +316,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             before -= self.both("release", seq)
             self.ended.remove(seq)
             self.released.add(seq)
+            self.reached.pop(seq, None)
+        self.listed = None
         assert self.compiled.statistics().kv_used_bytes == before
 
     def has_children(self, seq):
-        return any(parent == seq and child in self.live for child, (parent, _) in self.taken_over.items())
+        return any(
+            told[0] == seq and child in self.live and child not in self.reached for child, told in self.told.items()
+        )
 
     @rule(
         rows=st.integers(0, 4),
@@ -323,5 +366,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.released.isdisjoint(self.compiled.releasable())
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+EXAMPLES = 150
+"""Of 60 calls each, others in every run; ``make soak`` asks for more."""
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("LMX_SOAK_EXAMPLES", EXAMPLES)), stateful_step_count=60, deadline=None
+)
 TestScheduler = SchedulerMachine.TestCase

@@ -29,25 +29,12 @@ def ask(client: openai.OpenAI, question: str, **options: Any) -> str:
     return answer.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize(
-    ("question", "word"),
-    [
-        ("What is the capital of Japan?", "Tokyo"),
-        ("What color is the sky?", "blue"),
-        ("How many days are in a week?", "7"),
-    ],
-)
-def test_it_answers_questions(client: openai.OpenAI, question: str, word: str) -> None:
-    assert word in ask(client, question)
-
-
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_streamed_equals_whole_for_the_same_seed(client: openai.OpenAI, temperature: float) -> None:
+def test_streamed_equals_whole_for_the_same_seed(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Write one sentence about the sea 🌊."}],
-        "max_tokens": 20,
-        "temperature": temperature,
+        "max_tokens": 16,
+        "temperature": 0.8,
         "seed": 11,
     }
     whole = client.chat.completions.create(**options)
@@ -81,12 +68,19 @@ def test_logprobs_are_of_the_tokens_said(client: openai.OpenAI) -> None:
         assert entry.top_logprobs[1].logprob <= entry.logprob <= 0
 
 
-def test_requests_side_by_side_say_what_they_say_alone(client: openai.OpenAI, smollm2_server: Server) -> None:
-    questions = {"What is the capital of Japan?": "Tokyo", "How many days are in a week?": "7", "What is 2 + 2?": "4"}
-    alone = [ask(client, question) for question in questions]
+QUESTIONS = {
+    "What is the capital of Japan?": "Tokyo",
+    "How many days are in a week?": "7",
+    "What color is the sky?": "blue",
+}
+
+
+def test_it_answers_questions_alone_and_side_by_side(client: openai.OpenAI, smollm2_server: Server) -> None:
+    alone = [ask(client, question) for question in QUESTIONS]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        together = list(pool.map(lambda question: ask(client, question), questions))
-    assert [word for word, answer in zip(questions.values(), together, strict=True) if word not in answer] == []
+        together = list(pool.map(lambda question: ask(client, question), QUESTIONS))
+    for word, *answers in zip(QUESTIONS.values(), alone, together, strict=True):
+        assert [answer for answer in answers if word not in answer] == []
     assert together == alone or smollm2_server.status()["models"][0]["backend"] == "llama"
     smollm2_server.idle()
 
@@ -104,7 +98,7 @@ def test_the_engine_and_the_reason_are_told(client: openai.OpenAI, smollm2_serve
 
 def test_a_request_that_leaves_its_sampling_open_takes_the_makers(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Write one sentence about the sea."}]
-    options: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 16, "seed": 5}
+    options: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 8, "seed": 5}
     left_open = client.chat.completions.create(**options)
     spelled_out = client.chat.completions.create(**options, temperature=0.2, top_p=0.9)
     hot = client.chat.completions.create(**options, temperature=1, top_p=1)

@@ -15,7 +15,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, docs
+from lmx.api import admin, docs, prefix_cache
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.core.call import Call, current_call
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
@@ -55,6 +55,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
         embeddings.blueprint(models, settings),
         model_routes.blueprint(models, settings),
         admin.blueprint(models, metrics),
+        prefix_cache.blueprint(settings),
         docs.blueprint(),
     ):
         app.register_blueprint(routes)

@@ -16,10 +16,15 @@ from lmx.engine.embedding.backend import Embedder
 from lmx.engine.embedding.backend import Facts as EmbeddingFacts
 from lmx.engine.link import Link, ServerGone
 from lmx.engine.loop import StepLoop
+from lmx.engine.prefix.disk import Disk
 from lmx.engine.prefix.fingerprint import fingerprint
+from lmx.engine.prefix.stops import message_marks
 from lmx.engine.prefix.store import PrefixStore
 from lmx.errors import ModelInvalid
 from lmx.protocol import Failed, Load, Ready
+
+_QUEUE_BYTES = 256 * 1024**2
+"""Most memory for KV that waits to be written to the disk."""
 
 Loaded = tuple[Facts | EmbeddingFacts, Callable[[], None]]
 """What is known of the model, and its loop, which begins when the server has been told."""
@@ -72,12 +77,28 @@ def _serve(link: Link) -> int:
 
 def _load_text(link: Link, options: Load) -> Loaded:
     backend = _loader(options.backend)(options)
-    prefixes = None
-    if options.prefix_cache and backend.facts.prefixes:
-        kv = f"{backend.facts.architecture}, {backend.facts.dtype}"
-        name = fingerprint(Path(options.path), options.backend, kv)
-        prefixes = PrefixStore(backend, name, options.prefix_ram_bytes)
-    return backend.facts, lambda: StepLoop(link, backend, options, prefixes=prefixes).run()
+    prefixes = _prefix_store(link, backend, options) if options.prefix_cache and backend.facts.prefixes else None
+
+    def run() -> None:
+        try:
+            StepLoop(link, backend, options, prefixes=prefixes).run()
+        finally:
+            if prefixes:
+                prefixes.close()
+
+    return backend.facts, run
+
+
+def _prefix_store(link: Link, backend: Backend, options: Load) -> PrefixStore:
+    name = fingerprint(Path(options.path), options.backend, f"{backend.facts.architecture}, {backend.facts.dtype}")
+    disk = None
+    if options.prefix_disk_bytes:
+        folder = Path(options.prefix_dir)
+        disk = Disk(folder, name, options.prefix_disk_bytes, _QUEUE_BYTES, model=options.path, wake=link.wake)
+    prefixes = PrefixStore(backend, name, options.prefix_ram_bytes, disk, message_marks(options.words))
+    if warmed := prefixes.warm():
+        backend.facts.probes["prefixes"] = f"{warmed} bytes that most conversations share were read from the disk"
+    return prefixes
 
 
 def _load_embeddings(link: Link, options: Load) -> Loaded:

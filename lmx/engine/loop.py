@@ -20,7 +20,7 @@ from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.memory import resident_bytes
-from lmx.engine.prefix.store import NOTHING, PrefixStore, Source
+from lmx.engine.prefix.store import NOTHING, Fetching, PrefixStore, Source
 from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
 from lmx.protocol import (
     Canary,
@@ -58,8 +58,10 @@ _HOLD_STEP = 0.05
 _NO_HOLD = -2 * _HOLD_STEP  # and none before the third good prediction in a row
 # A prediction this many times off is about to change (``_cost.pxd`` says the same of a surprise): no hold by it.
 _HOLD_SURPRISE = 2.0
-# Grammars are being compiled: their requests' deadlines are looked at this often.
-_COMPILING_S = 0.05
+# Grammars are being compiled, or files read: their requests' deadlines are looked at this often.
+_WAITING_S = 0.05
+# What was read from the disk is put into memory for so long at a time, and steps go on between.
+_ARRIVING_S = 0.01
 # A step was still running when it was asked for, if reading it took longer than this.
 _BLOCKED_S = 0.001
 
@@ -82,12 +84,18 @@ class _Running:
     """The loop slept while it ran."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Compiling:
+@dataclass(slots=True)
+class _Waiting:
+    """A request that the scheduler does not know yet: its grammar is being compiled, then what the disk has of its
+    first tokens is read."""
+
     submit: Submit
     prompt: list[int]
     since: float
     deadline: float
+    sequence: Sequence | None = None
+    """Once its grammar is there."""
+    fetching: Fetching | None = None
 
 
 class StepLoop:
@@ -120,8 +128,7 @@ class StepLoop:
         self._sequences: dict[int, Sequence] = {}
         self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
-        self._compiling: dict[int, _Compiling] = {}
-        """Requests that wait for their grammar; the scheduler does not know them yet."""
+        self._waiting: dict[int, _Waiting] = {}
         self._prefixes = prefixes
         self._rows: dict[int, Sequence] = {}
         """Those that have a row."""
@@ -193,7 +200,9 @@ class StepLoop:
         """Take messages: until work is there, or while the running step needs no successor yet."""
         if running is None:
             idle = not self._sequences
-            wait_s = _COMPILING_S if self._compiling else None
+            wait_s = _WAITING_S if self._waiting else None
+            if self._prefixes and self._prefixes.unsaved:
+                wait_s = 0.0
             self._handle_all(wait_s if idle else _STALLED_S if self._stalled else 0.0)
             if idle:
                 self._gather()
@@ -225,8 +234,8 @@ class StepLoop:
     def _handle_all(self, timeout_s: float | None) -> None:
         for message in self._link.receive(timeout_s):
             self._handle(message)
-        if self._compiling:
-            self._take_compiled()
+        for waiting in list(self._waiting.values()):
+            self._advance(waiting)
         self._release()
 
     def _handle(self, message: Message) -> None:
@@ -237,7 +246,8 @@ class StepLoop:
                 if seq in self._sequences:
                     self._sequences[seq].ended = True
                     self._scheduler.cancel(seq)
-                elif self._compiling.pop(seq, None):
+                elif waiting := self._waiting.get(seq):
+                    self._give_up(waiting)
                     self._link.send(Freed(seq, 0))
             case Canary():
                 self._backend.canary()
@@ -249,7 +259,7 @@ class StepLoop:
 
     def _submit(self, message: Submit) -> None:
         """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""
-        if message.seq in self._sequences or message.seq in self._compiling:
+        if message.seq in self._sequences or message.seq in self._waiting:
             raise ValueError(f"the server sent sequence {message.seq} again, which is not freed yet")
         facts, now = self._backend.facts, self._clock()
         try:
@@ -260,32 +270,38 @@ class StepLoop:
             self._refuse(message.seq, error)
             return
         deadline = _INFINITY if message.deadline_s is None else now + message.deadline_s
-        waiting = _Compiling(message, prompt, now, deadline)
-        if message.grammar:
-            self._compiling[message.seq] = waiting
-        else:
-            self._enter(waiting, None)
+        waiting = self._waiting[message.seq] = _Waiting(message, prompt, now, deadline)
+        self._advance(waiting)
 
-    def _take_compiled(self) -> None:
-        """Requests whose grammar is compiled, or will not be."""
-        now = self._clock()
-        for seq, waiting in list(self._compiling.items()):
-            try:
-                constraint = self._grammars.compile(waiting.submit.grammar)
-                if constraint is None and now - waiting.since > self._compile_s:
+    def _advance(self, waiting: _Waiting) -> None:
+        """On to the scheduler, if nothing is to be waited for any more."""
+        now, submit = self._clock(), waiting.submit
+        try:
+            if waiting.sequence is None:
+                constraint = self._grammars.compile(submit.grammar) if submit.grammar else None
+                if submit.grammar and constraint is None and now - waiting.since > self._compile_s:
                     raise Refused("grammar_too_complex", f"it was not compiled within {self._compile_s:g} s")
-                if constraint is None and now >= waiting.deadline:
-                    raise Refused("timeout", "the deadline passed")
-            except Refused as error:
-                del self._compiling[seq]
-                self._refuse(seq, error)
-                continue
-            if constraint is not None:
-                del self._compiling[seq]
-                self._enter(waiting, constraint)
+                if constraint is not None or not submit.grammar:
+                    self._ask_disk(waiting, constraint)
+            fetching = waiting.fetching
+            arrived = fetching is None or (self._prefixes and self._prefixes.arrived(fetching, _ARRIVING_S))
+            if waiting.sequence is not None and arrived:
+                del self._waiting[submit.seq]
+                self._enter(waiting.sequence, waiting)
+            elif now >= waiting.deadline:
+                raise Refused("timeout", "the deadline passed")
+        except Refused as error:
+            self._give_up(waiting)
+            self._refuse(submit.seq, error)
 
-    def _enter(self, waiting: _Compiling, constraint: Constraint | None) -> None:
-        """Queue a request with the scheduler, or fail it alone."""
+    def _give_up(self, waiting: _Waiting) -> None:
+        self._waiting.pop(waiting.submit.seq, None)
+        if self._prefixes and waiting.sequence is not None:
+            self._prefixes.leave(waiting.sequence)
+            if waiting.fetching is not None:
+                self._prefixes.give_up(waiting.fetching)
+
+    def _ask_disk(self, waiting: _Waiting, constraint: Constraint | None) -> None:
         submit, prompt = waiting.submit, waiting.prompt
         sequence = Sequence(
             submit.seq,
@@ -302,6 +318,14 @@ class StepLoop:
             salt=submit.salt,
             session=submit.session,
         )
+        waiting.sequence = sequence
+        if self._prefixes:
+            self._prefixes.enter(sequence)
+            waiting.fetching = self._prefixes.fetch(sequence)
+
+    def _enter(self, sequence: Sequence, waiting: _Waiting) -> None:
+        """Queue a request with the scheduler, or fail it alone."""
+        submit, prompt = waiting.submit, waiting.prompt
         parent, shared = self._parent(sequence, submit.parent)
         try:
             sequence.max_tokens = self._scheduler.submit(
@@ -313,10 +337,10 @@ class StepLoop:
                 deadline=waiting.deadline,
                 cached_tokens=shared,
                 parent=parent,
+                stops=sequence.stops,
             )
         except ValueError as error:
-            if self._prefixes:
-                self._prefixes.leave(sequence)
+            self._give_up(waiting)
             self._refuse(submit.seq, error)
             return
         self._sequences[submit.seq] = sequence
@@ -335,7 +359,6 @@ class StepLoop:
             return asked, len(prompt) - 1
         if self._prefixes is None:
             return -1, 0
-        self._prefixes.enter(sequence)
         have = self._prefixes.find(sequence, self._rows.values()).tokens
         return self._prefixes.leader(sequence, self._sequences.values(), have)
 
@@ -403,6 +426,8 @@ class StepLoop:
                 sequence.kv_tokens = 0
             elif join.parent >= 0 or self._prefixes is None:
                 self._backend.fork(sequence, self._sequences[join.parent], join.cached_tokens)
+                if self._prefixes:
+                    self._prefixes.row_hit_tokens += join.cached_tokens
             else:
                 self._prefixes.restore(sequence, self._sources[sequence.seq])
             if join:
@@ -410,7 +435,11 @@ class StepLoop:
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = sequence.kv_tokens
             self._rows[sequence.seq] = sequence
-        return tuple(Started(sequence.seq, sequence.cached_tokens) for sequence in joining)
+        sources = [self._sources.get(sequence.seq, NOTHING) for sequence in joining]
+        return tuple(
+            Started(sequence.seq, sequence.cached_tokens, source.broke_at, source.why)
+            for sequence, source in zip(joining, sources, strict=True)
+        )
 
     def _leave_row(self, sequence: Sequence) -> None:
         """Keep what it computed, and give its row back."""
@@ -542,6 +571,9 @@ class StepLoop:
         now = self._clock()
         if idle is None:
             idle = not self._sequences
+        if self._prefixes:
+            self._prefixes.save()
+        idle = idle and not (self._prefixes and self._prefixes.unsaved)  # then again in a moment
         if idle:
             self._check_accounts()
         if idle or now >= self._stats_at:
@@ -559,7 +591,7 @@ class StepLoop:
         self._link.send(
             Stats(
                 step=self._step,
-                queued=account.queued + len(self._compiling),
+                queued=account.queued + len(self._waiting),
                 prefilling=account.prefilling,
                 decoding=account.decoding,
                 ending=account.ending,

@@ -41,13 +41,21 @@ _ENGINE_GAUGES = (
     ("lmx_preemptions", "Sequences preempted since the engine started.", "preemptions"),
 )
 _PREFIX_GAUGES = (
-    ("lmx_prefix_bytes", "KV kept for those who begin with the same tokens.", {"ram": "ram_bytes", "disk": "disk_bytes"}),
+    (
+        "lmx_prefix_bytes",
+        "KV kept for those who begin with the same tokens.",
+        {"ram": "ram_bytes", "disk": "disk_bytes"},
+    ),
     (
         "lmx_prefix_hit_tokens",
         "Prompt tokens not computed, since the engine started: another row, memory, or the disk had them.",
         {"row": "row_hit_tokens", "ram": "ram_hit_tokens", "disk": "disk_hit_tokens"},
     ),
-    ("lmx_prefix_evicted_blocks", "Blocks that gave way to others since the engine started.", {"ram": "evicted_blocks"}),
+    (
+        "lmx_prefix_evicted_blocks",
+        "Blocks that gave way to others since the engine started.",
+        {"ram": "evicted_blocks"},
+    ),
     ("lmx_prefix_queued_bytes", "KV that waits to be written.", {"disk": "queued_bytes"}),
     ("lmx_prefix_restore_seconds", "What putting kept KV back took, since the engine started.", {"ram": "restore_s"}),
     ("lmx_prefix_publish_seconds", "What keeping KV took of the steps' time.", {"ram": "publish_s"}),

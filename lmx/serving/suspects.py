@@ -29,8 +29,8 @@ def content_key(request: AnyRequest) -> bytes:
             lengths + b"".join(map(pack_tokens, request.inputs)) + repr(request.seconds).encode()
         ).digest()
     sampling = replace(request.sampling, seed=0)
-    who = {"client": "", "priority": 0, "deadline_s": None, "request_id": "", "parent": -1, "salt": "", "session": ""}
-    rest = replace(request, prompt=(), sampling=sampling, **who)
+    rest = replace(request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="")
+    rest = replace(rest, parent=-1, salt="", session="")
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 

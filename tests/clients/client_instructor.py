@@ -7,6 +7,7 @@ import instructor
 import openai
 import pytest
 from conftest import MODEL
+from instructor.core import InstructorRetryException
 from pydantic import BaseModel, Field
 
 
@@ -33,6 +34,6 @@ def test_json_mode_gives_json(url: str) -> None:
     """The schema stands in the prompt only; a model of 135M parameters need not keep to it."""
     try:
         text = _ask(url, instructor.Mode.JSON).model_dump_json()
-    except instructor.core.InstructorRetryException as error:
+    except InstructorRetryException as error:
         text = error.failed_attempts[-1].completion.choices[0].message.content
     json.loads(text)

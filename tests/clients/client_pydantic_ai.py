@@ -15,6 +15,10 @@ class Box(BaseModel):
     height: int
 
 
+class Anything(BaseModel, extra="allow"):
+    """Any JSON object."""
+
+
 def _agent(url: str, **options: Any) -> Agent[Any, Any]:
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=url, api_key="none"))
     return Agent(model, model_settings={"max_tokens": 300, "temperature": 0.0}, **options)
@@ -27,8 +31,8 @@ def test_outputs(url: str, kind: type) -> None:
 
 def test_prompted_output(url: str) -> None:
     """json_object, with the schema in the prompt only: what comes is JSON, if not always a box."""
-    agent = _agent(url, output_type=PromptedOutput(dict[str, Any]), retries=2)
-    assert isinstance(agent.run_sync("What is the capital of Japan?").output, dict)
+    agent = _agent(url, output_type=PromptedOutput(Anything))
+    assert isinstance(agent.run_sync("What is the capital of Japan?").output, Anything)
 
 
 def test_tools(url: str) -> None:

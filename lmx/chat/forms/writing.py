@@ -250,7 +250,7 @@ class _Writer:
         return self._shape(replace(shape, unique=False), 1)
 
     def _write_object(self, shape: Object, depth: int) -> Any:
-        shape = closed(self._with_names(shape) if shape.names else shape)
+        shape = _closed(self._with_names(shape) if shape.names else shape)
         variants = list(self._sized(shape))
         written = [self._write_properties(variant, depth) for variant in variants if not self._reader.nothing(variant)]
         return {"anyOf": written} if len(written) > 1 else written[0] if written else False
@@ -408,7 +408,7 @@ def _one_decimal(step: Fraction) -> bool:
     return False
 
 
-def closed(shape: Object) -> Object:
+def _closed(shape: Object) -> Object:
     """Where a schema names properties and does not speak of others, none is written: small models would go on and on
     with them, and who writes such a schema rarely wants any."""
     named = {name for name, places in shape.properties.items() if places != NEVER}

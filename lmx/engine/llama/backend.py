@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
+from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
 from lmx.engine.grammar import Masker
+from lmx.engine.llama.copies import Copies, LlamaBlock
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
+from lmx.engine.llama.parked import Parked
 from lmx.engine.sampling import SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
@@ -41,6 +43,8 @@ _WAVE_TOKENS = 2048  # what prompts that start together may bring in a step
 # Free slots between two rows that are computed with a token of no use, to have both rows in one forward: on two cores a
 # further forward of SmolLM2 costs 10 ms, a row 6.5; in larger models and on GPUs forwards cost more, rows less.
 _FILLED_GAP = 2
+# A parked row that would lose so many tokens to a sequence that shares only its beginning is copied, if there is room.
+_KEPT_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -101,7 +105,7 @@ class LlamaBackend:
 
     def __init__(self, model: Model, options: Load, free_bytes: int) -> None:
         """``free_bytes``: the memory that the weights leave."""
-        rows = min(options.max_rows, MAX_SLOTS) if options.batching == "auto" else 1
+        rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1
         threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
         chunk_tokens = options.max_chunk_tokens or _CHUNK_TOKENS
         forward_tokens = chunk_tokens + rows
@@ -120,10 +124,11 @@ class LlamaBackend:
         most = rows * _whole_quanta(context_length)
         # In shared cells there must be room for the tokens of no use, too.
         cells = most if self._streams else min(budget // cost.bytes_per_token, most) + QUANTUM_TOKENS
+        plain = not model.window and not model.recurrent
         self._context = Context(
             model,
             cells=cells,
-            slots=rows,
+            slots=rows if self._streams or not plain else rows + 1,
             streams=self._streams,
             batch_tokens=max(chunk_tokens, _WAVE_TOKENS) + 2 * rows,
             forward_tokens=forward_tokens,
@@ -132,7 +137,11 @@ class LlamaBackend:
         )
         # Such memories are computed by equal parts of slots that follow each other (``Context.decode``).
         self._gaps_cost = self._streams or model.recurrent
-        self._free_slots = list(range(rows - 1, -1, -1))
+        self._cuts = plain
+        """Rows can go back to any of their tokens."""
+        self._slot_cells = cells // rows if self._streams else cells
+        self._copies = Copies(self._context, model, slots=rows, streams=self._streams)
+        self._parked = Parked(None if plain else self._context.can_forget)
         self._rows: dict[int, _Row] = {}
         self.facts = Facts(
             architecture=model.architecture,
@@ -145,7 +154,9 @@ class LlamaBackend:
             max_rows=rows,
             max_chunk_tokens=chunk_tokens,
             launch_share=1.0,
-            forks=rows > 1 and not model.window and not model.recurrent,
+            forks=rows > 1 and self._copies.prefixes == "kv",
+            prefixes=self._copies.prefixes,
+            publishes=self._copies.publishes,
             weights_bytes=model.weights_bytes,
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
@@ -176,28 +187,43 @@ class LlamaBackend:
         return cls(model, options, max(available - model.weights_bytes, available // 8))
 
     def start(self, sequence: Sequence) -> None:
+        self._enter(sequence, self._take_slot(), [])
+
+    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
+        source = self._rows[parent.seq]
+        if source.bad:
+            self.start(sequence)
+            self._rows[sequence.seq].bad = True  # and so would this one be, of the same prompt
+        else:
+            self._enter(sequence, self._copy_slot(source.slot, tokens), sequence.tokens[:tokens])
+
+    def _enter(self, sequence: Sequence, slot: int, tokens: list[int]) -> None:
+        """The sequence has this slot, which holds the KV of those tokens."""
         counts = None
         if penalised(sequence.sampling):
             answer = self._count(sequence.tokens[sequence.prompt_tokens :])
             counts = [self._count(sequence.tokens), answer]
-        self._rows[sequence.seq] = _Row(sequence, self._take_slot(), counts)
-
-    def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
-        self.start(sequence)
-        row, source = self._rows[sequence.seq], self._rows[parent.seq]
-        if source.bad:
-            row.bad = True  # and so would this one be, of the same prompt
-        elif not self._context.copy(source.slot, row.slot, tokens):
-            raise RuntimeError("llama.cpp does not copy the KV of a sequence")
-        else:
-            row.tokens = sequence.tokens[:tokens]
+        self._rows[sequence.seq] = _Row(sequence, slot, counts, tokens=tokens)
 
     def _take_slot(self) -> int:
-        """The free one with most neighbours, so that few gaps arise."""
-        free = set(self._free_slots)
-        taken = set(range(self.facts.max_rows)) - free
-        slot = max(free, key=lambda slot: (len(taken & {slot - 1, slot + 1}), -slot))
-        self._free_slots.remove(slot)
+        """An empty one, that with most neighbours in use, so that few gaps arise; otherwise that of the row parked
+        longest."""
+        free = self._empty_slots()
+        if not free:
+            slot = self._parked.oldest
+            self._drop(slot)
+            return slot
+        taken = {row.slot for row in self._rows.values()}
+        return max(free, key=lambda slot: (len(taken & {slot - 1, slot + 1}), -slot))
+
+    def _empty_slots(self) -> list[int]:
+        taken = {row.slot for row in self._rows.values()}
+        return [slot for slot in range(self.facts.max_rows) if slot not in taken and slot not in self._parked]
+
+    def _copy_slot(self, source: int, tokens: int) -> int:
+        slot = self._take_slot()
+        if not self._copies.copy_slot(source, slot, tokens):
+            raise RuntimeError("llama.cpp does not copy the KV of a sequence")
         return slot
 
     def _count(self, tokens: Seq[int]) -> npt.NDArray[np.int32]:
@@ -215,6 +241,8 @@ class LlamaBackend:
             tokens = chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens]
             scored = chunk.sequence.prompt_logprobs >= 0 and chunk.start + 1 < chunk.sequence.prompt_tokens
             parts.append(_Part(row, tokens, chunk.last, scored))
+        # With as many tokens of no use as there may be.
+        self._make_room(sum(len(part.tokens) for part in parts) + self.facts.max_rows)
         draws = {part.row.slot: Draw(part.row.sequence, 0, True) for part in parts}
         sound = [part for part in parts if not part.row.bad]
         draws |= self._compute(sound, scores)
@@ -273,10 +301,10 @@ class LlamaBackend:
         for part in parts:
             row, count = part.row, len(part.tokens)
             gap = range(slots[-1] + 1, row.slot) if slots and self._gaps_cost else ()
-            if len(gap) <= _FILLED_GAP and set(gap) <= set(self._free_slots):
+            if len(gap) <= _FILLED_GAP and all(map(self._can_fill, gap)):
                 fillers += gap
                 tokens += [0] * len(gap)
-                positions += [0] * len(gap)
+                positions += map(self._parked.length, gap)
                 slots += gap
                 wanted += [False] * len(gap)
             tokens += part.tokens
@@ -290,7 +318,13 @@ class LlamaBackend:
             for logits in self._context.decode(tokens[span], positions[span], slots[span], wanted[span]):
                 yield next(computed), logits
         for slot in fillers:
-            self._context.forget(slot)
+            self._context.forget(slot, self._parked.length(slot))
+
+    def _can_fill(self, slot: int) -> bool:
+        """Whether a token of no use may be computed there: what is parked must not suffer."""
+        if any(row.slot == slot for row in self._rows.values()):
+            return False
+        return slot not in self._parked or (self._cuts and self._parked.length(slot) < self._slot_cells)
 
     def _compute_alone(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
         """Parts of a step over shared cells again that came out bad, one at a time.
@@ -329,7 +363,10 @@ class LlamaBackend:
 
     def _clean(self) -> None:
         """Zero all cells but those of sequences, since who gets a cell with a NaN in it would turn bad as well.
-        llama.cpp only clears everything, so the sequences' KV is copied out and in again, some gigabytes a second."""
+        llama.cpp only clears everything, so the sequences' KV is copied out and in again, some gigabytes a second;
+        that of parked rows is not worth it."""
+        while len(self._parked):
+            self._drop(self._parked.oldest)
         kept = [(row.slot, self._context.export_slot(row.slot)) for row in self._rows.values() if row.tokens]
         self._context.wipe()
         for slot, data in kept:
@@ -360,9 +397,67 @@ class LlamaBackend:
 
     def free(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.seq, None)
-        if row is not None:
+        if row is None:
+            return
+        if row.tokens and sequence.salt is not None and self.facts.prefixes:
+            self._parked.put(row.slot, row.tokens, sequence.salt)
+        else:
             self._context.forget(row.slot)
-            self._free_slots.append(row.slot)
+
+    # --- prefixes -------------------------------------------------------------------------------------
+
+    def copy_out(self, sequence: Sequence, spans: Seq[tuple[int, int]]) -> list[Block]:
+        row = self._rows[sequence.seq]
+        for start, end in spans:
+            if not 0 <= start < end <= len(row.tokens):
+                raise ValueError(f"positions [{start}, {end}) of a row that holds {len(row.tokens)}")
+        return list(self._copies.copy_out(row.slot, spans))
+
+    def checkpoint(self, sequence: Sequence) -> tuple[int, Block] | None:
+        row = self._rows[sequence.seq]
+        if not row.tokens:
+            raise ValueError("a checkpoint of a row that holds nothing")
+        made = self._copies.checkpoint(row.slot, len(row.tokens))
+        return (made.tokens, made) if made else None
+
+    def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
+        slot = self._take_slot()
+        self._make_room(tokens)
+        ours = [block for block in blocks if isinstance(block, LlamaBlock)]
+        assert len(ours) == len(blocks)
+        assert checkpoint is None or isinstance(checkpoint, LlamaBlock)
+        if not self._copies.copy_in(slot, ours, tokens, checkpoint):
+            raise RuntimeError(f"llama.cpp does not take a copy of the KV of {tokens} tokens")
+        self._enter(sequence, slot, sequence.tokens[:tokens])
+
+    def from_bytes(self, data: bytes) -> Block:
+        return self._copies.from_bytes(data)
+
+    def parked(self, tokens: Seq[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
+        return self._parked.longest(tokens, salt, claimed)
+
+    def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
+        kept = sequence.tokens[:tokens]
+        if self._cuts and self._parked.length(row) >= tokens + _KEPT_TOKENS and self._empty_slots():
+            self._parked.used(row)
+            self._enter(sequence, self._copy_slot(row, tokens), kept)
+            return
+        self._parked.remove(row)
+        if not self._context.forget(row, tokens):
+            raise RuntimeError(f"a parked row does not go back to {tokens} tokens")
+        self._enter(sequence, row, kept)
+
+    def _drop(self, slot: int) -> None:
+        self._parked.remove(slot)
+        self._context.forget(slot)
+
+    def _make_room(self, tokens: int) -> None:
+        """Drop parked rows until so many more tokens have cells: the scheduler knows nothing of them."""
+        if self._streams or not len(self._parked):
+            return
+        room = self._slot_cells - sum(len(row.tokens) for row in self._rows.values()) - tokens
+        while len(self._parked) and self._parked.tokens > room:
+            self._drop(self._parked.oldest)
 
     def canary(self) -> None:
         finite = bool(np.isfinite(self._canary.decode([0], [0], [0], [True]).max()))
@@ -378,21 +473,13 @@ class LlamaBackend:
         del row.tokens[tokens:]
         return len(row.tokens)
 
-    def export_kv(self, sequence: Sequence) -> bytes:
-        return self._context.export_slot(self._rows[sequence.seq].slot)
-
-    def import_kv(self, sequence: Sequence, data: bytes) -> int:
-        row = self._rows[sequence.seq]
-        if not self._context.import_slot(row.slot, data):
-            self._context.forget(row.slot)  # whatever was read before the fault
-            raise ValueError(f"{len(data)} bytes are no state of this model's KV")
-        row.tokens = sequence.tokens[: self._context.last_position(row.slot) + 1]
-        return len(row.tokens)
-
     def memory(self) -> MemoryFacts:
         return MemoryFacts(
             # As llama.cpp sees it, not as this module does: a cell that was not freed shows.
-            rows=sum(self._context.last_position(slot) >= 0 for slot in range(self.facts.max_rows)),
+            rows=sum(
+                self._context.last_position(slot) + 1 != self._parked.length(slot)
+                for slot in range(self._context.slots)
+            ),
             arena_bytes=self.facts.kv_budget_bytes,
             active_bytes=0,
             peak_bytes=0,

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmx.engine.budget import KVCost
+from lmx.engine.llama.state import Bytes
 from lmx.errors import ModelInvalid
 
 # llama.cpp would start a debugger to print a backtrace when it aborts; Python's fault handler tells enough.
@@ -122,6 +123,10 @@ class Model:
         return KVCost(max(per_token, 1), constant + in_window * (self.window + forward_tokens))
 
 
+def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
 def _reason() -> str:
     """llama.cpp's first word on a failure says what is wrong, the next ones what it meant for its callers."""
     return _log.errors[0].removeprefix("llama_model_load: error loading model: ") if _log.errors else "no reason given"
@@ -169,11 +174,12 @@ class Context:
             raise ModelInvalid(f"llama.cpp cannot make a context of {cells} tokens: {_reason()}.")
         # The model is an argument only to be kept alive as long as this.
         weakref.finalize(self, lambda pointer, _: C.llama_free(pointer), self.pointer, model)
+        self.slots = slots
         self.batch_tokens = int(C.llama_n_batch(self.pointer))  # no more than the context
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self._window = model.window
-        self._streams = streams
+        self._recurrent = model.recurrent
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -184,16 +190,13 @@ class Context:
         self._wanted = np.zeros(size, np.int8)
         self._slot_pointers = self._slots.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
 
-        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
-
         self._batch = C.llama_batch(
             n_tokens=0,
-            token=pointer(self._tokens, C.llama_token),
-            pos=pointer(self._positions, C.llama_pos),
-            n_seq_id=pointer(self._one, ctypes.c_int32),
-            seq_id=pointer(self._slot_pointers, ctypes.POINTER(C.llama_seq_id)),
-            logits=pointer(self._wanted, ctypes.c_int8),
+            token=_pointer(self._tokens, C.llama_token),
+            pos=_pointer(self._positions, C.llama_pos),
+            n_seq_id=_pointer(self._one, ctypes.c_int32),
+            seq_id=_pointer(self._slot_pointers, ctypes.POINTER(C.llama_seq_id)),
+            logits=_pointer(self._wanted, ctypes.c_int8),
         )
 
     def decode(
@@ -228,32 +231,47 @@ class Context:
         needed = max(start - self._window + 1, 0)
         return not (self._window and start) or 0 <= C.llama_memory_seq_pos_min(self._memory, slot) <= needed
 
+    def can_forget(self, slot: int, start: int) -> bool:
+        """Whether ``forget`` would leave the slot's first ``start`` positions, at least one, whole."""
+        if self._recurrent:
+            return start > self.last_position(slot)
+        needed = max(start - self._window + 1, 0) if self._window else 0
+        return 0 <= int(C.llama_memory_seq_pos_min(self._memory, slot)) <= needed
+
     def last_position(self, slot: int) -> int:
         """The highest position whose KV the slot holds; -1: none."""
         return int(C.llama_memory_seq_pos_max(self._memory, slot))
 
-    def copy(self, source: int, target: int, tokens: int) -> bool:
-        """Give an empty slot the first ``tokens`` of another one. Shared cells are then both's, until one forgets them;
-        cells of its own are filled. False: the cache cannot be cut there."""
-        if self._streams:
-            return self.import_slot(target, self.export_slot(source)) and self.forget(target, tokens)
-        C.llama_memory_seq_cp(self._memory, source, target, 0, tokens)
-        return True
+    def share(self, source: int, target: int, start: int, end: int) -> None:
+        """Give an empty slot positions [start, end) of another one. Only shared cells: they are then both's, until one
+        forgets them."""
+        C.llama_memory_seq_cp(self._memory, source, target, start, end)
 
     def wipe(self) -> None:
         """Forget every slot and zero every cell."""
         C.llama_memory_clear(self._memory, True)
 
-    def export_slot(self, slot: int) -> bytes:
-        size = C.llama_state_seq_get_size(self.pointer, slot)
-        data = (ctypes.c_uint8 * size)()
-        written = C.llama_state_seq_get_data(self.pointer, data, size, slot)
-        return ctypes.string_at(data, written)
+    def export_slot(self, slot: int, *, partial: bool = False) -> Bytes:
+        """A copy of all that the slot holds; ``partial``: only of what stands for all its tokens, recurrent states and
+        the windows of sliding layers (of a model with neither: all the same)."""
+        flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        size = self.state_bytes(slot, partial=partial)
+        data = np.empty(size, np.uint8)
+        written = C.llama_state_seq_get_data_ext(self.pointer, _pointer(data, ctypes.c_uint8), size, slot, flags)
+        if written != size:
+            raise RuntimeError(f"llama.cpp gave out {written} of the {size} bytes of a sequence's state")
+        return data
 
-    def import_slot(self, slot: int, data: bytes) -> bool:
-        """Fill a free slot; False for data that do not fit this model and KV type, of which the slot may hold some."""
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        return bool(C.llama_state_seq_set_data(self.pointer, buffer, len(data), slot))
+    def import_slot(self, slot: int, data: Bytes) -> bool:
+        """Fill a slot; False for data that do not fit this model and KV type, or its cells, and then it is empty."""
+        if C.llama_state_seq_set_data(self.pointer, _pointer(data, ctypes.c_uint8), len(data), slot):
+            return True
+        self.forget(slot)  # whatever was read before the fault
+        return False
+
+    def state_bytes(self, slot: int, *, partial: bool = False) -> int:
+        flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        return int(C.llama_state_seq_get_size_ext(self.pointer, slot, flags))
 
 
 POOLING = {

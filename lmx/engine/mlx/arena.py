@@ -17,12 +17,14 @@ vouches for it (``Seen``). No I/O, no decisions: the MLX back end is the only ca
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
+from lmx.engine.mlx.blocks import MLXBlock
 from lmx.engine.mlx.layers import (
     DUMMY_SLOTS,
     KVLayer,
@@ -31,6 +33,7 @@ from lmx.engine.mlx.layers import (
     Slots,
     StateLayer,
     Write,
+    copied,
     make_layer,
     with_front,
 )
@@ -360,38 +363,78 @@ class Lane:
         self.lengths[row] = length
         return length
 
-    def row_shapes(self, length: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-        """Of what ``export`` gives for a row of that length. Raises ValueError for layers that cannot be exported."""
-        if any(isinstance(layer, OwnLayer) for layer in self._layers):
-            raise ValueError("this model has layers that only mlx-lm's own cache understands; they cannot be exported")
-        return [
-            ((1, a.shape[1], length, a.shape[3]) if isinstance(layer, KVLayer) else (1, *a.shape[1:]), a.dtype)
-            for layer in self._layers
-            for a in layer.arrays
-        ]
+    def copy_out(self, row: int, start: int, end: int) -> MLXBlock:
+        """A copy of the row's keys and values of positions [start, end); given to the device at once, since a view of
+        a buffer that waits in a graph makes the next write copy it whole."""
+        assert end <= self.lengths[row], (end, self.lengths[row])
 
-    def export(self, row: int) -> list[mx.array]:
-        """Copies of the row's keys and values over [0, length), and of its recurrent states, layer by layer."""
+        def copies(windowed: bool) -> list[mx.array]:
+            return [mx.stack([array[row, :, start:end] for array in group]) for group in self._alike(windowed)]
+
+        block = MLXBlock(end - start, copies(False), copies(True))
+        mx.async_eval(block.arrays, block.windowed)  # type: ignore[no-untyped-call]
+        return block
+
+    def copy_in(self, row: int, blocks: Sequence[MLXBlock], tokens: int, states: MLXBlock | None) -> None:
+        """Fill an empty row that has room with the first ``tokens`` of the blocks, which follow each other, and a
+        sequence's recurrent states at that length; its prefill goes on from there."""
+        starts = [0, *accumulate(block.tokens for block in blocks)]
+        lost = max((index + 1 for index, block in enumerate(blocks) if block.windowed is None), default=0)
+        for windowed, some in ((False, blocks), (True, blocks[lost:])):
+            for index, group in enumerate(self._alike(windowed)):
+                parts = [(block.windowed or [])[index] if windowed else block.arrays[index] for block in some]
+                if not parts:
+                    continue
+                start = starts[lost] if windowed else 0
+                for place, array in enumerate(group):
+                    filled = mx.concatenate([part[place] for part in parts], axis=1)[:, : tokens - start]
+                    array[row, :, start:tokens] = filled
+        if states is not None:
+            self._private[row] = self._caches(states)
+        self.lengths[row] = tokens
+
+    def _alike(self, windowed: bool) -> list[list[mx.array]]:
+        """The buffers of the layers that slide, or do not, those of one shape together."""
+        groups: dict[object, list[mx.array]] = {}
+        for layer in self._layers:
+            if isinstance(layer, KVLayer) and (layer.window is not None) == windowed:
+                for array in layer.arrays:
+                    groups.setdefault((array.shape[1], array.shape[3], str(array.dtype)), []).append(array)
+        return list(groups.values())
+
+    def states(self, row: int) -> MLXBlock:
+        """A copy of the row's recurrent states."""
         private = iter(self._private.get(row, ()))
         found: list[mx.array] = []
         for layer in self._layers:
-            in_prefill = isinstance(layer, StateLayer) and row in self._private
-            found += next(private).cache if in_prefill else layer.take(row, int(self.lengths[row]))
-        return [mx.contiguous(array) for array in found]
+            if isinstance(layer, StateLayer):
+                in_prefill = row in self._private
+                found += copied(next(private).cache if in_prefill else [a[row : row + 1] for a in layer.arrays])
+        mx.async_eval(found)  # type: ignore[no-untyped-call]
+        return MLXBlock(0, found)
+
+    def _caches(self, states: MLXBlock) -> list[Any]:
+        """What a prefill goes on with: mlx-lm's own caches, with these states in them."""
+        given = iter(states.arrays)
+        caches: list[Any] = []
+        for layer, cache in zip(self._layers, parts(make_prompt_cache(self._loaded.model)), strict=True):
+            if isinstance(layer, StateLayer):
+                cache.cache = [next(given) for _ in layer.arrays]
+                caches.append(cache)
+        return caches
 
     def restore(self, row: int, length: int, arrays: Sequence[mx.array]) -> None:
-        """The opposite, into an empty row with room; its prefill goes on from ``length``."""
+        """For the load probe: fill an empty row with each layer's keys and values, or states, in turn."""
         given = iter(arrays)
-        states: list[Any] = []
-        for layer, cache in zip(self._layers, parts(make_prompt_cache(self._loaded.model)), strict=True):
+        states: list[mx.array] = []
+        for layer in self._layers:
             mine = [next(given) for _ in layer.arrays]
             if isinstance(layer, KVLayer):
                 layer.put(row, mine)
             else:
-                cache.cache = mine
-                states.append(cache)
+                states += mine
         if states:
-            self._private[row] = states
+            self._private[row] = self._caches(MLXBlock(0, states))
         self.lengths[row] = length
 
     def poison(self, *, inside: float, outside: float, span: int) -> None:

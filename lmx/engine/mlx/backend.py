@@ -8,22 +8,23 @@ import gc
 import operator
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 import psutil
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
+from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, device, kv_bytes, probe, together
+from lmx.engine.mlx import adapter, device, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
+from lmx.engine.mlx.blocks import MLXBlock
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.protocol import Load, Logprobs, Sampling
@@ -64,6 +65,8 @@ class MLXBackend:
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self._placement = Placement(loaded, self._probe, self.facts)
         self._decodes_together = not apart
+        self._stopped: dict[int, tuple[int, MLXBlock]] = {}
+        """The states of sequences in prefill at the last of their ``stops``, and where that was."""
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
         """Of each lane's last step; good as long as the same sequences decode in the same rows."""
 
@@ -109,6 +112,8 @@ class MLXBackend:
             probes=probes,
             forks=self._probe.path == "arena" and all(kind.kind == "kv" for kind in self._probe.kinds),
             max_chunk_area=area,
+            prefixes=_prefixes(self._probe),
+            window=max((kind.window or 0 for kind in self._probe.kinds if kind.kind == "kv"), default=0),
         )
 
     def start(self, sequence: Sequence) -> None:
@@ -122,6 +127,7 @@ class MLXBackend:
 
     def free(self, sequence: Sequence) -> None:
         self._assert_thread()
+        self._stopped.pop(sequence.seq, None)
         self._placement.leave(sequence)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "MLXLaunch":
@@ -216,6 +222,8 @@ class MLXBackend:
             if len(group) == 1:
                 see = partial(self._score, launch, group[0]) if _scored(group[0]) else None
                 found = lane.prefill(rows[0], pieces[0], last=group[0].last, see=see)
+                if (end := int(lane.lengths[rows[0]])) in group[0].sequence.stops:
+                    self._stopped[group[0].sequence.seq] = (end, lane.states(rows[0]))
             elif group[0].start == 0:
                 found = lane.prefill_whole(rows, pieces)
             else:  # the last tokens of forks
@@ -272,16 +280,38 @@ class MLXBackend:
         length = int(place.lane.lengths[place.row])
         return place.lane.rewind(place.row, tokens) if tokens < length else length
 
-    def export_kv(self, sequence: Sequence) -> bytes:
+    def copy_out(self, sequence: Sequence, spans: Seq[tuple[int, int]]) -> list[Block]:
+        self._assert_thread()
         place = self._placement[sequence]
-        return kv_bytes.pack(place.lane, place.row)
+        return [place.lane.copy_out(place.row, start, end) for start, end in spans]
 
-    def import_kv(self, sequence: Sequence, data: bytes) -> int:
+    def checkpoint(self, sequence: Sequence) -> tuple[int, Block] | None:
         place = self._placement[sequence]
-        length, arrays = kv_bytes.unpack(place.lane, data)
-        self._placement.make_room(place, length)
-        place.lane.restore(place.row, length, arrays)
-        return length
+        at, states = self._stopped.get(sequence.seq, (-1, None))
+        if states is not None and at == sequence.kv_tokens:
+            return at, states
+        length = int(place.lane.lengths[place.row])
+        # Where a step runs ahead, the states are of its end: good for one that is in no step any more.
+        if length != sequence.kv_tokens and not sequence.ended:
+            return None
+        return length, place.lane.states(place.row)
+
+    def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
+        self.start(sequence)
+        place = self._placement[sequence]
+        assert all(isinstance(block, MLXBlock) for block in (*blocks, *([checkpoint] if checkpoint else [])))
+        place.lane.copy_in(place.row, cast(Seq[MLXBlock], blocks), tokens, cast(MLXBlock | None, checkpoint))
+
+    def from_bytes(self, data: bytes) -> Block:
+        self._assert_thread()
+        return MLXBlock.from_bytes(data)
+
+    def parked(self, tokens: Seq[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
+        """None: a row's memory is better used for others, and its blocks are kept."""
+        return -1, 0
+
+    def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
+        raise AssertionError("no row is parked")
 
     def canary(self) -> None:
         self._assert_thread()
@@ -381,6 +411,13 @@ class MLXLaunch:
         # A finished launch must not keep its arrays alive.
         self._draws, self._ends, self._watched = [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
+
+
+def _prefixes(found: probe.ProbeResult) -> str:
+    kinds = {kind.kind for kind in found.kinds}
+    if found.path != "arena" or not kinds <= {"kv", "state"}:
+        return ""
+    return "checkpoints" if "state" in kinds else "kv"
 
 
 def _passes(chunks: Seq[Chunk], *, together: bool) -> list[list[Chunk]]:

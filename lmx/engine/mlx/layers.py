@@ -128,9 +128,14 @@ def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
     return StateLayer(kind, rows) if kind.kind == "state" else OwnLayer()
 
 
-def _copies(views: Sequence[mx.array]) -> list[mx.array]:
+def copied(views: Sequence[mx.array]) -> list[mx.array]:
+    """Copies, not evaluated."""
     # Not ``mx.contiguous``, which gives a view of one row and one head back as it is.
-    copies = [mx.concatenate([view, view[:0]]) for view in views]
+    return [mx.concatenate([view, view[:0]]) for view in views]
+
+
+def _copies(views: Sequence[mx.array]) -> list[mx.array]:
+    copies = copied(views)
     mx.eval(copies)
     return copies
 
