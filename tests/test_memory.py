@@ -246,7 +246,7 @@ def test_another_shape_holds_one_buffer_twice(lane: Lane) -> None:
 
 @pytest.mark.parametrize("lookahead", ["on", "off"])
 def test_the_pool_is_empty_when_nobody_is_left(folder: Path, lookahead: str) -> None:
-    with engine(folder, max_rows=4, lookahead=lookahead, stats_interval_s=0.0) as client:
+    with engine(folder, max_rows=4, lookahead=lookahead, stats_interval_s=0.0, prefix_cache=False) as client:
         fresh = client.idle_stats()
         assert fresh.mlx_cache_bytes <= 4096
         long, short = [client.submit([token] * length, 300) for token, length in ((5, 3000), (6, 50))]

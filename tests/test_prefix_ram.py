@@ -251,14 +251,15 @@ def test_nodes_from_elsewhere_come_under_their_parents() -> None:
     text = source.text(600)
     nodes = source.put(source.chain(text))
     root = root_key("model", "")
-    for node in nodes[1:]:
-        assert node.parent is not None
-        assert node.block is not None
-        assert store.ram.adopt(node.parent.key, root, node.key, node.tokens, node.block, None, uses=3) is None
     for node in nodes:
         assert node.parent is not None
         assert node.block is not None
-        values = (node.parent.key, root, node.key, node.tokens, node.block, node.checkpoint)
+        assert store.ram.adopt(node.parent.key, node.key, node.tokens, node.block, None, uses=3) is None
+    store.ram.root(root)
+    for node in nodes:
+        assert node.parent is not None
+        assert node.block is not None
+        values = (node.parent.key, node.key, node.tokens, node.block, node.checkpoint)
         adopted = store.ram.adopt(*values, uses=3)
         assert adopted is not None
         assert adopted is store.ram.adopt(*values, uses=1)
@@ -271,12 +272,13 @@ def test_a_block_that_comes_without_its_window_part_is_not_used_for_it() -> None
     """From the disk, or copied when the sequence's window had moved on."""
     source, store = Store(window=300), Store(window=300)
     text = source.text(1024)
+    store.ram.root(root_key("model", ""))
     for node in source.put(source.chain(text)):
         assert node.parent is not None
         assert isinstance(node.block, Tokens)
         if node.start < 512:
             node.block.drop_window()
-        store.ram.adopt(node.parent.key, root_key("model", ""), node.key, node.tokens, node.block, None, uses=1)
+        store.ram.adopt(node.parent.key, node.key, node.tokens, node.block, None, uses=1)
     assert [store.found(text[:tokens]) for tokens in (1024, 812, 811, 600)] == [1024, 812, 0, 0]
     chain = store.chain(store.text(1024))
     spans = store.ram.missing(chain, 1024, tail=True)
@@ -661,8 +663,8 @@ class Machine(RuleBasedStateMachine):
             window_bytes = WINDOW_BYTES if self.store.window and uses else 0
             block = Tokens(list(node.tokens), KV_BYTES, window_bytes)
             checkpoint = Tokens(tokens, CHECKPOINT_BYTES) if self.store.checkpoints and uses > 1 else None
-            root = path[0].parent.key
-            self.store.ram.adopt(node.parent.key, root, key, node.tokens, block, checkpoint, uses)
+            self.store.ram.root(path[0].parent.key)
+            self.store.ram.adopt(node.parent.key, key, node.tokens, block, checkpoint, uses)
         self.removed = []
 
     @invariant()

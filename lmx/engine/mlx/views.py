@@ -112,6 +112,8 @@ class PrefillView(_View):
         """``rows``: the row and the count of its own tokens, for each row of the pass."""
         super().__init__(layer)
         assert start == 0 or len(rows) == 1
+        self.written: tuple[mx.array, mx.array] | None = None
+        """What the pass wrote, (B, H, L, D) each."""
         self.offset = start
         self._end = end
         self._rows = rows
@@ -126,6 +128,7 @@ class PrefillView(_View):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         layer, start = self._layer, self.offset
+        self.written = keys, values
         for index, (row, tokens) in enumerate(self._rows):
             layer.keys[row, :, start : start + tokens] = keys[index, :, :tokens]
             layer.values[row, :, start : start + tokens] = values[index, :, :tokens]

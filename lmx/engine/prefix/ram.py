@@ -214,17 +214,11 @@ class RamTier:
         return made
 
     def adopt(
-        self,
-        parent: bytes,
-        root: bytes,
-        key: bytes,
-        tokens: "array[int]",
-        block: Block,
-        checkpoint: Block | None,
-        uses: int,
+        self, parent: bytes, key: bytes, tokens: "array[int]", block: Block, checkpoint: Block | None, uses: int
     ) -> Node | None:
-        """Keep a node that comes from elsewhere: it, or what holds the same; None: its parent is not here."""
-        above = self._tree.root(root) if parent == root else self._tree.nodes.get(parent)
+        """Keep a node that comes from elsewhere: it, or what holds the same; None: its parent is not here, which is a
+        whole block or a ``root``."""
+        above = self._tree.nodes.get(parent)
         if above is None:
             return None
         node = self._tree.nodes.get(key)
@@ -242,6 +236,10 @@ class RamTier:
             node.uses = max(node.uses, uses)
         self._eviction.offer(node)
         return node
+
+    def root(self, key: bytes) -> Node:
+        """Where nodes from elsewhere can begin."""
+        return self._tree.root(key)
 
     def _lacks_window(self, block: Block) -> bool:
         """Copied when the window had moved on, or kept without."""
