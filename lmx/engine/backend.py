@@ -56,6 +56,8 @@ class Sequence:
     """Where its prefill's chunks end, for checkpoints."""
     kv_tokens: int = 0
     """Tokens whose KV its row holds, by the steps that were read."""
+    whole_from: int = 0
+    """Its row can give its first tokens to others from so many on: what sliding layers held before is not there."""
     cached_tokens: int = -1
     """Prompt tokens that were not computed when it first started; -1: it has not."""
 

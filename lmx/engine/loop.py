@@ -162,6 +162,7 @@ class StepLoop:
                 self._start(running)
                 running.launch.draw()
                 self._complete(running)
+                self._publish(running)
             self._release()
             self._report()
 
@@ -177,6 +178,7 @@ class StepLoop:
         while not self._stopping:
             if running and not running.decode:
                 self._complete(running)
+                self._publish(running)
                 self._release()
                 running = None
             self._receive(running)
@@ -191,6 +193,8 @@ class StepLoop:
             if following and not start_first:
                 self._start(following)
                 following.launch.draw()
+            if running:
+                self._publish(running)  # not before: a copy waits behind what the device was given, and would be timed
             running = following
             self._report(idle=running is None and not self._sequences)
 
@@ -315,7 +319,7 @@ class StepLoop:
             submit.min_tokens,
             constraint,
             submit.prompt_logprobs,
-            salt=submit.salt,
+            salt=submit.salt if self._prefixes else None,
             session=submit.session,
         )
         waiting.sequence = sequence
@@ -361,7 +365,8 @@ class StepLoop:
         if self._prefixes is None:
             return -1, 0
         have = self._prefixes.find(sequence, self._rows.values()).tokens
-        return self._prefixes.leader(sequence, self._sequences.values(), have)
+        leader, shared = self._prefixes.leader(sequence, self._sequences.values(), have)
+        return (leader, shared) if leader >= 0 else (-1, have)
 
     def _refuse(self, seq: int, error: ValueError) -> None:
         code = "never_fits" if isinstance(error, NeverFits) else "invalid_request"
@@ -410,7 +415,11 @@ class StepLoop:
                 source = Source(sequence.prompt_tokens - 1, row=sequence.parent)
             else:
                 source = prefixes.find(sequence, self._rows.values(), claimed)
-            if self._scheduler.recache(seq, source.tokens, source.row):
+            told = self._scheduler.recache(seq, source.tokens, source.row)
+            if not told and source.row >= 0:
+                source = prefixes.find(sequence, (), claimed)
+                told = self._scheduler.recache(seq, source.tokens)
+            if told:
                 self._sources[seq] = source
                 claimed.add(source.parked)
 
@@ -476,7 +485,7 @@ class StepLoop:
             if draw.bad:
                 sequence.ended = True
                 if self._prefixes:
-                    self._prefixes.leave(sequence)  # nobody else is to get that
+                    self._prefixes.distrust(sequence)
                 finished.append(sequence.seq)
                 self._link.send(
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
@@ -511,6 +520,9 @@ class StepLoop:
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+
+    def _publish(self, running: _Running) -> None:
+        """Keep what a step that was read has added to the rows that go on."""
         if self._prefixes:
             for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
                 if sequence.seq in self._rows:

@@ -237,6 +237,14 @@ class RamTier:
         self._eviction.offer(node)
         return node
 
+    def forget(self, chain: Chain) -> None:
+        """Give up what is kept of a sequence, as far as nothing else follows it."""
+        node = self._last(chain, len(chain.tokens))
+        while node is not None and node.parent is not None and not node.children:
+            parent = node.parent
+            self._eviction.remove(node)
+            node = parent
+
     def root(self, key: bytes) -> Node:
         """Where nodes from elsewhere can begin."""
         return self._tree.root(key)

@@ -77,7 +77,6 @@ class PrefixStore:
         self._budget_bytes = budget_bytes
         self._checkpoints = facts.prefixes == "checkpoints"
         self._ram = RamTier(window=facts.window, checkpoints=self._checkpoints)
-        self._roots: dict[str, bytes] = {}
         self._chains: dict[int, Chain] = {}
         self._published: dict[int, int] = {}
         self._disk = disk
@@ -105,6 +104,12 @@ class PrefixStore:
         self._read_tokens.pop(sequence.seq, None)
         self._published.pop(sequence.seq, None)
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Its row turned out not finite: what is kept of it, or was taken for it, nobody else is to get."""
+        if (chain := self._chains.get(sequence.seq)) is not None:
+            self._ram.forget(chain)
+        self.leave(sequence)
+
     def find(self, sequence: Sequence, rows: Iterable[Sequence], claimed: Collection[int] = ()) -> Source:
         """What gives most tokens; of equals, what costs least. ``rows``: those that have one; ``claimed``: left rows
         that others are about to take."""
@@ -121,7 +126,7 @@ class PrefixStore:
             for row in rows:
                 if (theirs := self._chains.get(row.seq)) is not None:
                     tokens = chain.shared(theirs, min(most, row.kv_tokens))
-                    if tokens > max(best.tokens, LEAST_TOKENS - 1):
+                    if tokens > max(best.tokens, LEAST_TOKENS - 1) and tokens >= row.whole_from:
                         best = Source(tokens, row=row.seq)
         found = self._ram.match(chain, most)
         if found.tokens > max(best.tokens, LEAST_TOKENS - 1):
@@ -157,6 +162,8 @@ class PrefixStore:
             if self._disk is not None and source.found.node is not None:
                 self._disk.used((node.key, node.uses) for node in source.found.node.path())
             self._backend.copy_in(sequence, blocks, tokens, checkpoint)
+            if self._backend.facts.window and not all(block.window_bytes for block in blocks):
+                sequence.whole_from = tokens
             read = min(self._read_tokens.pop(sequence.seq, 0), tokens)
             self._disk_hit_tokens += read
             self._ram_hit_tokens += tokens - read
