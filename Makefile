@@ -29,7 +29,7 @@ test: $(VENV)/installed-dev  ## run the tests
 
 test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with bounds checks
 	LMX_SCHED_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
-	$(BIN)/python -m pytest tests/test_sched.py tests/test_sched_machine.py; status=$$?; \
+	$(BIN)/python -m pytest tests/test_sched*.py; status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
 
 soak: $(VENV)/installed-dev  ## the scheduler against its reference in thousands of random runs

@@ -2,7 +2,13 @@
 
 ``steady``: a full batch decodes and nobody can be admitted. ``admit``: all rows are free in every step, so that each
 plan searches the whole queue twice and starts as many prompts (of 64 clients) as there are rows. ``expire``: the same,
-and in each plan a deadline passes.
+<<<<<<< HEAD
+and in each plan a deadline passes. ``recache``: as ``admit``, but only what a store of prefixes asks before each plan
+is counted, upcoming() and recache() for as many as there are rows.
+=======
+and in each plan a deadline passes. ``recache``: as ``admit``, but counted is what a store of prefixes asks before each
+plan, upcoming() and recache() for as many as there are rows.
+>>>>>>> w-sched
 The tests' pure-Python reference runs in the same process, for the ratio.
 
     python -m bench sched
@@ -20,12 +26,16 @@ from tests.sched_reference import ReferenceScheduler
 
 ROWS = 8
 QUEUED = (10, 1_000, 10_000)
-SCENARIOS = ("steady", "admit", "expire")
+SCENARIOS = ("steady", "admit", "expire", "recache")
 TARGET_US = 100.0
 
 
 def measure(implementation: Callable[..., Any], scenario: str, queued: int, steps: int) -> list[float]:
-    """Microseconds of plan() + commit() in each step; what happens between the steps is not counted."""
+<<<<<<< HEAD
+    """Microseconds of plan() + commit(), or what the scenario counts, in each step; between the steps nothing is."""
+=======
+    """Microseconds of plan() + commit(), or of what the scenario counts, in each step; nothing else is counted."""
+>>>>>>> w-sched
     scheduler = implementation(max_rows=ROWS, kv_budget_bytes=2**40, kv_bytes_per_token=1024)
     ids = itertools.count()
     durations = []
@@ -46,9 +56,14 @@ def measure(implementation: Callable[..., Any], scenario: str, queued: int, step
         if scenario == "expire":
             submit(1, deadline=float(step))
         started = time.perf_counter()
+        if scenario == "recache":
+            for seq in scheduler.upcoming(ROWS):
+                scheduler.recache(seq, 50)
+            durations.append((time.perf_counter() - started) * 1e6)
         planned = scheduler.plan(float(step)).step
         scheduler.commit(planned, 20.0)
-        durations.append((time.perf_counter() - started) * 1e6)
+        if scenario != "recache":
+            durations.append((time.perf_counter() - started) * 1e6)
         assert planned == step
         for seq in scheduler.releasable():
             scheduler.release(seq)

@@ -7,7 +7,7 @@ than the active ones, so idleness is no credit, and no debt is forgotten while o
 
 from libc.string cimport memset
 
-from lmx._sched cimport MAX_OVERTAKEN, PREFILLING, Seq, Slots, resized
+from lmx._sched cimport MAX_OVERTAKEN, PREFILLING, QUEUED, Seq, Slots, resized
 
 cdef struct Client:
     long long served  # tokens prefilled and generated
@@ -115,6 +115,25 @@ cdef inline void into_line(Seq *seqs, Clients *clients, Slots *line, int slot, i
         line.items[j] = line.items[j - 1]
         j -= 1
     line.items[j] = slot
+
+
+cdef inline long long place(Seq *seqs, Clients *clients, Slots *queue, Slots *running, int priority) noexcept:
+    """The ``place`` of each queued one of at least this priority, if nothing of it were cached; and what these and
+    those that prefill will take together. ``ahead`` becomes what its clients' all will."""
+    cdef int i
+    cdef long long left, backlog = 0
+    cdef Seq *seq
+    for i in range(clients.capacity):
+        clients.items[i].ahead = 0
+    for i in range(running.size + queue.size):
+        seq = &seqs[running.items[i] if i < running.size else queue.items[i - running.size]]
+        if seq.priority < priority or seq.state > PREFILLING:
+            continue
+        left = seq.target - (seq.charged if seq.state == QUEUED else seq.length)
+        seq.place = clients.items[seq.client].served + clients.items[seq.client].ahead
+        clients.items[seq.client].ahead += left
+        backlog += left
+    return backlog
 
 
 cdef inline int activate(Clients *clients, dict client_of, list free_clients, str name) except -1:

@@ -38,13 +38,14 @@ cdef struct Seq:  # what a search of the queue reads comes first: 10,000 of them
     long long max_tokens
     long long last_step  # last planned step that it is in
     long long cached  # tokens that it starts with, or did; while it waits, those of its parent that it wants
-    long long cached_in  # the plan before which it was told of them
     int parent  # whose KV it takes over when it starts; -1: nobody's
     int children  # that have not started
-    long long ended_in  # the plan() in or after which it ended
+    long long since  # the plan() in or after which it ended; of a queued one, in or after which it got its `cached`
     long long id
-    int stops[MAX_STOPS]  # where a chunk must end, ascending
-    int stops_count
+
+cdef struct Stops:  # where a sequence's chunks must end, ascending
+    int count
+    int at[MAX_STOPS]
 
 cdef struct Slots:  # sequences in one condition
     int *items

@@ -175,8 +175,9 @@ class Scheduler:
         it could lose by that; then, and where the parent is unknown or has a shorter prompt, it is queued with nothing
         cached. It waits while the parent
         - is of a higher priority; or of the same and, being the same client's, before it in turn; or another client's
-          that was served no more, but for what it has computed of this prompt, or so little more that the tokens saved
-          outweigh it (times the clients that have sequences here, which may all be served as much meanwhile);
+          that comes no later: it may be ``cached_tokens``, divided by the clients that have sequences here, behind in
+          tokens served (what it has computed of this prompt not counted), or all that others have to prefill may be
+          less than it has computed of this prompt;
         - and is not queued for want of KV while this one would find a place.
         These are looked at before each plan; a parent that is preempted may so be waited for until it has prefilled
         again. If it ends, or its row goes (by release or preemption) before this one has started, this one is queued

@@ -26,7 +26,7 @@ from libc.string cimport memset
 cimport cython
 
 from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
-from lmx._order cimport Client, Clients, activate, first, first_begun, idle, into_line, line_up, turn_of
+from lmx._order cimport Client, Clients, activate, first, first_begun, idle, into_line, line_up, place, turn_of
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +47,7 @@ cdef enum:
     MAX_WAVE = 64  # prompts; bounds what it costs to find them
 
 cdef long long NO_LIMIT = 2**62
+cdef long long NO_PRIORITY = 2**62
 cdef double ANSWER_TOKENS = 256.0  # how long an answer is, before one was seen
 cdef double ANSWER_SHARE = 1.0 / 16.0  # of the last answer in what is expected of the next
 cdef double TAIL_SLACK = 1.1  # a prompt's last tokens may stretch the step by this much to save a pass of their own
@@ -97,10 +98,13 @@ cdef class Plan:
 @cython.final  # so that its methods call each other directly
 cdef class Scheduler:
     cdef Seq *seqs
+    cdef Stops *stops
     cdef int capacity
     cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
     cdef Slots waiting  # in order of arrival
     cdef Slots line  # what line_up() found
+    cdef bint followed  # _follow() was called, and nothing has changed since but by recache()
+    cdef long long placed, backlog  # in _leads(): for which priority _place() was called, and what it found
     cdef dict slot_of
     cdef list free_slots
     cdef Clients clients
@@ -140,8 +144,9 @@ cdef class Scheduler:
         self.plans += 1
         if now >= self.due:
             plan.expired = self._expire(now)
-        if self.waiting.size:
+        if self.waiting.size and not self.followed:
             self._follow()
+        self.followed = False
         cdef int slot
         cdef bint admit
         if self._make_room(plan):
@@ -189,16 +194,22 @@ cdef class Scheduler:
 
         Not in the parent's own step: what they take over is there only when that has run.
         """
-        cdef int i = 0, slot
+        cdef int i, slot
         cdef Seq *seq
+        self.followed = True
+        self.placed = NO_PRIORITY
+        for i in range(self.waiting.size):
+            seq = &self.seqs[self.waiting.items[i]]
+            if seq.parent >= 0 and not self._has(&self.seqs[seq.parent], seq.cached):
+                if not self._leads(&self.seqs[seq.parent], seq):
+                    self._leave_parent(seq)
+        i = 0
         while i < self.waiting.size:
             slot = self.waiting.items[i]
             seq = &self.seqs[slot]
             if seq.parent >= 0 and not self._has(&self.seqs[seq.parent], seq.cached):
-                if self._leads(&self.seqs[seq.parent], seq):
-                    i += 1
-                    continue
-                self._leave_parent(seq)
+                i += 1
+                continue
             remove_slot(&self.waiting, slot)
             self._enqueue(slot)
             self._start_with(seq, seq.cached if seq.parent >= 0 else 0)
@@ -210,11 +221,12 @@ cdef class Scheduler:
     cdef bint _leads(self, Seq *parent, Seq *seq) noexcept:
         """Whether ``seq`` cannot lose by waiting until this one has prefilled what they share.
 
-        Surely not if the parent is before it in order. If the parent's client was served ``lag`` tokens more, others
-        may be served so many each until it is the parent's turn; that must be less than what is saved. What the parent
-        has computed of the shared tokens counts for it.
+        Surely not if the parent is before it in order. If another client's parent comes ``lag`` tokens later, each of
+        the others may be served so many until then: less than is saved, or all that they have is less than the parent
+        has computed of it.
         """
-        cdef long long room_bytes, lag
+        cdef long long room_bytes, lag, computed = 0, others
+        cdef Client *ahead = &self.clients.items[parent.client]
         if parent.state == ENDED:
             return False
         if parent.state == QUEUED and self.rows_used < self.max_rows:
@@ -225,10 +237,23 @@ cdef class Scheduler:
             return parent.priority > seq.priority
         if parent.client == seq.client:
             return parent.turn < seq.turn
-        lag = self.clients.items[parent.client].served - self.clients.items[seq.client].served
-        if parent.state == PREFILLING:
-            lag -= parent.length - parent.cached
-        return lag <= 0 or lag * self.clients.active <= seq.cached
+        if self.placed != seq.priority:
+            self._place(seq.priority)
+        lag, others = ahead.served + ahead.ahead, self.backlog
+        if parent.state == QUEUED:
+            lag = parent.place
+            others -= parent.target - parent.charged
+        elif parent.state == PREFILLING:
+            computed = parent.length - parent.cached
+            lag = ahead.served - computed
+            others -= parent.target - parent.length
+        lag -= self.clients.items[seq.client].served
+        return lag <= 0 or lag * self.clients.active <= seq.cached or others <= computed
+
+    cdef void _place(self, int priority) noexcept:
+        """Where those stand that may go before one of this priority, in tokens served; what all of them will take."""
+        self.placed = priority
+        self.backlog = place(self.seqs, &self.clients, &self.queue, &self.running, priority)
 
     cdef void _abandon(self, int parent) noexcept:
         """Those who cannot take over its KV any more start from nothing; but who waits for it still does, if it was
@@ -249,11 +274,11 @@ cdef class Scheduler:
     cdef inline void _start_with(self, Seq *seq, long long tokens) noexcept:
         """So much of what a queued one is to prefill is computed already."""
         seq.length = seq.cached = tokens
-        seq.cached_in = self.plans
+        seq.since = self.plans
 
     cdef inline bint _stale(self, Seq *seq) noexcept:
         """Whether its tokens from a store were told before the last plan: they may be gone."""
-        return seq.state == QUEUED and seq.length > 0 and seq.parent < 0 and seq.cached_in < self.plans - 1
+        return seq.state == QUEUED and seq.length > 0 and seq.parent < 0 and seq.since < self.plans - 1
 
     cdef bint _make_room(self, Plan plan):
         """See that every decoding row can take one more token. False: not before ended sequences are released.
@@ -633,7 +658,8 @@ cdef class Scheduler:
             self._learn_answer(seq.generated)
         self.kv_ending_bytes += seq.held_bytes
         seq.state = ENDED
-        seq.ended_in = self.plans
+        self.followed = False
+        seq.since = self.plans
         self._leave_parent(seq)
         if seq.children:
             self._abandon(slot)
@@ -696,9 +722,10 @@ cdef class Scheduler:
     cdef inline long long _chunk_end(self, Seq *seq) noexcept:
         """Where its next chunk must end at the latest."""
         cdef int i
-        for i in range(seq.stops_count):
-            if seq.stops[i] > seq.length:
-                return seq.stops[i]
+        cdef Stops *stops = &self.stops[seq - self.seqs]
+        for i in range(stops.count):
+            if stops.at[i] > seq.length:
+                return stops.at[i]
         return seq.target
 
     cdef double _area(self, Step *step, long long start, long long tokens, bint last) noexcept:
@@ -849,6 +876,7 @@ cdef class Scheduler:
         cdef int slot = self.free_slots.pop()
         cdef Seq *s = &self.seqs[slot]
         self.slot_of[seq] = slot
+        self.followed = False
         memset(s, 0, sizeof(Seq))
         self.arrivals += 1
         s.id = id_
@@ -859,9 +887,9 @@ cdef class Scheduler:
         s.prompt_bytes = self._kv_bytes(prompt)
         s.most_bytes = self._kv_bytes(prompt + s.max_tokens - 1)
         s.asked_bytes = self._asked_bytes(s)
-        for stop in stops:
-            s.stops[s.stops_count] = stop
-            s.stops_count += 1
+        self.stops[slot].count = len(stops)
+        for i, stop in enumerate(stops):
+            self.stops[slot].at[<int>i] = stop
         s.cached = cached
         s.parent = -1
         cdef bint has = parent_slot >= 0 and self._has(&self.seqs[parent_slot], cached)
@@ -881,14 +909,14 @@ cdef class Scheduler:
         return s.max_tokens
 
     cdef bint _will_have(self, Seq *parent, Seq *seq) noexcept:
+        self.placed = NO_PRIORITY
         return parent.target >= seq.cached and self._leads(parent, seq)
 
     def upcoming(self, most):
         cdef int i, slot, count = _whole("most", most, 0), first_of_all = -1, fits = -1
         cdef long long room_bytes
         cdef Seq *seq
-        cdef Client *client
-        if self.waiting.size:
+        if self.waiting.size and not self.followed:
             self._follow()
         if self.queue.size == 0 or count == 0:
             return ()
@@ -958,7 +986,7 @@ cdef class Scheduler:
 
     cdef inline bint _releasable(self, Seq *seq) noexcept:
         """In no uncommitted step, and those who take over its KV have had a plan to start in."""
-        return seq.last_step <= self.committed and not (seq.children and seq.ended_in == self.plans)
+        return seq.last_step <= self.committed and not (seq.children and seq.since == self.plans)
 
     def release(self, seq):
         cdef int slot = self.slot_of.get(seq, -1)
@@ -967,6 +995,7 @@ cdef class Scheduler:
         cdef long long freed_bytes = self.seqs[slot].held_bytes
         self.rows_used -= self.seqs[slot].has_row
         self.seqs[slot].has_row = False
+        self.followed = False
         if self.seqs[slot].children:
             self._abandon(slot)
         remove_slot(&self.ending, slot)
@@ -1007,6 +1036,7 @@ cdef class Scheduler:
     cdef int _grow(self) except -1:
         cdef int i, size = max(64, 2 * self.capacity)
         self.seqs = <Seq *>resized(self.seqs, size * sizeof(Seq))
+        self.stops = <Stops *>resized(self.stops, size * sizeof(Stops))
         self.queue.items = <int *>resized(self.queue.items, size * sizeof(int))
         self.running.items = <int *>resized(self.running.items, size * sizeof(int))
         self.ending.items = <int *>resized(self.ending.items, size * sizeof(int))
@@ -1020,6 +1050,7 @@ cdef class Scheduler:
 
     def __dealloc__(self):
         free(self.seqs)
+        free(self.stops)
         free(self.clients.items)
         free(self.queue.items)
         free(self.running.items)

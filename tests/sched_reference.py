@@ -181,7 +181,7 @@ class ReferenceScheduler:
         self.uncommitted = {}
         self.elapsed_ms = {}
         self.held = []  # the last steps, if rows waited for them
-        self.kv_short = False
+        self.kv_short = self.followed = False
         self.earned = FIRST_EARNED
         self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
@@ -240,6 +240,7 @@ class ReferenceScheduler:
             self.cancel(seq)
         plan.expired = tuple(late)
         self.follow()
+        self.followed = False
         if self.make_room(plan):
             admit = not plan.preempted
             if admit:
@@ -276,14 +277,19 @@ class ReferenceScheduler:
             self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
 
     def follow(self):
+        if self.followed:
+            return
+        self.followed = True
+        going = []
         for s in self.in_state("waiting"):
             parent = self.sequences.get(s.parent)
             if parent is None or self.has(parent, s.cached):
-                s.state = "queued"
-                self.start_with(s, s.cached if parent else 0, s.parent)
+                going.append((s, s.cached if parent else 0, s.parent))
             elif not self.leads(parent, s):
-                s.state = "queued"
-                self.start_with(s, 0)
+                going.append((s, 0, -1))
+        for s, cached, parent in going:
+            s.state = "queued"
+            self.start_with(s, cached, parent)
 
     def has(self, s, tokens):
         return s.has_row and s.length >= tokens
@@ -295,11 +301,20 @@ class ReferenceScheduler:
             return False
         if parent.priority != s.priority or parent.client == s.client:
             return (-parent.priority, parent.turn) < (-s.priority, s.turn)
-        lag = self.served[parent.client] - self.served[s.client]
+        rivals = [o for o in self.in_state("prefilling", "queued") if o is not s and o.priority >= s.priority]
+        left = {other.id: other.target - (other.charged, other.length)[other.has_row] for other in rivals}
+        computed = 0
         if parent.state == "prefilling":
-            lag -= parent.length - parent.cached
-        clients = {other.client for other in self.sequences.values() if other.state != "ended"}
-        return lag <= 0 or lag * len(clients) <= s.cached
+            computed = parent.length - parent.cached
+            before = -computed
+        else:
+            its = [other for other in rivals if other.client == parent.client and other is not parent]
+            its = [o for o in its if o.has_row or parent.state == "waiting" or o.turn < parent.turn]
+            before = sum(left[other.id] for other in its)
+        lag = self.served[parent.client] + before - self.served[s.client]
+        others = sum(left.values()) - left.get(parent.id, 0)
+        clients = {other.client for other in self.sequences.values() if other.state != "ended"} | {s.client}
+        return lag <= 0 or lag * len(clients) <= s.cached or others <= computed
 
     def start_with(self, s, tokens, parent=-1):
         s.length, s.cached, s.cached_in, s.parent = tokens, tokens, self.plans, parent
@@ -513,6 +528,7 @@ class ReferenceScheduler:
 
     def end(self, s):
         s.state, s.parent, s.ended_in = "ended", -1, self.plans
+        self.followed = False
         self.abandon(s)
         if s.generated:
             self.answer_spread += (abs(s.generated - self.answer_tokens) - self.answer_spread) * ANSWER_SHARE
@@ -610,6 +626,7 @@ class ReferenceScheduler:
             stops=stops,
         )
         self.sequences[seq] = s
+        self.followed = False
         if source and cached_tokens and source.target >= cached_tokens and (there or self.leads(source, s)):
             s.state, s.parent = "waiting", parent
         else:
@@ -622,8 +639,10 @@ class ReferenceScheduler:
         first = min(self.in_state("queued"), key=self.order, default=None)
         if first is None or most == 0:
             return ()
-        fitting = [s for s in self.in_state("queued") if self.fits(s)]
-        fitting = [s for s in fitting if s.priority == max(s.priority for s in fitting)]
+        room, alone = self.room_bytes(), not self.running()
+        fitting = [s for s in self.in_state("queued") if self.wanted_bytes(s, alone) <= room]
+        highest = max((s.priority for s in fitting), default=0)
+        fitting = [s for s in fitting if s.priority == highest]
         ahead = dict(self.served)
         line = []
         for s in sorted(fitting, key=lambda s: s.turn):
@@ -691,7 +710,7 @@ class ReferenceScheduler:
         if seq not in self.releasable():
             raise ValueError(f"seq {seq!r} cannot be released: it is not one of releasable()")
         s = self.sequences.pop(seq)
-        s.has_row = False
+        s.has_row = self.followed = False
         self.abandon(s)
         return s.kv_bytes
 

@@ -151,14 +151,16 @@ def serve(
 ) -> Iterator[Server]:
     """A server with ``folder`` as its working directory, on a free port unless ``arguments`` name one.
 
-    ``settings`` become its lmx.toml. ``null``: the null engine, with these ``LMX_NULL_`` variables. At the end of the
-    block it is stopped and must exit 0 without leaving a process; ``stop=False``: the test has ended it.
+    ``settings`` become its lmx.toml; where they do not say it, nothing is kept on the disk for the next test.
+    ``null``: the null engine, with these ``LMX_NULL_`` variables. At the end of the block it is stopped and must exit 0
+    without leaving a process; ``stop=False``: the test has ended it.
     """
     tables: dict[str, dict[str, Any]] = {name: dict(values) for name, values in (settings or {}).items()}
+    tables.setdefault("engine", {}).setdefault("prefix_disk_bytes", 0)
     mark = uuid.uuid4().hex
     environ = {k: v for k, v in os.environ.items() if not k.startswith("LMX_")} | {"PYTHONPATH": str(ROOT), MARK: mark}
     if null is not None:
-        tables.setdefault("engine", {})["command"] = NULL_ENGINE
+        tables["engine"]["command"] = NULL_ENGINE
         environ |= {"LMX_NULL_FIRST_TOKEN": "300"}
         environ |= {f"LMX_NULL_{name.upper()}": str(value) for name, value in null.items()}
     (folder / "lmx.toml").write_text(tomlkit.dumps(tables), encoding="utf-8")

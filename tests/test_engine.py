@@ -320,7 +320,7 @@ def test_a_row_that_turns_non_finite_fails_alone(backend, tmp_path):
 
 def test_thousands_of_steps_with_joins_and_leaves_keep_memory_flat(tmp_path):
     folder = build_model("llama", tmp_path / "model", num_hidden_layers=1, hidden_size=32)
-    with engine(folder, max_rows=4, lookahead="on") as client:
+    with engine(folder, max_rows=4, lookahead="on", prefix_cache=False) as client:
         rng = np.random.default_rng(0)
         live = []
         figures = []

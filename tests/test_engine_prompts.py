@@ -95,7 +95,9 @@ def test_several_answers_of_a_prompt_prefill_it_once_and_are_those_of_single_req
         sampling = [replace(DRAWS, seed=seed, repetition_penalty=1.3 if seed == 2 else 1.0) for seed in range(4)]
         singles = []
         for one in sampling:
-            singles += client.run([prompt], 12, one)
+            single = client.submit(prompt, 12, one, salt=None)
+            client.wait_freed(single)
+            singles.append(client.answers[single].tokens)
         seqs = client.submit_family(prompt, 12, sampling)
         client.wait_freed(*seqs)
         assert [client.answers[seq].tokens for seq in seqs] == singles

@@ -103,7 +103,9 @@ class Neighbours:
 def neighbours(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[Neighbours]:
     backend, loop = request.param.split()
     lookahead = "on" if loop == "overlapped" else "off"
-    with engine(models[backend], backend=backend, lookahead=lookahead, max_rows=4, max_chunk_tokens=32) as client:
+    with engine(
+        models[backend], backend=backend, lookahead=lookahead, max_rows=4, max_chunk_tokens=32, prefix_cache=False
+    ) as client:
         yield Neighbours(client, models["mlx"])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmx.protocol import Cancel, Freed, Started
+from lmx.protocol import Cancel, Freed, Sampling, Started
 from tests.backends import needs_llama
-from tests.engine_client import GREEDY, EngineClient, engine
+from tests.engine_client import GREEDY, Answer, EngineClient, engine
 from tests.models import build_gguf, build_model
 
 # A dense model, sliding windows shorter than a prefix, recurrent states beside attention; llama.cpp's streams.
@@ -32,6 +32,7 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         assert (stats.queued, stats.prefilling, stats.decoding, stats.ending, stats.kv_used_bytes) == (0, 0, 0, 0, 0)
 
 
+TOLD = Sampling(seed=0, temperature=0.0, logprobs=2)
 _seeds = iter(range(10**6))
 
 
@@ -46,11 +47,22 @@ def started(client: EngineClient, seq: int) -> Started:
     return next(found)
 
 
-def ask(client: EngineClient, prompt: list[int], count: int = 8, **options: object) -> tuple[list[int], int]:
+def ask(client: EngineClient, prompt: list[int], count: int = 8, **options: object) -> tuple[Answer, int]:
     """The answer, and how many tokens of the prompt were not computed for it."""
-    seq = client.submit(prompt, count, **options)
+    seq = client.submit(prompt, count, TOLD, **options)
     client.wait_freed(seq)
-    return client.answers[seq].tokens, started(client, seq).cached_tokens
+    return client.answers[seq], started(client, seq).cached_tokens
+
+
+def assert_same(answer: Answer, alone: Answer) -> None:
+    """Token for token; but where two tokens are as likely as each other, other shapes of batches may choose the other
+    (llama.cpp's KV has 16 bits)."""
+    for index, (token, other) in enumerate(zip(answer.tokens, alone.tokens, strict=True)):
+        if token != other:
+            likeliest = alone.logprobs[index].top
+            assert likeliest[0] - likeliest[1] < 0.02, (index, answer, alone)
+            assert abs(answer.logprobs[index].drawn - likeliest[0]) < 0.02
+            return
 
 
 @pytest.mark.parametrize("shared", [255, 256, 257, 700])
@@ -61,19 +73,22 @@ def test_an_answer_is_the_same_with_a_hit(client: EngineClient, shared: int) -> 
     alone, cached = ask(client, prompt, salt=None)
     assert cached == 0
     answer, cached = ask(client, prompt)
-    assert answer == alone
+    assert_same(answer, alone)
     assert cached <= shared
     again, cached = ask(client, prompt)
-    assert again == alone
-    assert len(prompt) - 8 <= cached < len(prompt)
+    assert_same(again, alone)
+    # Recurrent models do not pause in short prompts.
+    assert client.ready is not None
+    if client.ready.architecture != "qwen3_next" or len(prompt) >= 512:
+        assert len(prompt) - 8 <= cached < len(prompt)
 
 
 def test_the_next_turn_costs_its_new_tokens(client: EngineClient) -> None:
     history = tokens(500)
     for _ in range(4):
         answer, _ = ask(client, history, 20)
-        history = history + answer + tokens(30)
-        seq = client.submit(history, 4)
+        history = history + answer.tokens + tokens(30)
+        seq = client.submit(history, 4, TOLD)
         client.wait_freed(seq)
         cached = started(client, seq).cached_tokens
         # All but the newest answer's last token, whose KV nobody computed.
@@ -81,17 +96,17 @@ def test_the_next_turn_costs_its_new_tokens(client: EngineClient) -> None:
         freed = client.answers[seq].freed
         assert freed is not None
         assert freed.prompt_tokens_computed == len(history) - cached
-        assert client.answers[seq].tokens == ask(client, history, 4, salt=None)[0]
+        assert_same(client.answers[seq], ask(client, history, 4, salt=None)[0])
 
 
 def test_salts_share_nothing(client: EngineClient) -> None:
-    prompt = tokens(300)
+    prompt = tokens(600)
     ask(client, prompt, salt="a")
     assert ask(client, prompt, salt="b")[1] == 0
     assert ask(client, prompt)[1] == 0
     assert ask(client, prompt, salt=None)[1] == 0
     assert ask(client, prompt, salt="a")[1] > 0
-    private = tokens(300)
+    private = tokens(600)
     ask(client, private, salt=None)
     assert ask(client, private)[1] == 0  # nothing was kept of it
 
@@ -106,19 +121,19 @@ def test_a_prefill_whose_client_left_loses_nothing(client: EngineClient) -> None
     assert computed is not None
     answer, cached = ask(client, prompt)
     assert cached >= min(computed.prompt_tokens_computed, len(prompt) - 1) // 256 * 256
-    assert answer == ask(client, prompt, salt=None)[0]
+    assert_same(answer, ask(client, prompt, salt=None)[0])
 
 
 def test_those_who_come_together_compute_what_they_share_once(client: EngineClient) -> None:
     prefix = tokens(900)
     prompts = [prefix + tokens(20) for _ in range(4)]
-    seqs = client.submit_together([(prompt, 6, GREEDY) for prompt in prompts])
+    seqs = client.submit_together([(prompt, 6, TOLD) for prompt in prompts])
     client.wait_freed(*seqs)
     computed = [client.answers[seq].freed for seq in seqs]
     assert all(isinstance(freed, Freed) for freed in computed)
     assert client.ready is not None
     for seq, prompt in zip(seqs, prompts, strict=True):
-        assert client.answers[seq].tokens == ask(client, prompt, 6, salt=None)[0]
+        assert_same(client.answers[seq], ask(client, prompt, 6, salt=None)[0])
 
 
 def test_conversations_never_see_each_other(client: EngineClient) -> None:
@@ -131,7 +146,7 @@ def test_conversations_never_see_each_other(client: EngineClient) -> None:
     for _ in range(60):
         index = choose.randrange(len(histories))
         prompt = histories[index]
-        seq = client.submit(prompt, 6)
+        seq = client.submit(prompt, 6, TOLD)
         running[seq] = prompt
         if choose.random() < 0.2:
             client.send(Cancel(seq))
@@ -144,9 +159,8 @@ def test_conversations_never_see_each_other(client: EngineClient) -> None:
     client.wait_freed(*running)
     finished += running.items()
     for seq, prompt in choose.sample(finished, 20):
-        answer = client.answers[seq]
-        if answer.finish is not None:
-            assert answer.tokens == ask(client, prompt, 6, salt=None)[0]
+        if client.answers[seq].finish is not None:
+            assert_same(client.answers[seq], ask(client, prompt, 6, salt=None)[0])
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -158,11 +172,11 @@ def test_a_restart_keeps_what_was_computed(kind: str, tmp_path: Path) -> None:
         before, _ = ask(client, prompt)
     with engine(path, **options) as client:
         answer, cached = ask(client, prompt)
-        assert answer == before
+        assert_same(answer, before)
         assert cached >= 768 if kind != "qwen3_next" else cached > 0
         assert client.idle_stats().prefix.disk_hit_tokens == cached
         other = prompt[:800] + tokens(50)
-        assert ask(client, other)[0] == ask(client, other, salt=None)[0]
+        assert_same(ask(client, other)[0], ask(client, other, salt=None)[0])
 
 
 def test_preempted_sequences_come_back_from_the_store(tmp_path: Path) -> None:

@@ -190,8 +190,10 @@ def test_an_empty_checkpoint_is_one(tmp_path: Path) -> None:
 def test_a_full_queue_takes_nothing_more(tmp_path: Path) -> None:
     go = threading.Event()
     stopped = threading.Event()
+    woken: list[int] = []
 
     def wake() -> None:
+        woken.append(disk.statistics().queued_bytes)
         stopped.set()
         assert go.wait(PATIENCE_S)
 
@@ -208,6 +210,8 @@ def test_a_full_queue_takes_nothing_more(tmp_path: Path) -> None:
         go.set()
         assert disk.drain(PATIENCE_S)
         assert disk.statistics().queued_bytes == 0
+        until(lambda: len(woken) == 2)  # there is room
+        assert woken[1] <= 600
         assert keep(disk, CONVERSATION)
         assert disk.drain(PATIENCE_S)
         assert restore(disk, CONVERSATION) == len(CONVERSATION)

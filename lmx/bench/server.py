@@ -40,7 +40,13 @@ def running_server(model: str, environment: Mapping[str, str] | None = None) -> 
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "LMX_SERVER_DRAIN_S": "0", **(environment or {})},
+        # Nothing is measured that an earlier run has left on the disk.
+        env={
+            **os.environ,
+            "LMX_SERVER_DRAIN_S": "0",
+            "LMX_ENGINE_PREFIX_DISK_BYTES": "0",
+            **(environment or {}),
+        },
     )
     log = _Log(process)
     try:

@@ -50,6 +50,8 @@ class Sequence:
     """Only sequences of the same one share KV; None: with nobody."""
     session: str = ""
     """Which conversation it belongs to; "": not said."""
+    parent: int = -1
+    """One of the same prompt, whose KV of it this one takes over."""
     stops: tuple[int, ...] = ()
     """Where its prefill's chunks end, for checkpoints."""
     kv_tokens: int = 0

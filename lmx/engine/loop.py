@@ -356,6 +356,7 @@ class StepLoop:
             and sequence.prompt_logprobs < 0  # they come from the prefill itself
             and parent.tokens[: len(prompt)] == prompt
         ):
+            sequence.parent = asked
             return asked, len(prompt) - 1
         if self._prefixes is None:
             return -1, 0
@@ -403,7 +404,12 @@ class StepLoop:
         self._sources.clear()
         claimed: set[int] = set()
         for seq in self._scheduler.upcoming(self._backend.facts.max_rows):
-            source = prefixes.find(self._sequences[seq], self._rows.values(), claimed)
+            sequence = self._sequences[seq]
+            family = self._rows.get(sequence.parent)
+            if family is not None and len(sequence.tokens) == sequence.prompt_tokens <= family.kv_tokens + 1:
+                source = Source(sequence.prompt_tokens - 1, row=sequence.parent)
+            else:
+                source = prefixes.find(sequence, self._rows.values(), claimed)
             if self._scheduler.recache(seq, source.tokens, source.row):
                 self._sources[seq] = source
                 claimed.add(source.parked)
@@ -413,7 +419,7 @@ class StepLoop:
         found = {join.seq: join for join in joins}
         joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
         if joining and self._prefixes:
-            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes, self._sources.values())
 
         def order(sequence: Sequence) -> int:
             """Who resumes a left row first: others may take it for their own."""
@@ -509,6 +515,7 @@ class StepLoop:
             for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
                 if sequence.seq in self._rows:
                     self._prefixes.publish(sequence)
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _tell_scores(self, scores: Scores) -> None:
         """Each once: after a preemption the prompt is prefilled again."""

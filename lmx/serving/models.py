@@ -27,6 +27,7 @@ from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelNotFound, Mo
 from lmx.hub.conversion import ConversionNeeded
 from lmx.hub.inventory import ModelFolder, find
 from lmx.hub.sentence import ENCODERS
+from lmx.prefix_disk.folders import budget
 from lmx.serving.converter import run_converter
 from lmx.serving.engine import Engine
 from lmx.serving.metal import buffer_limits, chip_name
@@ -290,6 +291,14 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {**os.environ, **limits}
 
 
+def _prefix_disk_bytes(settings: Settings) -> int:
+    try:
+        return budget(settings.engine.prefix_disk_bytes, settings.prefix_path)
+    except OSError as error:
+        logger.warning("no prefixes are kept on disk: %s cannot be used: %s", settings.prefix_path, error.strerror)
+        return 0
+
+
 def _read(settings: Settings, metrics: Metrics) -> Served:
     """The configured model, with what the server needs of it. Blocking. Raises ConversionNeeded."""
     name = settings.model.default
@@ -326,6 +335,8 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         grammar_mask_ms=settings.engine.grammar_mask_ms,
         prefix_cache=settings.engine.prefix_cache,
         prefix_ram_bytes=settings.engine.prefix_ram_bytes,
+        prefix_disk_bytes=_prefix_disk_bytes(settings),
+        prefix_dir=str(settings.prefix_path),
     )
     engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))

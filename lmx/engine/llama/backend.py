@@ -45,6 +45,13 @@ _WAVE_TOKENS = 2048  # what prompts that start together may bring in a step
 _FILLED_GAP = 2
 # A parked row that would lose so many tokens to a sequence that shares only its beginning is copied, if there is room.
 _KEPT_TOKENS = 256
+# Attention passes over all shared cells in use: a parked token costs each token of others 0.5 us on SmolLM2, and to
+# restore it from a copy 10.
+_SHARED_KEPT_TOKENS = 20
+# A further forward reads the weights once a step. Moving a row reads and writes it twice, once; a token of no use in a
+# parked row reads that, on CPUs far more slowly than weights (1,500 tokens of SmolLM2 take 36 ms, a forward 11).
+_MOVED_SHARE = 1.0
+_FILLED_SHARE = 1 / 32
 
 
 @dataclass(slots=True)
@@ -137,11 +144,12 @@ class LlamaBackend:
         )
         # Such memories are computed by equal parts of slots that follow each other (``Context.decode``).
         self._gaps_cost = self._streams or model.recurrent
+        self._weights_bytes = model.weights_bytes
         self._cuts = plain
         """Rows can go back to any of their tokens."""
         self._slot_cells = cells // rows if self._streams else cells
         self._copies = Copies(self._context, model, slots=rows, streams=self._streams)
-        self._parked = Parked(None if plain else self._context.can_forget)
+        self._parked = Parked(cuts=plain)
         self._rows: dict[int, _Row] = {}
         self.facts = Facts(
             architecture=model.architecture,
@@ -210,9 +218,7 @@ class LlamaBackend:
         longest."""
         free = self._empty_slots()
         if not free:
-            slot = self._parked.oldest
-            self._drop(slot)
-            return slot
+            return self._move_near(self._drop_oldest(), 0)
         taken = {row.slot for row in self._rows.values()}
         return max(free, key=lambda slot: (len(taken & {slot - 1, slot + 1}), -slot))
 
@@ -241,8 +247,9 @@ class LlamaBackend:
             tokens = chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens]
             scored = chunk.sequence.prompt_logprobs >= 0 and chunk.start + 1 < chunk.sequence.prompt_tokens
             parts.append(_Part(row, tokens, chunk.last, scored))
-        # With as many tokens of no use as there may be.
-        self._make_room(sum(len(part.tokens) for part in parts) + self.facts.max_rows)
+        computed = sum(len(part.tokens) for part in parts)
+        self._parked.computed_tokens += computed
+        self._make_room(computed + self.facts.max_rows)  # with as many tokens of no use as there may be
         draws = {part.row.slot: Draw(part.row.sequence, 0, True) for part in parts}
         sound = [part for part in parts if not part.row.bad]
         draws |= self._compute(sound, scores)
@@ -324,7 +331,9 @@ class LlamaBackend:
         """Whether a token of no use may be computed there: what is parked must not suffer."""
         if any(row.slot == slot for row in self._rows.values()):
             return False
-        return slot not in self._parked or (self._cuts and self._parked.length(slot) < self._slot_cells)
+        held = self._parked.length(slot)
+        read = held * self.facts.kv_bytes_per_token
+        return not held or (self._cuts and held < self._slot_cells and read <= _FILLED_SHARE * self._weights_bytes)
 
     def _compute_alone(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
         """Parts of a step over shared cells again that came out bad, one at a time.
@@ -366,7 +375,7 @@ class LlamaBackend:
         llama.cpp only clears everything, so the sequences' KV is copied out and in again, some gigabytes a second;
         that of parked rows is not worth it."""
         while len(self._parked):
-            self._drop(self._parked.oldest)
+            self._drop_oldest()
         kept = [(row.slot, self._context.export_slot(row.slot)) for row in self._rows.values() if row.tokens]
         self._context.wipe()
         for slot, data in kept:
@@ -438,26 +447,62 @@ class LlamaBackend:
 
     def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
         kept = sequence.tokens[:tokens]
-        if self._cuts and self._parked.length(row) >= tokens + _KEPT_TOKENS and self._empty_slots():
-            self._parked.used(row)
-            self._enter(sequence, self._copy_slot(row, tokens), kept)
+        parked = self._parked[row]
+        if self._cuts and len(parked.tokens) >= tokens + _KEPT_TOKENS and self._empty_slots():
+            self._parked.use(row)
+            self._enter(sequence, self._copy_slot(parked.slot, tokens), kept)
             return
-        self._parked.remove(row)
-        if not self._context.forget(row, tokens):
+        slot = self._parked.remove(row)
+        if not self._context.forget(slot, tokens):
             raise RuntimeError(f"a parked row does not go back to {tokens} tokens")
-        self._enter(sequence, row, kept)
+        self._enter(sequence, self._move_near(slot, tokens), kept)
 
-    def _drop(self, slot: int) -> None:
-        self._parked.remove(slot)
+    def _move_near(self, slot: int, tokens: int) -> int:
+        """Where what the slot holds for a sequence that begins is afterwards: beside a live row, with which it is then
+        computed in one forward; what is parked there changes places with it."""
+        live = {row.slot for row in self._rows.values()}
+        if not self._gaps_cost or not live or any(abs(slot - other) == 1 for other in live):
+            return slot
+        near = [
+            beside
+            for other in live
+            for beside in (other - 1, other + 1)
+            if 0 <= beside < self.facts.max_rows and beside not in live
+        ]
+        if not near:
+            return slot
+        target = min(near, key=self._parked.length)
+        cost = (tokens + self._parked.length(target)) * self.facts.kv_bytes_per_token
+        if cost + 2 * self.facts.kv_bytes_per_sequence > _MOVED_SHARE * self._weights_bytes:
+            return slot
+        states = [(target, self._context.export_slot(slot))] if tokens else []
+        if target in self._parked:
+            states.append((slot, self._context.export_slot(target)))
+            self._context.forget(target)
+            self._parked.move(target, slot)
         self._context.forget(slot)
+        for place, data in states:
+            if not self._context.import_slot(place, data):
+                raise RuntimeError("llama.cpp does not take back the KV that it gave out")
+        return target
+
+    def _drop_oldest(self) -> int:
+        """The slot that is empty now."""
+        slot = self._parked.remove(self._parked.oldest)
+        self._context.forget(slot)
+        return slot
 
     def _make_room(self, tokens: int) -> None:
-        """Drop parked rows until so many more tokens have cells: the scheduler knows nothing of them."""
-        if self._streams or not len(self._parked):
+        """In shared cells, drop parked rows until so many more tokens have some (the scheduler knows nothing of them),
+        and those that have cost more than a copy does."""
+        if self._streams:
             return
         room = self._slot_cells - sum(len(row.tokens) for row in self._rows.values()) - tokens
-        while len(self._parked) and self._parked.tokens > room:
-            self._drop(self._parked.oldest)
+        while len(self._parked):
+            kept = self._parked.computed_tokens - self._parked[self._parked.oldest].since
+            if self._parked.tokens <= room and kept <= _SHARED_KEPT_TOKENS:
+                break
+            self._drop_oldest()
 
     def canary(self) -> None:
         finite = bool(np.isfinite(self._canary.decode([0], [0], [0], [True]).max()))

@@ -10,14 +10,14 @@ import ctypes
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lmx.engine.budget import KVCost
-from lmx.engine.llama.state import Bytes
+from lmx.engine.llama.state import Bytes, allocate_bytes
 from lmx.errors import ModelInvalid
 
 # llama.cpp would start a debugger to print a backtrace when it aborts; Python's fault handler tells enough.
@@ -179,7 +179,6 @@ class Context:
         self._memory = C.llama_get_memory(self.pointer)
         self._vocab_size = model.vocab_size
         self._window = model.window
-        self._recurrent = model.recurrent
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -231,13 +230,6 @@ class Context:
         needed = max(start - self._window + 1, 0)
         return not (self._window and start) or 0 <= C.llama_memory_seq_pos_min(self._memory, slot) <= needed
 
-    def can_forget(self, slot: int, start: int) -> bool:
-        """Whether ``forget`` would leave the slot's first ``start`` positions, at least one, whole."""
-        if self._recurrent:
-            return start > self.last_position(slot)
-        needed = max(start - self._window + 1, 0) if self._window else 0
-        return 0 <= int(C.llama_memory_seq_pos_min(self._memory, slot)) <= needed
-
     def last_position(self, slot: int) -> int:
         """The highest position whose KV the slot holds; -1: none."""
         return int(C.llama_memory_seq_pos_max(self._memory, slot))
@@ -251,12 +243,14 @@ class Context:
         """Forget every slot and zero every cell."""
         C.llama_memory_clear(self._memory, True)
 
-    def export_slot(self, slot: int, *, partial: bool = False) -> Bytes:
+    def export_slot(
+        self, slot: int, *, partial: bool = False, allocate: Callable[[int], Bytes] = allocate_bytes
+    ) -> Bytes:
         """A copy of all that the slot holds; ``partial``: only of what stands for all its tokens, recurrent states and
         the windows of sliding layers (of a model with neither: all the same)."""
         flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
         size = self.state_bytes(slot, partial=partial)
-        data = np.empty(size, np.uint8)
+        data = allocate(size)
         written = C.llama_state_seq_get_data_ext(self.pointer, _pointer(data, ctypes.c_uint8), size, slot, flags)
         if written != size:
             raise RuntimeError(f"llama.cpp gave out {written} of the {size} bytes of a sequence's state")

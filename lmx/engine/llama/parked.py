@@ -1,7 +1,8 @@
 """Rows that ended, in slots that nobody needed since: what they hold, and which goes first. Pure bookkeeping; called by
 ``lmx.engine.llama.backend``."""
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,56 +12,76 @@ import numpy.typing as npt
 _HEAD_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ParkedRow:
+    slot: int
     head: list[int]
     tokens: npt.NDArray[np.int32]
     salt: str
+    since: int
+    """``Parked.computed_tokens`` when it was last used."""
 
 
 class Parked:
-    def __init__(self, cuts: Callable[[int, int], bool] | None) -> None:
-        """``cuts``: whether a slot can go back to so many first tokens; None: always."""
+    def __init__(self, *, cuts: bool) -> None:
+        """``cuts``: rows can go back to any of their tokens, otherwise only on from their last."""
         self._cuts = cuts
+        self._ids = itertools.count()
         self._rows: dict[int, ParkedRow] = {}
-        """By slot, the one used longest ago first."""
+        """The one used longest ago first."""
+        self._slots: dict[int, ParkedRow] = {}
         self.tokens = 0
         """All rows together."""
+        self.computed_tokens = 0
+        """By others, ever; the back end counts them."""
 
     def __contains__(self, slot: int) -> bool:
-        return slot in self._rows
+        return slot in self._slots
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __getitem__(self, row: int) -> ParkedRow:
+        return self._rows[row]
+
     @property
     def oldest(self) -> int:
-        """The slot of the row used longest ago."""
+        """The row used longest ago."""
         return next(iter(self._rows))
 
     def length(self, slot: int) -> int:
         """Tokens of the slot's row; 0: there is none."""
-        return len(self._rows[slot].tokens) if slot in self._rows else 0
+        return len(self._slots[slot].tokens) if slot in self._slots else 0
 
     def put(self, slot: int, tokens: list[int], salt: str) -> None:
-        self._rows[slot] = ParkedRow(tokens[:_HEAD_TOKENS], np.array(tokens, np.int32), salt)
+        row = ParkedRow(slot, tokens[:_HEAD_TOKENS], np.array(tokens, np.int32), salt, self.computed_tokens)
+        self._rows[next(self._ids)] = self._slots[slot] = row
         self.tokens += len(tokens)
 
-    def remove(self, slot: int) -> None:
-        self.tokens -= len(self._rows.pop(slot).tokens)
+    def remove(self, row: int) -> int:
+        """The slot that it had."""
+        removed = self._rows.pop(row)
+        del self._slots[removed.slot]
+        self.tokens -= len(removed.tokens)
+        return removed.slot
 
-    def used(self, slot: int) -> None:
-        """The row is the last to go, for now."""
-        self._rows[slot] = self._rows.pop(slot)
+    def use(self, row: int) -> None:
+        """It is the last to go, for now."""
+        self._rows[row] = used = self._rows.pop(row)
+        used.since = self.computed_tokens
+
+    def move(self, slot: int, target: int) -> None:
+        """What a slot held is now in an empty one."""
+        self._slots[target] = moved = self._slots.pop(slot)
+        moved.slot = target
 
     def longest(self, tokens: Sequence[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
-        """The slot whose row gives most of these tokens, and how many; (-1, 0): none. Of equals the one that loses
-        least."""
+        """The row that gives most of these tokens, and how many; (-1, 0): none. Of equals the one that loses least."""
         head = list(tokens[:_HEAD_TOKENS])
         asked: npt.NDArray[np.int32] | None = None
         best, most, lost = -1, 0, 0
-        for slot, row in self._rows.items():
-            if row.salt != salt or slot in claimed or row.head[: len(head)] != head[: len(row.head)]:
+        for number, row in self._rows.items():
+            if row.salt != salt or number in claimed or row.head[: len(head)] != head[: len(row.head)]:
                 continue
             if asked is None:
                 asked = np.asarray(tokens, np.int32)
@@ -68,6 +89,6 @@ class Parked:
             differ = asked[:length] != row.tokens[:length]
             held = int(differ.argmax()) if differ.any() else length
             beyond = len(row.tokens) - held
-            if (held, -beyond) > (most, -lost) and (self._cuts is None or self._cuts(slot, held)):
-                best, most, lost = slot, held, beyond
+            if (held, -beyond) > (most, -lost) and (self._cuts or not beyond):
+                best, most, lost = number, held, beyond
         return best, most

@@ -6,7 +6,7 @@ the cells (transposed values: a row for each dimension). Pure NumPy over bytes; 
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,10 @@ _ROWS = struct.Struct("<iQ")  # type, bytes of a row
 _TRANSPOSED_ROWS = struct.Struct("<iII")  # type, bytes of an element, rows
 # What a cell may have beside its position and its sequence: where it is in an image.
 _EXTRAS = (0, 12)
+
+
+def allocate_bytes(size: int) -> Bytes:
+    return np.empty(size, np.uint8)
 
 
 class Tensor(NamedTuple):
@@ -56,7 +60,14 @@ class Layout:
             place += groups * count * width
         return columns
 
-    def join(self, parts: Sequence[Sequence[Bytes]], tokens: int, streams: int, rest: Bytes) -> Bytes:
+    def join(
+        self,
+        parts: Sequence[Sequence[Bytes]],
+        tokens: int,
+        streams: int,
+        rest: Bytes,
+        allocate: Callable[[int], Bytes] = allocate_bytes,
+    ) -> Bytes:
         """A state of the first ``tokens`` of ``parts`` (columns) that follow each other from position 0 on; ``rest``:
         what the state has behind its KV."""
         cell = _cell(self.extra)
@@ -64,7 +75,7 @@ class Layout:
         before = HEAD + _NUMBER.pack(streams) + _NUMBER.pack(tokens)
         behind = bytes(_NUMBER.size * (streams - 1))
         size = len(before) + tokens * (cell.itemsize + self.token_bytes - self.extra) + 2 * _NUMBER.size
-        state = np.empty(size + header_bytes + len(behind) + len(rest), np.uint8)
+        state = allocate(size + header_bytes + len(behind) + len(rest))
         place = _put(state, 0, before)
         cells = state[place : place + tokens * cell.itemsize].view(cell)
         cells["position"], cells["sequences"], cells["sequence"] = np.arange(tokens), 1, 0

@@ -10,8 +10,8 @@ The model sees ``DecodeView`` and ``PrefillView``: the duck type of mlx-lm's KVC
 same and writes to the lane's last slots, which no sequence may use and no mask shows.
 
 Lengths are kept by the host. Slots beyond a row's length hold finite left-overs or zeros and are masked: a NaN in a
-*masked* V slot makes the whole row NaN (measured). So what a sequence leaves behind is wiped wherever no finite draw
-vouches for it (``Seen``). No I/O, no decisions: the MLX back end is the only caller.
+*masked* V slot makes the whole row NaN (measured). So what a sequence leaves behind is wiped wherever it was not seen
+to be finite (``Seen``), and copied out only where it was. No I/O, no decisions: the MLX back end is the only caller.
 """
 
 import sys
@@ -22,6 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
 from lmx.engine.mlx.blocks import MLXBlock
@@ -39,34 +40,32 @@ from lmx.engine.mlx.layers import (
 )
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
+# So much of the blocks that a row is filled from is held twice.
+_FILL_BYTES = 256 * 1024**2
+
 
 @dataclass(slots=True)
 class Seen:
-    """What a row's draws have shown of its slots.
+    """What is known of a row's slots.
 
-    A draw attends over [0, length), in a layer with a window of W over the last W of those, and any NaN or infinity
-    there makes its logits non-finite. So a finite one vouches for those slots; what only chunks that drew nothing have
-    written, what came from outside, and what a step that was never read has written, nobody vouches for.
+    A NaN or an infinity in any layer's keys or values of a position is in the hidden state after it, since a position
+    attends to itself: in the logits of that position, and in the keys and values of the last layer. So a finite draw
+    vouches for its own position, and the last layer's largest number for all of a chunk (``Lane.written``). For what a
+    step that was never read has written, nobody vouches.
     """
 
-    first: int = 0
-    """The row's length at the first of the last draws without a gap between them; 0: none was read."""
-    last: int = 0
-    """And at the last of them."""
+    finite: int = 0
+    """So many first positions are known to be finite, in all layers."""
+    windows_from: int = 0
+    """Sliding layers hold nothing before that position, where its owner looks no more."""
 
-    def finite(self, length: int) -> None:
-        """A draw at that length was read and is finite."""
-        if length != self.last + 1:
-            self.first = length
-        self.last = length
+    def found(self, start: int, end: int) -> None:
+        """Those of [start, end) are finite."""
+        if start <= self.finite < end:
+            self.finite = end
 
     def back_to(self, length: int) -> None:
-        self.last = min(self.last, length)
-
-    def unsure(self, length: int, window: int | None) -> list[tuple[int, int]]:
-        """The spans of [0, length) that no draw vouches for."""
-        before = max(self.first - window, 0) if window else 0
-        return [(0, min(before, length)), (self.last, length)]
+        self.finite = min(self.finite, length)
 
 
 class Lane:
@@ -85,6 +84,8 @@ class Lane:
         """What was seen of each row to be finite. A row's next owner gets an object of its own."""
         self._private: dict[int, list[Any]] = {}
         """Recurrent states of rows in prefill: they take part in no decode step, so their state must not be stepped."""
+        self._largest: dict[int, mx.array] = {}
+        """Of what the newest prefill pass wrote into its rows."""
         self._layers = [make_layer(kind, rows, slots) for kind in kinds]
         self.last_tokens = mx.zeros((rows,), mx.int32)
         """The token that each row decodes next; lazy."""
@@ -146,23 +147,22 @@ class Lane:
     def drop(self) -> None:
         """Let go of all buffers; the lane is of no use after that."""
         self._layers, self.counts = [], None
-        self._private = {}
+        self._private, self._largest = {}, {}
         self.last_tokens = mx.zeros((0,), mx.int32)
 
     def _wipe(self, row: int, keep: int = 0) -> None:
-        """Zero the slots from ``keep`` on that no draw vouches for."""
-        length = int(self.lengths[row])
+        """Zero the slots from ``keep`` on that nobody vouches for."""
         for layer in self._layers:
             if isinstance(layer, KVLayer):
-                for start, end in self.seen[row].unsure(length, layer.window):
-                    layer.wipe(row, max(start, keep), end)
+                layer.wipe(row, max(self.seen[row].finite, keep), int(self.lengths[row]))
 
     def resize(self, rows: int, slots: int) -> None:
         """New buffers with the rows in use at the front. Costs a copy of those; one buffer at a time is held twice."""
         order = self.in_use
         kept = [(row, int(self.lengths[row])) for row in order]
         assert len(order) <= rows, (order, rows)
-        assert max((length for _, length in kept), default=0) <= slots - DUMMY_SLOTS, (kept, slots)
+        most = slots - DUMMY_SLOTS if self.capacity < sys.maxsize else sys.maxsize
+        assert max((length for _, length in kept), default=0) <= most, (kept, slots)
         for layer in self._per_row:
             layer.resize(kept, rows, slots)
         last = mx.zeros((rows,), mx.int32)
@@ -236,6 +236,8 @@ class Lane:
             mine.put(row, theirs.take(source, tokens))
             mx.eval(mine.arrays)
         self.lengths[row] = tokens
+        known = other.seen[source]
+        self.seen[row] = Seen(min(known.finite, tokens), known.windows_from)
 
     def prefill(
         self, row: int, tokens: Sequence[int], *, last: bool, see: Callable[[mx.array], None] | None = None
@@ -262,6 +264,7 @@ class Lane:
             caches.append(cache)
         hidden = self._loaded.hidden(mx.array([list(tokens)], mx.int32), whole(self.kinds, caches))
         self.lengths[row] = end
+        self._largest = {row: _largest(_newest(caches))}
         if see:
             see(hidden)
         if not last:
@@ -273,14 +276,11 @@ class Lane:
             layer.put(row, cache.cache)
         return self._loaded.logits(hidden[:, -1:])[:, 0]
 
-    def written(self, row: int) -> list[mx.array]:
-        """Small arrays of their own that are there once what a chunk wrote into the row is: for a step that draws
-        nothing, whose end could not be seen otherwise. (While somebody holds a lane's buffer or a view of it, the next
-        write copies the buffer.)"""
-        # Not simply the last one: a model may make a cache that it never writes (nemotron-nas), or of width 0.
-        layer = next(layer for layer in reversed(self._layers) if any(array.size for array in layer.arrays))
-        newest = self._private[row][-1].cache if isinstance(layer, StateLayer) else layer.arrays
-        return [mx.max(array[(slice(0, 1),) * array.ndim]) for array in newest if array is not None and array.size]
+    def written(self, row: int) -> mx.array:
+        """The largest numbers of what a prefill pass just wrote into the row: whether it is finite, and for a step that
+        draws nothing, whose end could not be seen otherwise, that it is there. (Arrays of their own: while somebody
+        holds a lane's buffer or a view of it, the next write copies the buffer.)"""
+        return self._largest.pop(row)
 
     @property
     def prefills_together(self) -> bool:
@@ -302,6 +302,10 @@ class Lane:
         assert len(caches) == len(self._layers)
         hidden = self._loaded.hidden(tokens, whole(self.kinds, caches))
         self.lengths[list(rows)] = lengths
+        newest = _newest(caches)
+        self._largest = {
+            row: _largest([array[index, :, :count] for array in newest]) for index, (row, count) in enumerate(places)
+        }
         return self._loaded.logits(hidden[mx.arange(len(rows)), mx.array(lengths) - 1][:, None])[:, 0]
 
     def decode(self, active: Sequence[int], tokens: mx.array | None = None) -> mx.array:
@@ -356,8 +360,8 @@ class Lane:
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a
-        layer has a state instead of positions, which cannot go back."""
-        if not all(isinstance(layer, KVLayer) for layer in self._layers):
+        layer has a state instead of positions, or no more of its window there, which cannot go back."""
+        if not self.forks_at(row, length) or not all(isinstance(layer, KVLayer) for layer in self._layers):
             self._private.pop(row, None)
             length = 0
         self._wipe(row, length)
@@ -367,14 +371,21 @@ class Lane:
 
     def copy_out(self, row: int, start: int, end: int) -> MLXBlock:
         """A copy of the row's keys and values of positions [start, end); given to the device at once, since a view of
-        a buffer that waits in a graph makes the next write copy it whole."""
-        assert end <= self.lengths[row], (end, self.lengths[row])
+        a buffer that waits in a graph makes the next write copy it whole. Raises ValueError where nobody vouches for
+        them."""
+        seen = self.seen[row]
+        if end > seen.finite:
+            raise ValueError(f"positions {start} to {end}: {seen.finite} are known to be finite")
 
         def copies(windowed: bool) -> list[mx.array]:
-            return [mx.stack([array[row, :, start:end] for array in group]) for group in self._alike(windowed)]
+            found = [[array[row, :, start:end][None] for array in group] for group in self._alike(windowed)]
+            # Stacked alone, an array would stay a view of the lane.
+            return [mx.concatenate([*views, views[0][:0]]) for views in found]
 
         block = MLXBlock(end - start, copies(False), copies(True))
-        mx.async_eval(block.arrays, block.windowed)  # type: ignore[no-untyped-call]
+        if start < seen.windows_from:
+            block.drop_window()
+        mx.async_eval(block.arrays, block.windowed or [])  # type: ignore[no-untyped-call]
         return block
 
     def copy_in(self, row: int, blocks: Sequence[MLXBlock], tokens: int, states: MLXBlock | None) -> None:
@@ -382,26 +393,34 @@ class Lane:
         sequence's recurrent states at that length; its prefill goes on from there."""
         starts = [0, *accumulate(block.tokens for block in blocks)]
         lost = max((index + 1 for index, block in enumerate(blocks) if block.windowed is None), default=0)
-        for windowed, some in ((False, blocks), (True, blocks[lost:])):
-            for index, group in enumerate(self._alike(windowed)):
-                parts = [(block.windowed or [])[index] if windowed else block.arrays[index] for block in some]
-                if not parts:
-                    continue
-                start = starts[lost] if windowed else 0
-                for place, array in enumerate(group):
-                    filled = mx.concatenate([part[place] for part in parts], axis=1)[:, : tokens - start]
-                    array[row, :, start:tokens] = filled
+        first = starts[lost] if self._window else 0
+        assert first <= max(tokens - self._window + 1, 0), (first, tokens)
+        for index, group in enumerate(self._alike(False)):
+            _fill(group, row, 0, tokens, [block.arrays[index] for block in blocks])
+        for index, group in enumerate(self._alike(True)):
+            _fill(group, row, first, tokens, [(block.windowed or [])[index] for block in blocks[lost:]])
         if states is not None:
             self._private[row] = self._caches(states)
         self.lengths[row] = tokens
+        # It was vouched for when it was copied out.
+        self.seen[row] = Seen(tokens, first)
+
+    def forks_at(self, row: int, tokens: int) -> bool:
+        """Whether all layers hold what a sequence of the row's first ``tokens`` looks at."""
+        return self.seen[row].windows_from <= max(tokens - self._window + 1, 0)
+
+    @property
+    def _window(self) -> int:
+        """The longest of the sliding layers'; 0: there are none."""
+        return max((layer.window or 0 for layer in self._layers if isinstance(layer, KVLayer)), default=0)
 
     def _alike(self, windowed: bool) -> list[list[mx.array]]:
-        """The buffers of the layers that slide, or do not, those of one shape together."""
+        """The buffers of the layers that slide, or do not, those of one shape together: as ``blocks.kv_forms``."""
         groups: dict[object, list[mx.array]] = {}
         for layer in self._layers:
             if isinstance(layer, KVLayer) and (layer.window is not None) == windowed:
                 for array in layer.arrays:
-                    groups.setdefault((array.shape[1], array.shape[3], str(array.dtype)), []).append(array)
+                    groups.setdefault((array.shape[1], array.shape[3], array.dtype), []).append(array)
         return list(groups.values())
 
     def states(self, row: int) -> MLXBlock:
@@ -457,3 +476,37 @@ class Lane:
                 free = mx.array([row for row, owner in enumerate(self.owners) if owner is None], dtype=mx.int32)
                 for array in layer.arrays:
                     array[free] = outside
+
+
+def _newest(caches: Sequence[Any]) -> list[mx.array]:
+    """What a prefill pass wrote as the last layer's keys and values, and all states."""
+    written = [cache.written for cache in caches if isinstance(cache, PrefillView) and cache.written]
+    # Of width 0 where the model makes a cache that it does not need (nemotron-nas).
+    found = list(next((pair for pair in reversed(written) if any(array.size for array in pair)), ()))
+    for cache in caches:
+        if isinstance(cache, ArraysCache):
+            found += [array for array in cache.cache if array is not None]
+        elif not isinstance(cache, PrefillView):
+            arrays = [array for _, array in tree_flatten(cache.state) if isinstance(array, mx.array)]
+            found += [array[(slice(0, 1),) * array.ndim] for array in arrays]
+    return found
+
+
+def _largest(arrays: Sequence[mx.array]) -> mx.array:
+    # MLX's maximum is NaN where one of the numbers is.
+    return mx.stack([mx.max(mx.abs(array)).astype(mx.float32) for array in arrays if array.size])
+
+
+def _fill(buffers: Sequence[mx.array], row: int, start: int, end: int, parts: Sequence[mx.array]) -> None:
+    """Write what the ``parts`` (buffers, heads, tokens, width) hold, one after the other, into slots [start, end)."""
+    if start >= end or not buffers[0].size:
+        return
+    # A write of its own for each block and layer would take 30,000 for a long conversation, 3 us of Python each; one
+    # copy of all its blocks would double them.
+    at_once = max(1, _FILL_BYTES * len(buffers) // sum(part.nbytes for part in parts))
+    for index in range(0, len(buffers), at_once):
+        some = buffers[index : index + at_once]
+        joined = mx.concatenate([part[index : index + at_once] for part in parts], axis=2)[:, :, : end - start]
+        for place, buffer in enumerate(some):
+            buffer[row, :, start:end] = joined[place]
+        mx.async_eval(some)  # type: ignore[no-untyped-call]

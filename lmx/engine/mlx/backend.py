@@ -24,7 +24,7 @@ from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
 from lmx.engine.mlx import adapter, device, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
-from lmx.engine.mlx.blocks import MLXBlock
+from lmx.engine.mlx.blocks import Forms, MLXBlock
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
 from lmx.protocol import Load, Logprobs, Sampling
@@ -67,8 +67,11 @@ class MLXBackend:
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self._placement = Placement(loaded, self._probe, self.facts)
         self._decodes_together = not apart
-        self._stopped: dict[int, tuple[int, MLXBlock]] = {}
-        """The states of sequences in prefill at the last of their ``stops``, and where that was."""
+        self._forms = Forms(self._probe.kinds)
+        self._stopped: dict[int, dict[int, MLXBlock]] = {}
+        """The states of sequences in prefill at those of their ``stops`` that nobody asked for yet."""
+        self._copies: list[mx.array] = []
+        """Of blocks that the device may be about to make."""
         self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
         """Of each lane's last step; good as long as the same sequences decode in the same rows."""
 
@@ -125,7 +128,16 @@ class MLXBackend:
     def fork(self, sequence: Sequence, parent: Sequence, tokens: int) -> None:
         self.start(sequence)
         place, source = self._placement[sequence], self._placement[parent]
-        place.lane.fork(place.row, source.lane, source.row, tokens)
+        if source.lane.forks_at(source.row, tokens):
+            place.lane.fork(place.row, source.lane, source.row, tokens)
+            return
+        # The parent was restored further than that, without the windows of its beginning.
+        for start in range(0, tokens, self.facts.max_chunk_tokens):
+            end = min(start + self.facts.max_chunk_tokens, tokens)
+            place.lane.prefill(place.row, sequence.tokens[start:end], last=False)
+            known = np.array(place.lane.written(place.row))
+            if np.isfinite(known).all():
+                place.lane.seen[place.row].found(start, end)
 
     def free(self, sequence: Sequence) -> None:
         self._assert_thread()
@@ -155,6 +167,9 @@ class MLXBackend:
 
     def _begin(self, launch: "MLXLaunch", decoded: list[Lane], chunks: Seq[Chunk]) -> None:
         """Let the device decode, and prefill after that."""
+        # What a command in flight reads, the next write copies: all of a lane, for blocks that were copied out of it.
+        mx.eval(self._copies)
+        self._copies.clear()
         touched = list(decoded)
         if touched and chunks:
             # In one graph MLX may put a chunk's write before the decode's reading of the same buffers, which it then
@@ -224,18 +239,22 @@ class MLXBackend:
             if len(group) == 1:
                 see = partial(self._score, launch, group[0]) if _scored(group[0]) else None
                 found = lane.prefill(rows[0], pieces[0], last=group[0].last, see=see)
-                if (end := int(lane.lengths[rows[0]])) in group[0].sequence.stops:
-                    self._stopped[group[0].sequence.seq] = (end, lane.states(rows[0]))
+                if (
+                    self.facts.prefixes == "checkpoints"
+                    and (end := int(lane.lengths[rows[0]])) in group[0].sequence.stops
+                ):
+                    self._stopped.setdefault(group[0].sequence.seq, {})[end] = lane.states(rows[0])
             elif group[0].start == 0:
                 found = lane.prefill_whole(rows, pieces)
             else:  # the last tokens of forks
                 lane.last_tokens[mx.array(rows)] = mx.array([token for (token,) in pieces], mx.int32)
                 found = lane.decode(rows)[mx.array(rows), 0]
+            if len(group) == 1 or group[0].start == 0:
+                for row, chunk in zip(rows, group, strict=True):
+                    launch.add_written(lane.written(row), lane.seen[row], chunk)
             if found is not None:
                 logits.append(found)
                 ending += [chunk.sequence for chunk in group]
-            else:
-                launch.add_ends(lane.written(rows[0]))
         if ending:
             found = mx.concatenate(logits)
             draw = partial(self._draw_first, launch, lane, ending, found)
@@ -285,18 +304,27 @@ class MLXBackend:
     def copy_out(self, sequence: Sequence, spans: Seq[tuple[int, int]]) -> list[Block]:
         self._assert_thread()
         place = self._placement[sequence]
-        return [place.lane.copy_out(place.row, start, end) for start, end in spans]
+        blocks = [place.lane.copy_out(place.row, start, end) for start, end in spans]
+        self._copies += [array for block in blocks for array in (*block.arrays, *(block.windowed or ()))]
+        return list(blocks)
 
     def checkpoint(self, sequence: Sequence) -> tuple[int, Block] | None:
         place = self._placement[sequence]
-        at, states = self._stopped.get(sequence.seq, (-1, None))
-        if states is not None and at == sequence.kv_tokens:
-            return at, states
-        length = int(place.lane.lengths[place.row])
-        # Where a step runs ahead, the states are of its end: good for one that is in no step any more.
-        if length != sequence.kv_tokens and not sequence.ended:
-            return None
-        return length, place.lane.states(place.row)
+        seen, at = place.lane.seen[place.row], sequence.kv_tokens
+        stopped = self._stopped.get(sequence.seq, {})
+        states = stopped.get(at)
+        for passed in [stop for stop in stopped if stop <= at]:
+            del stopped[passed]
+        if states is None:
+            at = int(place.lane.lengths[place.row])
+            # Where a step runs ahead, the states are of its end: good for one that is in no step any more.
+            if at != sequence.kv_tokens and not sequence.ended:
+                return None
+            states = place.lane.states(place.row)
+            self._copies += states.arrays
+        if at > seen.finite:
+            raise ValueError(f"the states of {at} tokens: {seen.finite} are known to be finite")
+        return at, states
 
     def copy_in(self, sequence: Sequence, blocks: Seq[Block], tokens: int, checkpoint: Block | None) -> None:
         self.start(sequence)
@@ -306,7 +334,9 @@ class MLXBackend:
 
     def from_bytes(self, data: bytes) -> Block:
         self._assert_thread()
-        return MLXBlock.from_bytes(data)
+        block = MLXBlock.from_bytes(data)
+        self._forms.check(block)
+        return block
 
     def parked(self, tokens: Seq[int], salt: str, claimed: Collection[int]) -> tuple[int, int]:
         """None: a row's memory is better used for others, and its blocks are kept."""
@@ -346,7 +376,7 @@ class MLXLaunch:
 
     def __init__(self, order: Seq[int]) -> None:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
-        self._ends: list[mx.array] = []
+        self._written: list[tuple[mx.array, Seen, Chunk]] = []
         self._order = {seq: index for index, seq in enumerate(order)}
         self._watched: list[tuple[Seen, int]] = []
         self._scores: list[tuple[Sequence, int, tuple[mx.array, ...]]] = []
@@ -365,9 +395,9 @@ class MLXLaunch:
         """The rows in their lane of what was added last: they are told when their draws are seen to be finite."""
         self._watched += [(lane.seen[row], int(lane.lengths[row])) for row in rows]
 
-    def add_ends(self, written: Seq[mx.array]) -> None:
-        """What is there when a chunk without a draw is computed."""
-        self._ends += written
+    def add_written(self, largest: mx.array, seen: Seen, chunk: Chunk) -> None:
+        """What is there when a chunk is computed, and finite if what it wrote is."""
+        self._written.append((largest, seen, chunk))
 
     def add_scores(self, sequence: Sequence, start: int, found: tuple[mx.array, ...]) -> None:
         self._scores.append((sequence, start, found))
@@ -400,18 +430,21 @@ class MLXLaunch:
             for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
             if array is not None
         ]
-        return drawn + self._ends + [logits for _, logits, _ in self._deferred]
+        return drawn + [largest for largest, _, _ in self._written] + [logits for _, logits, _ in self._deferred]
 
     def wait(self) -> list[Draw]:
         self.start()
         self.draw()
         mx.eval(self._results())
         found = [draw for drawn, rows in self._draws for draw in _read(drawn, rows)]
+        for largest, seen, chunk in self._written:
+            if np.isfinite(np.array(largest)).all():
+                seen.found(chunk.start, chunk.start + chunk.tokens)
         for draw, (seen, length) in zip(found, self._watched, strict=True):
             if not draw.bad:
-                seen.finite(length)
+                seen.found(length - 1, length)
         # A finished launch must not keep its arrays alive.
-        self._draws, self._ends, self._watched = [], [], []
+        self._draws, self._written, self._watched = [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from lmx.engine.mlx.adapter import LayerKind
+
 Shape = tuple[tuple[int, ...], mx.Dtype]
 
 
@@ -50,7 +52,7 @@ class MLXBlock:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "MLXBlock":
-        """Raises ValueError for bytes that are none of this form; whether they are of this model ``fits`` says."""
+        """Raises ValueError for bytes that are none of this form; whether they are a model's ``Forms`` say."""
         size = int.from_bytes(data[:4], "little")
         try:
             header = json.loads(data[4 : 4 + size])
@@ -66,11 +68,47 @@ class MLXBlock:
             raw = np.frombuffer(data, np.uint8, count, offset)
             arrays.append(mx.array(raw).view(dtype).reshape(shape))
             offset += count
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         last = len(arrays) - (windowed or 0)
         block = cls(tokens, arrays[:last], arrays[last:])
         if windowed is None:
             block.drop_window()
         return block
+
+
+class Forms:
+    """What blocks of a model look like."""
+
+    def __init__(self, kinds: Sequence[LayerKind]) -> None:
+        self._kv, self._windowed = kv_forms(kinds, windowed=False), kv_forms(kinds, windowed=True)
+        states = [kind for kind in kinds if kind.kind == "state"]
+        self._states = [((1, *s), d) for kind in states for s, d in zip(kind.shapes, kind.dtypes, strict=True)]
+
+    def check(self, block: MLXBlock) -> None:
+        """Raises ValueError for a block of another model."""
+
+        def shapes(arrays: Sequence[mx.array]) -> list[Shape]:
+            return [(tuple(array.shape), array.dtype) for array in arrays]
+
+        def of(forms: Sequence[tuple[int, int, int, mx.Dtype]]) -> list[Shape]:
+            return [((count, heads, block.tokens, width), dtype) for count, heads, width, dtype in forms]
+
+        expected = of(self._kv) if block.tokens else self._states
+        found = shapes(block.arrays)
+        if found == expected and block.windowed is not None and block.tokens:
+            found, expected = shapes(block.windowed), of(self._windowed)
+        if found != expected:
+            raise ValueError(f"a block of KV is of another model: its arrays are {found}, this one's {expected}")
+
+
+def kv_forms(kinds: Sequence[LayerKind], *, windowed: bool) -> list[tuple[int, int, int, mx.Dtype]]:
+    """Of the layers that slide, or do not: (arrays, heads, width, type) of each array of a block."""
+    counts: dict[tuple[int, int, mx.Dtype], int] = {}
+    for kind in kinds:
+        if kind.kind == "kv" and (kind.window is not None) == windowed:
+            for (heads, width), dtype in (array for kept in kind.buffers for array in kept):
+                counts[heads, width, dtype] = counts.get((heads, width, dtype), 0) + 1
+    return [(count, heads, width, dtype) for (heads, width, dtype), count in counts.items()]
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -129,6 +129,8 @@ class PrefillView(_View):
         """``rows``: the row and the count of its own tokens, for each row of the pass."""
         super().__init__(layer)
         assert start == 0 or len(rows) == 1
+        self.written: tuple[mx.array, mx.array] | None = None
+        """What the pass wrote, (B, H, L, D) each."""
         self.offset = start
         self._end = end
         self._rows = rows
@@ -143,6 +145,7 @@ class PrefillView(_View):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         layer, start = self._layer, self.offset
+        self.written = keys, values
 
         def shown(buffers: list[mx.array], new: mx.array) -> mx.array:
             parts = layer.packed(new)

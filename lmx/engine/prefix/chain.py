@@ -2,11 +2,18 @@
 
 The key of a block stands for every token from the sequence's first on, the model, how its KV is held, and who may share
 it; so equal keys mean equal KV, and a foreign token is never found. Pure; used by every tier of the prefix store.
+
+``Chain`` is one sequence's: ``Chain(root, tokens, session)``, ``key(blocks)``, ``shared(other, most)``; the rest of its
+fields are the memory tier's (``ram``).
 """
 
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmx.engine.prefix.nodes import Conversation
 
 BLOCK_TOKENS = 256
 KEY_BYTES = 16
@@ -15,7 +22,9 @@ KEY_BYTES = 16
 def root_key(fingerprint: str, salt: str) -> bytes:
     """Where a chain begins. ``fingerprint``: of all that KV depends on beside the tokens (``fingerprint.py``);
     adapters and images will have their place here and in ``next_key``."""
-    return hashlib.blake2b(f"{fingerprint}\n{salt}".encode(), digest_size=KEY_BYTES).digest()
+    # A salt is any text that JSON can hold, unpaired surrogates too.
+    named = f"{fingerprint}\n{salt}".encode(errors="surrogatepass")
+    return hashlib.blake2b(named, digest_size=KEY_BYTES, person=b"lmx root").digest()
 
 
 def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -27,12 +36,20 @@ def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 class Chain:
     """The keys of one sequence, made as they are asked for. Hashing 62,000 tokens takes about 2 ms."""
 
+    __slots__ = ("_keys", "conversation", "prompt_tokens", "put_tokens", "session", "tokens", "turn")
+
     def __init__(self, root: bytes, tokens: list[int], session: str = "") -> None:
-        """``tokens``: the prompt; the list stays the caller's, who only appends to it. ``session``: the conversation;
-        "": unknown yet."""
+        """``tokens``: the prompt; the list stays the caller's, who only appends to it. ``session``: what the client
+        calls the conversation, or a group of them; "": nothing."""
         self.tokens = tokens
         self.prompt_tokens = len(tokens)
         self.session = session
+        self.conversation: Conversation | None = None
+        """Which one it goes on with; None: not looked for yet."""
+        self.turn = 0
+        """How many sequences the memory tier had met."""
+        self.put_tokens = 0
+        """As far as it was kept once."""
         self._keys = [root]
 
     def key(self, blocks: int) -> bytes:
@@ -61,6 +78,11 @@ class Chain:
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
-    if a[: len(b)] == b[: len(a)]:
-        return min(len(a), len(b))
-    return next(index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # comparing slices is many times faster than a loop over tokens
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -135,7 +135,8 @@ class Disk:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         """``folder``: of all models; in it each fingerprint has its own. ``queue_bytes``: most memory for what waits to
-        be written. ``model``: its name, for people. ``wake`` is called by the tier's thread when a fetch is done."""
+        be written. ``model``: its name, for people. ``wake`` is called by the tier's thread when a fetch is done, and
+        when ``has_room`` has said no and would now say yes to half a queue."""
         self._all = folder
         self._folder = folder / fingerprint
         self._fingerprint = fingerprint
@@ -148,6 +149,8 @@ class Disk:
         self._catalog = Catalog()
         self._queue: dict[bytes, _Offered] = {}
         self._queued_bytes = 0
+        self._awaited = False
+        """Somebody asked for room in the queue, and there was none."""
         self._fetches: deque[Fetch] = deque()
         self._used: set[bytes] = set()
         """What the index was not told yet."""
@@ -187,7 +190,9 @@ class Disk:
         """Whether the queue would take so many bytes now. Offer nothing that follows a node that had to wait before
         that node: it would be refused."""
         with self._changed:
-            return self._has_room(nbytes)
+            has_room = self._has_room(nbytes)
+            self._awaited = self._awaited or not has_room
+            return has_room
 
     def offer(
         self,
@@ -415,6 +420,7 @@ class Disk:
             self._read(fetch)
         elif offered is not None:
             self._write(offered)
+            self._tell_of_room()
         if time.monotonic() - self._looked >= LOOK_S:
             self._write_down()
             self._look()
@@ -453,6 +459,14 @@ class Disk:
             self._counters.written_nodes += 1
             self._counters.written_bytes += head.nbytes
             self._counters.write_s += time.perf_counter() - since
+
+    def _tell_of_room(self) -> None:
+        with self._changed:
+            tell = self._awaited and self._queued_bytes <= self._queue_bytes / 2
+            if tell:
+                self._awaited = False
+        if tell:
+            self._wake()
 
     def _shrink(self) -> set[bytes]:
         assert self._index is not None
@@ -552,6 +566,7 @@ class Disk:
             self._queue.clear()
             self._queued_bytes = 0
             self._changed.notify_all()
+        self._tell_of_room()
         print(f"prefixes are no longer kept on disk ({self._folder}): {self._off}", flush=True)
 
     def _end_fetches(self) -> None:

@@ -17,6 +17,8 @@ EVERY_TOKENS = 4096
 # Two stops are at least so far from each other: each makes a pass of its own.
 _APART = 32
 _MESSAGES = 6
+# To pause in a shorter prompt costs more than to compute it again.
+_LEAST_TOKENS = 512
 
 
 def message_marks(words: str) -> frozenset[int]:
@@ -30,8 +32,10 @@ def message_marks(words: str) -> frozenset[int]:
 
 def stops(prompt: Sequence[int], marks: frozenset[int]) -> tuple[int, ...]:
     """Ascending, inside the prompt."""
+    if len(prompt) < _LEAST_TOKENS:
+        return ()
     last = len(prompt) - BEFORE_END
-    found = [last] if last > 0 else []
+    found = [last]
     # From the end, because later turns part near it; the message itself is on the far side of the stop.
     at = last
     for index in range(last - 1, 0, -1):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from lmx.engine.backend import Backend, Sequence
 from lmx.engine.prefix.chain import BLOCK_TOKENS, Chain, root_key
 from lmx.engine.prefix.disk import Disk, Fetch, Node
+from lmx.engine.prefix.nodes import Node as RamNode
 from lmx.engine.prefix.ram import Found, RamTier
-from lmx.engine.prefix.ram import Node as RamNode
 from lmx.engine.prefix.stops import stops
 from lmx.protocol import PrefixStats, unpack_tokens
 
@@ -203,7 +203,9 @@ class PrefixStore:
         if not head.window:
             block.drop_window()
         tokens = array("I", unpack_tokens(head.ids))
-        self._ram.adopt(head.parent, head.root, head.key, tokens, block, checkpoint, node.uses)
+        if head.parent == head.root:
+            self._ram.root(head.root)
+        self._ram.adopt(head.parent, head.key, tokens, block, checkpoint, node.uses)
 
     def warm(self) -> int:
         """Before the engine is ready: the prefixes that most conversations share; how many bytes they hold."""
@@ -275,12 +277,16 @@ class PrefixStore:
         new = self._ram.put(chain, tokens, spans, blocks, checkpoint)
         if self._disk is not None:
             self._unsaved += [(chain.key(0), node) for node in new]
+            if end and (found := self._ram.match(chain, tokens)).node is not None:
+                self._disk.used((node.key, node.uses) for node in found.node.path())
         self._publish_s += time.perf_counter() - since
 
-    def make_room(self, kv_used_bytes: int) -> None:
-        """Before sequences take what they were given of the KV budget: it is theirs first."""
+    def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
+        """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
+        and is to be restored yet; it can be, whatever goes."""
         left = self._backend.facts.kv_budget_bytes - kv_used_bytes
-        self._ram.shrink(self._budget_bytes or max(left, 0))
+        spare = [source.found for source in sources if source.found is not None]
+        self._ram.shrink(self._budget_bytes or max(left, 0), spare)
 
     def statistics(self) -> PrefixStats:
         ram, disk = self._ram.statistics(), self._disk.statistics() if self._disk else None
