@@ -2,13 +2,8 @@
 
 ``steady``: a full batch decodes and nobody can be admitted. ``admit``: all rows are free in every step, so that each
 plan searches the whole queue twice and starts as many prompts (of 64 clients) as there are rows. ``expire``: the same,
-<<<<<<< HEAD
-and in each plan a deadline passes. ``recache``: as ``admit``, but only what a store of prefixes asks before each plan
-is counted, upcoming() and recache() for as many as there are rows.
-=======
 and in each plan a deadline passes. ``recache``: as ``admit``, but counted is what a store of prefixes asks before each
 plan, upcoming() and recache() for as many as there are rows.
->>>>>>> w-sched
 The tests' pure-Python reference runs in the same process, for the ratio.
 
     python -m bench sched
@@ -31,11 +26,7 @@ TARGET_US = 100.0
 
 
 def measure(implementation: Callable[..., Any], scenario: str, queued: int, steps: int) -> list[float]:
-<<<<<<< HEAD
-    """Microseconds of plan() + commit(), or what the scenario counts, in each step; between the steps nothing is."""
-=======
     """Microseconds of plan() + commit(), or of what the scenario counts, in each step; nothing else is counted."""
->>>>>>> w-sched
     scheduler = implementation(max_rows=ROWS, kv_budget_bytes=2**40, kv_bytes_per_token=1024)
     ids = itertools.count()
     durations = []

@@ -250,14 +250,12 @@ def test_nodes_from_elsewhere_come_under_their_parents() -> None:
     source, store = Store(), Store()
     text = source.text(600)
     nodes = source.put(source.chain(text))
-    first = nodes[0].parent
-    assert first is not None
+    root = root_key("model", "")
     for node in nodes:
         assert node.parent is not None
         assert node.block is not None
-        values = (node.parent.key, node.key, node.tokens, node.block, node.checkpoint)
-        assert store.ram.adopt(*values, uses=3) is None
-    store.ram.root(first.key)
+        assert store.ram.adopt(node.parent.key, node.key, node.tokens, node.block, None, uses=3) is None
+    store.ram.root(root)
     for node in nodes:
         assert node.parent is not None
         assert node.block is not None
@@ -268,6 +266,25 @@ def test_nodes_from_elsewhere_come_under_their_parents() -> None:
         assert (adopted.start, adopted.uses, adopted.anchor) == (node.start, 3, True)
     assert store.ram.nbytes == source.ram.nbytes
     store.take(store.chain(text), store.match(text))
+
+
+def test_a_block_that_comes_without_its_window_part_is_not_used_for_it() -> None:
+    """From the disk, or copied when the sequence's window had moved on."""
+    source, store = Store(window=300), Store(window=300)
+    text = source.text(1024)
+    store.ram.root(root_key("model", ""))
+    for node in source.put(source.chain(text)):
+        assert node.parent is not None
+        assert isinstance(node.block, Tokens)
+        if node.start < 512:
+            node.block.drop_window()
+        store.ram.adopt(node.parent.key, node.key, node.tokens, node.block, None, uses=1)
+    assert [store.found(text[:tokens]) for tokens in (1024, 812, 811, 600)] == [1024, 812, 0, 0]
+    chain = store.chain(store.text(1024))
+    spans = store.ram.missing(chain, 1024, tail=True)
+    blocks = [Tokens(chain.tokens[a:b], 500, 0 if a < 512 else 500) for a, b in spans]
+    store.ram.put(chain, 1024, spans, blocks)
+    assert [store.found(chain.tokens[:tokens]) for tokens in (1024, 811)] == [1024, 0]
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
@@ -452,6 +469,41 @@ def test_window_parts_stay_before_a_branch_and_come_back_where_one_begins() -> N
     store.take(branch, store.match(branch.tokens))
 
 
+def evict_one(store: Store) -> None:
+    """After all parts that nobody needs."""
+    evictions = store.ram.statistics().evictions
+    while store.ram.statistics().evictions == evictions:
+        store.ram.shrink(store.ram.nbytes - 1)
+
+
+def test_window_parts_stay_at_the_end_of_what_was_shared_when_one_branch_is_left() -> None:
+    store = Store(window=300)
+    system, long = store.text(1024), store.text(4000)
+    store.turn([*system, *store.text(40)], [])
+    store.turn([*system, *long], [])
+    evict_one(store)
+    assert store.found([*system, *long]) == 5024
+    store.ram.shrink(store.ram.nbytes - 1)
+    assert store.found([*system, 1]) == 1024
+    store.take(store.chain(system), store.match(system))
+
+
+def test_window_parts_that_only_a_branch_needed_go_with_it() -> None:
+    store = Store(window=300)
+    left = store.text(4000)
+    store.turn(left, [], session="s")
+    way = [*left[:2048], *store.text(30)]
+    store.turn(way, [], session="s")
+    way += store.text(3000)
+    store.turn(way, [], session="s")
+    while store.found(left) > 2048:
+        assert store.found(left[:2048]) == 2048
+        evict_one(store)
+    assert store.found(way) == 5078
+    store.ram.shrink(store.ram.nbytes - 1)
+    assert (store.found(way[:2048]), store.found(way)) == (0, 5078)
+
+
 def test_with_an_end_all_goes_that_no_sequence_could_go_on_from() -> None:
     store = Store(checkpoints=True)
     chain = store.chain(store.text(4000))
@@ -605,11 +657,14 @@ class Machine(RuleBasedStateMachine):
         """What was evicted comes back from the disk, parents first."""
         for key, node in sorted(self.removed, key=lambda item: item[1].start):
             assert node.parent is not None
-            assert isinstance(node.block, Tokens)
-            if node.start == 0:
-                self.store.ram.root(node.parent.key)
-            block = Tokens(node.block.tokens, node.block.fixed_bytes, WINDOW_BYTES if self.store.window else 0)
-            self.store.ram.adopt(node.parent.key, key, node.tokens, block, node.checkpoint, uses)
+            path = node.path()
+            tokens = [token for each in path for token in each.tokens]
+            assert path[0].parent is not None
+            window_bytes = WINDOW_BYTES if self.store.window and uses else 0
+            block = Tokens(list(node.tokens), KV_BYTES, window_bytes)
+            checkpoint = Tokens(tokens, CHECKPOINT_BYTES) if self.store.checkpoints and uses > 1 else None
+            self.store.ram.root(path[0].parent.key)
+            self.store.ram.adopt(node.parent.key, key, node.tokens, block, checkpoint, uses)
         self.removed = []
 
     @invariant()

@@ -98,7 +98,7 @@ class Eviction:
         """A sequence has come to the end of ``last``: the window parts a window behind are of no more use to it."""
         node, least = last, last.end - self._window
         passed: list[Node] = []
-        while node.parent is not None and not (node.end <= least and (node.noted or node.windowless)):
+        while node.parent is not None and not (node.end <= least and node.noted):
             if node.end <= least:
                 passed.append(node)
             node = node.parent

@@ -133,7 +133,7 @@ class Tree:
         node.nbytes = nbytes
 
     def remove(self, node: Node) -> None:
-        """A leaf. It keeps its records, for whoever has found it just now; nothing here refers to it any more."""
+        """A leaf, and its records: others may hold the node longer."""
         parent = node.parent
         assert parent is not None
         assert not node.children
@@ -143,5 +143,6 @@ class Tree:
         del parent.children[place]
         self.nbytes -= node.nbytes
         self.blocks -= 1
+        node.block = node.checkpoint = None
         if parent.parent is None and not parent.children:
             del self.nodes[parent.key]

@@ -29,11 +29,13 @@ _REPHRASED_SHARE = 0.5
 
 
 class Found(NamedTuple):
-    """A prefix that can be restored. It stays so while its holder does, whatever is evicted, if ``shrink`` is told."""
+    """A prefix that can be restored. Its records are its own, so that it stays so whatever is evicted; but of their
+    window parts ``shrink`` must be told."""
 
     tokens: int = 0
     node: Node | None = None
     """Holds the last of them."""
+    blocks: tuple[Block, ...] = ()
     checkpoint: Block | None = None
     why: str = ""
     """What ended it: "tokens", "window" or "checkpoint"; "": the prompt, or what is kept."""
@@ -74,7 +76,13 @@ class RamTier:
         why = "tokens" if differs else ""
         if found.tokens < end:
             why = "checkpoint" if self._checkpoints else "window"
-        return found._replace(why=why, broke_at=end if differs else -1)
+        path = found.node.path() if found.node is not None else []
+        blocks = tuple(node.block for node in path if node.block is not None)
+        return found._replace(blocks=blocks, why=why, broke_at=end if differs else -1)
+
+    def blocks(self, chain: Chain, most: int) -> int:
+        """How many whole blocks of its first ``most`` tokens are here."""
+        return self._stored(chain, most // BLOCK_TOKENS)
 
     def _way(self, chain: Chain, most: int) -> tuple[Node | None, Node | None, int]:
         """As far as its first ``most`` tokens are here: the last whole block; what follows that and has most of the
@@ -83,10 +91,6 @@ class RamTier:
         if node is None:
             return None, None, 0
         return node, *node.nearest(self._rest(chain, node, most))
-
-    def blocks(self, chain: Chain, most: int) -> int:
-        """How many whole blocks of its first ``most`` tokens are here."""
-        return self._stored(chain, most // BLOCK_TOKENS)
 
     def _stored(self, chain: Chain, most: int) -> int:
         """How many first blocks of it are here, of at most ``most``. (Nothing is here without all before it.)"""
@@ -117,11 +121,11 @@ class RamTier:
             if first or len(way.children) > 1:
                 for tail in way.within(self._rest(chain, way, end)):
                     if self._eviction.serves(tail):
-                        return Found(tail.end, tail, tail.checkpoint)
+                        return Found(tail.end, tail, checkpoint=tail.checkpoint)
             if way.parent is None:
                 return Found()
             if self._eviction.serves(way):
-                return Found(way.end, way, way.checkpoint)
+                return Found(way.end, way, checkpoint=way.checkpoint)
             way, first = way.parent, False
 
     def _in_window(self, tokens: int, last: Node) -> Found:
@@ -134,11 +138,11 @@ class RamTier:
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
-    def take(self, found: Found, chain: Chain) -> tuple[list[Block], Block | None]:
+    def take(self, found: Found, chain: Chain) -> tuple[Sequence[Block], Block | None]:
         """The blocks of a prefix that ``match`` found, and the checkpoint at its end."""
         assert found.node is not None
         self._use(found.node, found.tokens, self._recognise(chain))
-        return [node.block for node in found.node.path() if node.block is not None], found.checkpoint
+        return found.blocks, found.checkpoint
 
     def missing(self, chain: Chain, end: int, *, tail: bool) -> list[tuple[int, int]]:
         """The spans of [0, end) that ``put`` would keep: blocks that are not here, with ``tail`` the part of one at the
@@ -189,10 +193,10 @@ class RamTier:
             whole = stop - start == BLOCK_TOKENS
             key = chain.key(stop // BLOCK_TOKENS) if whole else next_key(above, tokens)
             if (node := self._tree.nodes.get(key)) is not None:
-                node.block, node.windowless, node.noted = block, False, False
+                node.block, node.windowless = block, self._lacks_window(block)
                 self._tree.weigh(node)
             else:
-                made.append(self._add(Node(key, parent, start, tokens, block)))
+                made.append(self._add(Node(key, parent, start, tokens, block, windowless=self._lacks_window(block))))
         chain.put_tokens = max(chain.put_tokens, end)
         last = self._last(chain, end)
         if last is None:
@@ -222,7 +226,8 @@ class RamTier:
             beside, shared = above.nearest(tokens)
             node = beside if shared == len(tokens) else None
         if node is None:
-            node = self._add(Node(key, above, above.end, tokens, block, checkpoint))
+            lacks = self._lacks_window(block)
+            node = self._add(Node(key, above, above.end, tokens, block, checkpoint, windowless=lacks))
             node.used, node.age = next(self._ticks), self._eviction.turnover
         elif node.checkpoint is None and checkpoint is not None:
             node.checkpoint = checkpoint
@@ -233,7 +238,12 @@ class RamTier:
         return node
 
     def root(self, key: bytes) -> Node:
+        """Where nodes from elsewhere can begin."""
         return self._tree.root(key)
+
+    def _lacks_window(self, block: Block) -> bool:
+        """Copied when the window had moved on, or kept without."""
+        return self._window > 0 and not block.window_bytes
 
     def _last(self, chain: Chain, end: int) -> Node | None:
         """The node that holds the last of the first ``end`` tokens, or of those that are here."""
