@@ -50,6 +50,14 @@ class ServerSettings(_Section):
     log_prompts: bool = False
 
 
+class KVBits(IntEnum):
+    """Of a key's or a value's number."""
+
+    WHOLE = 16
+    EIGHT = 8
+    FOUR = 4
+
+
 class ModelSettings(_Section):
     default: str = "smollm2-135m-instruct"
     embedding: str = ""
@@ -79,6 +87,7 @@ class ModelSettings(_Section):
     backend: BackendName = "auto"
     backends: dict[str, BackendName] = {}
     context_length: int = Field(0, ge=0, le=2**31 - 1)
+    kv_bits: KVBits = KVBits.WHOLE
     tool_format: str = ""
     reasoning_format: str = ""
 
@@ -128,16 +137,7 @@ class EngineSettings(_Section):
     command: list[str] = []
 
 
-class KVBits(IntEnum):
-    """llama.cpp's types of KV."""
-
-    F16 = 16
-    Q8_0 = 8
-    Q4_0 = 4
-
-
 class LlamaSettings(_Section):
-    kv_bits: KVBits = KVBits.F16
     gpu_layers: int = Field(-1, ge=-1, le=10_000)
     threads: int = Field(0, ge=0, le=512)
     mmap: bool = True

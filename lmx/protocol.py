@@ -99,9 +99,9 @@ class Load:
     log_level: str = "info"
     """"debug": the libraries' own logs too."""
     kv_bits: int = 16
-    """This and the following are llama.cpp's: the type of KV, 16 (F16), 8 (Q8_0) or 4 (Q4_0)."""
+    """Of a KV value: 16, 8 or 4. (llama.cpp: F16, Q8_0, Q4_0.)"""
     gpu_layers: int = -1
-    """Layers on the GPU; -1: all."""
+    """This and the following two are llama.cpp's: layers on the GPU; -1: all."""
     threads: int = 0
     mmap: bool = True
     words: str = ""

@@ -15,12 +15,12 @@ from tests.recurrent_gguf import build_recurrent_gguf
 PROMPT = np.random.default_rng(0).integers(5, 1000, 300).tolist()
 
 
-def load_mlx(path: Path) -> Backend:
+def load_mlx(path: Path, **options: int) -> Backend:
     from lmx.engine.mlx import adapter
     from lmx.engine.mlx.backend import MLXBackend
 
     # Not its ``load``, which freezes the process's objects for good.
-    return MLXBackend(adapter.load(path), Load(str(path), max_rows=4, max_chunk_tokens=512))
+    return MLXBackend(adapter.load(path), Load(str(path), max_rows=4, max_chunk_tokens=512, **options))
 
 
 def load_llama(path: Path, **options: int) -> Backend:
@@ -38,6 +38,10 @@ def load_llama_unified(path: Path) -> Backend:
 
 MODELS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Backend]]] = {
     "mlx llama": (lambda folder: build_model("llama", folder / "model"), load_mlx),
+    "mlx packed": (
+        lambda folder: build_model("llama", folder / "model", head_dim=32),
+        lambda path: load_mlx(path, kv_bits=8),
+    ),
     "mlx recurrent": (lambda folder: build_model("qwen3_next", folder / "model"), load_mlx),
     "llama.cpp llama": (lambda folder: build_gguf(folder / "model.gguf"), load_llama),
     "llama.cpp shared cells": (lambda folder: build_gguf(folder / "model.gguf"), load_llama_unified),

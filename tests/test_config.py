@@ -42,14 +42,14 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         "LMX_ENGINE_LOOKAHEAD": "off",
         "LMX_MODEL_CACHE_DIR": "/var/cache/lmx",
         "LMX_MODEL_BACKENDS": '{small = "llama"}',
-        "LMX_LLAMA_KV_BITS": "8",
+        "LMX_MODEL_KV_BITS": "8",
     }
     settings = load_settings(None, environ)
     assert settings.model.aliases == {"small": "smollm2-135m-instruct"}
     assert settings.engine.command == ["python", "x y.py"]
     assert settings.engine.lookahead == "off"
     assert settings.model.backends == {"small": "llama"}
-    assert settings.llama.kv_bits == 8
+    assert settings.model.kv_bits == 8
     assert settings.model.cache_path == Path("/var/cache/lmx")
 
 
@@ -69,7 +69,7 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
             {"LMX_ENGINE_KV_BUDGET_BYTES": f"{10**30}"},
             ["[engine] kv_budget_bytes", "less than or equal", f"{10**30}"],
         ),
-        ("[llama]\nkv_bits = 5", {}, ["[llama] kv_bits", "16, 8 or 4", "5"]),
+        ("[model]\nkv_bits = 5", {}, ["[model] kv_bits", "16, 8 or 4", "5"]),
         ("[model]\nbackend = 'mlc'", {}, ["[model] backend", "'mlc'", "'llama'"]),
         ("", {"LMX_SERVER_PORT": "70000"}, ["[server] port", "70000", "LMX_SERVER_PORT"]),
         ("", {"LMX_SERVER_CORS_ORIGINS": "http://a"}, ["LMX_SERVER_CORS_ORIGINS", "http://a", "TOML"]),

@@ -325,7 +325,7 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         batching=settings.engine.batching,
         openblas=settings.engine.openblas,
         log_level=settings.server.log_level,
-        kv_bits=settings.llama.kv_bits,
+        kv_bits=settings.model.kv_bits,
         gpu_layers=settings.llama.gpu_layers,
         threads=settings.llama.threads,
         mmap=settings.llama.mmap,

@@ -6,6 +6,7 @@ from the trunk. Called by the MLX back end on the engine's one thread.
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -55,6 +56,8 @@ __all__ = [
 # A model that would take more than this share of the free memory as float32 stays packed on the CPU.
 _FLOAT32_MEMORY_SHARE = 0.6
 
+# mlx-lm's choice, then the smallest that MLX's kernels know.
+_GROUP_SIZES = (64, 32)
 # What configurations call the longest context, GPT-2's and other older ones last.
 _CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -88,17 +91,31 @@ class LayerKind:
     grouped: bool = False
     """The model's own attention has an axis for the query heads that share keys, (B, KV heads, group, L, S): a mask of
     several rows needs it, too (Gemma 2)."""
+    bits: int = 16
+    """Of a value that is kept: 8 or 4 are packed, with a scale and a bias for each ``group_size`` of them; 16: as the
+    model gives it."""
+
+    @property
+    def group_size(self) -> int:
+        """Neighbours of one vector that can share a scale, in keys and in values; 0: they cannot be packed."""
+        return next((size for size in _GROUP_SIZES if all(shape[-1] % size == 0 for shape in self.shapes)), 0)
+
+    @property
+    def buffers(self) -> list[list[tuple[tuple[int, ...], mx.Dtype]]]:
+        """Shape and type of what keeps each of ``shapes``: one array, or packed values, scales and biases."""
+        found = []
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            if self.bits < 16:
+                scales = ((*shape[:-1], shape[-1] // self.group_size), dtype)
+                found.append([((*shape[:-1], shape[-1] * self.bits // 32), mx.uint32), scales, scales])
+            else:
+                found.append([(shape, dtype)])
+        return found
 
     @property
     def nbytes(self) -> int:
         """For each position (kv) or each sequence (state)."""
-        total = 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            size = dtype.size
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+        return sum(dtype.size * math.prod(shape) for kept in self.buffers for shape, dtype in kept)
 
 
 @dataclass(frozen=True, slots=True)

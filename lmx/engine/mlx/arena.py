@@ -335,7 +335,9 @@ class Lane:
         positions = lengths[:, None] + steps
         slots = Slots(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps))
         span = int(lengths.max()) + width
-        masks = Masks(positions, span, self._loaded.query_heads)
+        # mlx-lm's attention over packed KV broadcasts one mask over all heads.
+        packed = any(kind.bits < 16 for kind in self.kinds)
+        masks = Masks(positions, span, 1 if packed else self._loaded.query_heads)
         offset = mx.array(lengths)
         caches: list[Any] = []
         for layer in self._layers:
@@ -443,15 +445,15 @@ class Lane:
         return caches
 
     def restore(self, row: int, length: int, arrays: Sequence[mx.array]) -> None:
-        """For the load probe: fill an empty row with each layer's keys and values, or states, in turn."""
+        """For the load probe: fill an empty row with each layer's keys and values (as the model gave them), or states,
+        in turn."""
         given = iter(arrays)
         states: list[mx.array] = []
         for layer in self._layers:
-            mine = [next(given) for _ in layer.arrays]
             if isinstance(layer, KVLayer):
-                layer.put(row, mine)
+                layer.put(row, [part for _ in range(2) for part in layer.packed(next(given))])
             else:
-                states += mine
+                states += [next(given) for _ in layer.arrays]
         if states:
             self._private[row] = self._caches(MLXBlock(0, states))
         self.lengths[row] = length
@@ -465,10 +467,11 @@ class Lane:
         hidden = (used & (slots < span))[:, None, :, None]
         for layer in self._layers:
             if isinstance(layer, KVLayer):
-                layer.keys, layer.values = (
-                    mx.where(written, array, mx.where(hidden, inside, outside).astype(array.dtype))
-                    for array in layer.arrays
-                )
+                for arrays in (layer.keys, layer.values):
+                    for index, array in enumerate(arrays):
+                        if array.dtype != mx.uint32:  # packed values are numbers, whatever they are; scales are not
+                            foreign = mx.where(hidden, inside, outside).astype(array.dtype)
+                            arrays[index] = mx.where(written, array, foreign)
             else:
                 free = mx.array([row for row, owner in enumerate(self.owners) if owner is None], dtype=mx.int32)
                 for array in layer.arrays:

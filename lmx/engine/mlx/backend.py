@@ -55,9 +55,11 @@ class MLXBackend:
         self._thread = threading.get_ident()
         self._loaded = loaded
         write, write_words = device.choose_write()
-        self._probe = probe.run(loaded, write, force_single=options.batching == "single")
+        self._probe = probe.run(loaded, write, force_single=options.batching == "single", kv_bits=options.kv_bits)
         self._device = device.measure(loaded, self._probe.kinds, self._probe.write)
         self._device.words["write"] = write_words
+        if self._probe.kv:
+            self._device.words["kv"] = self._probe.kv
         apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
         mx.clear_cache()  # of what the probes left
@@ -109,7 +111,7 @@ class MLXBackend:
             launch_share=self._device.launch_share,
             weights_bytes=self._loaded.weights_bytes,
             device=_device_name(),
-            dtype=self._loaded.dtype,
+            dtype=self._loaded.dtype + (f", {self._probe.kv_bits}-bit KV" if self._probe.kv_bits < 16 else ""),
             path=self._probe.path,
             path_reason=self._probe.reason,
             probes=probes,

@@ -106,7 +106,7 @@ def kv_forms(kinds: Sequence[LayerKind], *, windowed: bool) -> list[tuple[int, i
     counts: dict[tuple[int, int, mx.Dtype], int] = {}
     for kind in kinds:
         if kind.kind == "kv" and (kind.window is not None) == windowed:
-            for (heads, width), dtype in zip(kind.shapes, kind.dtypes, strict=True):
+            for (heads, width), dtype in (array for kept in kind.buffers for array in kept):
                 counts[heads, width, dtype] = counts.get((heads, width, dtype), 0) + 1
     return [(count, heads, width, dtype) for (heads, width, dtype), count in counts.items()]
 

@@ -26,19 +26,36 @@ def round_slots(tokens: int) -> int:
 
 
 class KVLayer:
-    """Keys and values of one layer for all rows: (rows, heads, slots, width) each."""
+    """Keys and values of one layer for all rows: a buffer (rows, heads, slots, width) each, or three where they are
+    packed (values, scales and biases)."""
 
     def __init__(self, kind: LayerKind, rows: int, slots: int) -> None:
         self.window = kind.window
         self.grouped = kind.grouped
+        self.bits = kind.bits
+        self.group_size = kind.group_size
         self.keys, self.values = (
-            mx.zeros((rows, heads, slots, width), dtype)
-            for (heads, width), dtype in zip(kind.shapes, kind.dtypes, strict=True)
+            [mx.zeros((rows, heads, slots, width), dtype) for (heads, width), dtype in kept] for kept in kind.buffers
         )
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.keys, self.values]
+        return [*self.keys, *self.values]
+
+    def packed(self, new: mx.array) -> list[mx.array]:
+        """Keys or values as its buffers hold them."""
+        if self.bits == 16:
+            return [new]
+        values, scales, biases = mx.quantize(new, group_size=self.group_size, bits=self.bits)
+        # MLX packs a NaN as if it were a number, which would hide it from the draws that vouch for the slot.
+        return [values, scales, biases + mx.sum(0 * new, axis=-1, keepdims=True)]
+
+    def unpacked(self, arrays: Sequence[mx.array]) -> mx.array:
+        """The opposite of ``packed``."""
+        if self.bits == 16:
+            return arrays[0]
+        values, scales, biases = arrays
+        return mx.dequantize(values, scales, biases, self.group_size, self.bits)
 
     def resize(self, kept: Sequence[tuple[int, int]], rows: int, slots: int) -> None:
         """New buffers; the rows named in ``kept``, each with its length, are copied to their front."""
@@ -53,8 +70,9 @@ class KVLayer:
                 mx.eval(new)
             return new
 
-        self.keys = moved(self.keys)
-        self.values = moved(self.values)
+        for arrays in (self.keys, self.values):
+            for index, array in enumerate(arrays):
+                arrays[index] = moved(array)
 
     def take(self, row: int, length: int) -> list[mx.array]:
         """A copy of the row's first slots. Evaluated: a view of the buffer that waits in a graph would make the next
@@ -62,13 +80,13 @@ class KVLayer:
         return _copies([array[row : row + 1, :, :length] for array in self.arrays])
 
     def put(self, row: int, arrays: Sequence[mx.array]) -> None:
-        length = arrays[0].shape[2]
-        self.keys[row : row + 1, :, :length], self.values[row : row + 1, :, :length] = arrays
+        for mine, given in zip(self.arrays, arrays, strict=True):
+            mine[row : row + 1, :, : given.shape[2]] = given
 
     def wipe(self, row: int, start: int, end: int) -> None:
         if start < end:
-            self.keys[row, :, start:end] = 0
-            self.values[row, :, start:end] = 0
+            for array in self.arrays:
+                array[row, :, start:end] = 0
 
 
 class StateLayer:

@@ -4,9 +4,12 @@ Rows of different lengths are prefilled and decoded in one lane in which everyth
 that a mask must hide hold large foreign values, slots and rows that no kernel may read hold NaN. (A NaN in a slot that
 a mask hides would spread through 0 · NaN in any attention kernel; the arena never lets one get there.) The lane has
 holes, and is computed in part and whole. A model with sliding windows also runs at positions beyond each window. Each
-row's logits are held against the same tokens run alone on mlx-lm's own caches. Called once, by the back end's load.
+row's logits are held against the same tokens run alone on mlx-lm's own caches. Packed KV, where it is asked for, must
+say the same read packed as unpacked; how much the packing itself changes is the user's choice (``bench.kv_quality``).
+Called once, by the back end's load.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,11 +45,39 @@ class ProbeResult:
     write: Write
     kv_bytes_per_token: int
     kv_bytes_per_sequence: int
+    kv: str
+    """How keys and values are held and why, where packing them was asked for."""
+
+    @property
+    def kv_bits(self) -> int:
+        return min((kind.bits for kind in self.kinds), default=16)
 
 
-def run(loaded: LoadedModel, write: Write, *, force_single: bool = False) -> ProbeResult:
+def run(loaded: LoadedModel, write: Write, *, force_single: bool = False, kv_bits: int = 16) -> ProbeResult:
     """Probe the model, with the ``write`` that suits the device. What the model does wrong becomes the reason, not an
     exception."""
+    found = _probe(loaded, write, force_single)
+    if kv_bits == 16:
+        return found
+    if found.path == "single":
+        return replace(found, kv=f"not packed: one sequence at a time runs on mlx-lm's caches ({found.reason})")
+    kinds = [replace(kind, bits=kv_bits) if kind.kind == "kv" else kind for kind in found.kinds]
+    if failure := compare_packed(loaded, kinds, write):
+        return replace(found, kv=f"not packed: {failure}")
+    words = f"{kv_bits} bits, a scale and a bias for each {_group_sizes(kinds)} values"
+    return replace(found, kinds=tuple(kinds), kv_bytes_per_token=_kv_bytes(kinds), kv=words)
+
+
+def _group_sizes(kinds: Sequence[LayerKind]) -> str:
+    return " or ".join(str(size) for size in sorted({kind.group_size for kind in kinds if kind.kind == "kv"}))
+
+
+def _kv_bytes(kinds: Sequence[LayerKind]) -> int:
+    """Of a token."""
+    return sum(kind.nbytes for kind in kinds if kind.kind == "kv")
+
+
+def _probe(loaded: LoadedModel, write: Write, force_single: bool) -> ProbeResult:
     kinds = layer_kinds(loaded.model)
     if force_single:
         kinds = "asked for by [engine] batching"
@@ -67,8 +98,9 @@ def run(loaded: LoadedModel, write: Write, *, force_single: bool = False) -> Pro
         f"ragged rows equal single ones with everything around them poisoned{beyond}",
         tuple(kinds),
         write,
-        sum(kind.nbytes for kind in kinds if kind.kind == "kv"),
+        _kv_bytes(kinds),
         sum(kind.nbytes for kind in kinds if kind.kind == "state"),
+        "",
     )
 
 
@@ -84,7 +116,7 @@ def _single(loaded: LoadedModel, reason: str) -> ProbeResult:
         for index, cache in enumerate(make_prompt_cache(loaded.model))
         for _ in parts([cache])
     )
-    return ProbeResult("single", reason, kinds, scatter_write, per_token, held[0] - per_token * SLOT_QUANTUM // 2)
+    return ProbeResult("single", reason, kinds, scatter_write, per_token, held[0] - per_token * SLOT_QUANTUM // 2, "")
 
 
 def _held_bytes(loaded: LoadedModel, tokens: int) -> int:
@@ -96,9 +128,7 @@ def _held_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 def compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
     """Why batched rows differ from single ones, or nothing."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, loaded.vocab_size, length).tolist() for length in _LENGTHS]
-    forced = rng.integers(0, loaded.vocab_size, (len(prompts), _STEPS)).tolist()
+    prompts, forced = _tokens(loaded)
     try:
         alone = [_alone(loaded, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)]
         batched = _ragged(loaded, kinds, write, prompts, forced)
@@ -107,6 +137,43 @@ def compare(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
         return f"its code refuses rows of different lengths: {type(error).__name__}: {error}"
     off = max(map(_difference, alone, batched))
     return f"a row's logits differ from the same tokens run alone by {off:.1%} of the largest" if off else ""
+
+
+def compare_packed(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> str:
+    """Why the model cannot do with packed KV, or nothing. Beyond windows the views are those of other KV, which were
+    compared."""
+    packed = [kind for kind in kinds if kind.kind == "kv" and kind.shapes[0][-1]]
+    if not packed:
+        return "the model keeps no keys and values"
+    odd = {kind.shapes[0][-1] for kind in packed if not kind.group_size}
+    if odd:
+        return f"its heads are {' and '.join(map(str, sorted(odd)))} wide, not a multiple of 32"
+    prompts, forced = _tokens(loaded)
+    try:
+        alone = [_unpacked(loaded, kinds, write, *row) for row in zip(prompts, forced, strict=True)]
+        batched = _ragged(loaded, kinds, write, prompts, forced)
+    except Exception as error:
+        return f"its code refuses packed keys and values: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    off = max(map(_difference, alone, batched))
+    return f"logits with packed KV differ from those with the same unpacked by {off:.1%} of the largest" if off else ""
+
+
+def _unpacked(
+    loaded: LoadedModel, kinds: list[LayerKind], write: Write, prompt: list[int], forced: list[int]
+) -> np.ndarray:
+    """The logits after the prompt and after each forced token, all computed in one chunk, which unpacks what it
+    reads."""
+    lane = Lane(loaded, kinds, 1, SLOT_QUANTUM, write)
+    hidden: list[mx.array] = []
+    lane.prefill(lane.acquire(0), [*prompt, *forced], last=False, see=hidden.append)
+    return np.array(loaded.logits(hidden[0])[0, len(prompt) - 1 :].astype(mx.float32))
+
+
+def _tokens(loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, and the tokens that are forced after each."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, loaded.vocab_size, length).tolist() for length in _LENGTHS]
+    return prompts, rng.integers(0, loaded.vocab_size, (len(prompts), _STEPS)).tolist()
 
 
 def _difference(alone: np.ndarray, batched: np.ndarray) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, scaled_dot_product_attention, whole
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots
-from lmx.engine.mlx.views import DecodeView
+from lmx.engine.mlx.views import DecodeView, Seen
 
 _ATTENTION = scaled_dot_product_attention
 # As in ``probe``: other shapes round otherwise.
@@ -39,6 +39,8 @@ class _Views:
         self.offset = offset
         self._views = views
         self._cuts = cuts
+        if hasattr(views[0], "bits"):
+            self.bits, self.group_size = views[0].bits, views[0].group_size
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Parts | None:
         masks = tuple(view.make_mask(N, return_array, window_size) for view in self._views)
@@ -52,7 +54,7 @@ class _Views:
         return Parts(tuple(k for k, _ in found)), Parts(tuple(v for _, v in found))
 
     @property
-    def state(self) -> tuple[tuple[mx.array | None, mx.array | None], ...]:
+    def state(self) -> tuple[tuple[Seen | None, Seen | None], ...]:
         return tuple((view.keys, view.values) for view in self._views)
 
     def empty(self) -> bool:
@@ -72,7 +74,7 @@ def attention(
     found = []
     start = 0
     for key, value, part in zip(keys.arrays, values.arrays, masks, strict=True):
-        end = start + key.shape[0]
+        end = start + (key[0] if isinstance(key, tuple) else key).shape[0]
         found.append(_ATTENTION(queries[start:end], key, value, cache=cache, scale=scale, mask=part, **options))
         start = end
     return mx.concatenate(found)

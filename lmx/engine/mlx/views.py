@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from lmx.engine.mlx.layers import KVLayer, Slots, Write
 
+Seen = mx.array | tuple[mx.array, ...]
+"""Keys or values as a model's attention takes them: an array, or packed values, scales and biases."""
+
 
 class Masks:
     """The masks of one forward pass, one for all layers that show the same slots."""
@@ -56,15 +59,15 @@ class _View:
 
     def __init__(self, layer: KVLayer) -> None:
         self._layer = layer
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.keys: Seen | None = None
+        self.values: Seen | None = None
 
     @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
+    def state(self) -> tuple[Seen | None, Seen | None]:
         """Only what this forward pass may see."""
         return self.keys, self.values
 
-    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
+    def keys_and_values(self) -> tuple[Seen | None, Seen | None]:
         """What later layers read that share this one's (Gemma 3n)."""
         return self.keys, self.values
 
@@ -76,7 +79,11 @@ class _View:
 
 
 class DecodeView(_View):
-    """Rows [0, B) of a layer in a forward pass of L tokens each."""
+    """Rows [0, B) of a layer in a forward pass of L tokens each.
+
+    Packed keys and values are shown as they are, under the names by which mlx-lm's attention knows its own packed
+    cache: a decode step is as fast as what it reads is small.
+    """
 
     def __init__(self, layer: KVLayer, offset: mx.array, slots: Slots, write: Write, masks: Masks, span: int) -> None:
         super().__init__(layer)
@@ -86,18 +93,25 @@ class DecodeView(_View):
         self._write = write
         self._masks = masks
         self._span = span
+        if layer.bits < 16:
+            self.bits = layer.bits
+            self.group_size = layer.group_size
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | None:
         window = self._layer.window
         mask = self._masks.get(window, window_size or window)
         return mask[:, :, None] if mask is not None and self._layer.grouped else mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        layer, rows = self._layer, keys.shape[0]
-        layer.keys = self._write(layer.keys, self._slots, keys)
-        layer.values = self._write(layer.values, self._slots, values)
-        seen = slice(self._masks.first_slot(layer.window), self._span)
-        self.keys, self.values = layer.keys[:rows, :, seen], layer.values[:rows, :, seen]
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Seen, Seen]:
+        rows, seen = keys.shape[0], slice(self._masks.first_slot(self._layer.window), self._span)
+
+        def shown(buffers: list[mx.array], new: mx.array) -> Seen:
+            for index, part in enumerate(self._layer.packed(new)):
+                buffers[index] = self._write(buffers[index], self._slots, part)
+            found = tuple(buffer[:rows, :, seen] for buffer in buffers)
+            return found if len(found) > 1 else found[0]
+
+        self.keys, self.values = shown(self._layer.keys, keys), shown(self._layer.values, values)
         return self.keys, self.values
 
 
@@ -106,6 +120,9 @@ class PrefillView(_View):
 
     Several rows are padded at their end to the longest. No query of a row's own comes after its padding, so the causal
     mask hides it, and only the row's own tokens are written.
+
+    Packed keys and values are shown unpacked: MLX's fused attention takes no others, and beside it a chunk's unpacking
+    costs nothing. The chunk's own are too, so that an answer does not depend on where its prompt was cut.
     """
 
     def __init__(self, layer: KVLayer, rows: Sequence[tuple[int, int]], masks: Masks, start: int, end: int) -> None:
@@ -129,12 +146,18 @@ class PrefillView(_View):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         layer, start = self._layer, self.offset
         self.written = keys, values
-        for index, (row, tokens) in enumerate(self._rows):
-            layer.keys[row, :, start : start + tokens] = keys[index, :, :tokens]
-            layer.values[row, :, start : start + tokens] = values[index, :, :tokens]
+
+        def shown(buffers: list[mx.array], new: mx.array) -> mx.array:
+            parts = layer.packed(new)
+            for buffer, part in zip(buffers, parts, strict=True):
+                for index, (row, tokens) in enumerate(self._rows):
+                    buffer[row, :, start : start + tokens] = part[index, :, :tokens]
+            if start:
+                [(row, _)] = self._rows
+                seen = slice(self._masks.first_slot(layer.window), self._end)
+                parts = [buffer[row : row + 1, :, seen] for buffer in buffers]
+            return layer.unpacked(parts)
+
+        keys, values = shown(layer.keys, keys), shown(layer.values, values)
         self.keys, self.values = keys, values
-        if start:
-            [(row, _)] = self._rows
-            seen = slice(self._masks.first_slot(layer.window), self._end)
-            self.keys, self.values = layer.keys[row : row + 1, :, seen], layer.values[row : row + 1, :, seen]
-        return self.keys, self.values
+        return keys, values
