@@ -304,6 +304,7 @@ class StepLoop:
             self._prefixes.leave(waiting.sequence)
             if waiting.fetching is not None:
                 self._prefixes.give_up(waiting.fetching)
+                self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _ask_disk(self, waiting: _Waiting, constraint: Constraint | None) -> None:
         submit, prompt = waiting.submit, waiting.prompt
@@ -377,8 +378,10 @@ class StepLoop:
 
     def _prepare(self) -> _Running | None:
         now = self._clock()
-        if self._prefixes and len(self._rows) < self._backend.facts.max_rows:
-            self._find_sources(self._prefixes)
+        if self._prefixes:
+            free = self._backend.facts.max_rows - len(self._rows)
+            # Where none is free, the first may be given another's.
+            self._find_sources(self._prefixes, self._backend.facts.max_rows if free else 1)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
@@ -404,11 +407,11 @@ class StepLoop:
         self._host_s += 0.2 * (self._clock() - now - self._host_s)
         return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, decode)
 
-    def _find_sources(self, prefixes: PrefixStore) -> None:
-        """Tell the scheduler what those who may join in the next plan need not compute."""
+    def _find_sources(self, prefixes: PrefixStore, most: int) -> None:
+        """Tell the scheduler what those who may join in the next plan, so many of them, need not compute."""
         self._sources.clear()
         claimed: set[int] = set()
-        for seq in self._scheduler.upcoming(self._backend.facts.max_rows):
+        for seq in self._scheduler.upcoming(most):
             sequence = self._sequences[seq]
             family = self._rows.get(sequence.parent)
             if family is not None and len(sequence.tokens) == sequence.prompt_tokens <= family.kv_tokens + 1:
@@ -574,7 +577,8 @@ class StepLoop:
 
     def _release(self) -> None:
         """Free what has ended and is in no step that still runs."""
-        for seq in self._scheduler.releasable():
+        releasable = self._scheduler.releasable()
+        for seq in releasable:
             self._stalled = False
             sequence = self._sequences.pop(seq)
             self._leave_row(sequence)
@@ -582,6 +586,8 @@ class StepLoop:
                 self._prefixes.leave(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
+        if releasable and self._prefixes:  # what they left may be more than fits; perhaps no step comes for long
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     # --- figures --------------------------------------------------------------------------------------
 

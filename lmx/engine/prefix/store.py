@@ -30,6 +30,8 @@ LEAST_LEADER_SHARE = 0.5
 _WARM_SHARE = 0.5
 # At the end blocks are offered to the disk, and then written, for so long each.
 _CLOSE_S = 2.0
+# A disk from which nothing came for so long is not waited for any more: what it has is computed.
+SILENT_S = 10.0
 
 
 class Source(NamedTuple):
@@ -57,6 +59,8 @@ class Fetching:
     fetch: Fetch
     read: deque[Node] = field(default_factory=deque)
     """Not in memory's tree yet."""
+    heard: float = field(default_factory=time.monotonic)
+    """When the last of it came."""
 
 
 class PrefixStore:
@@ -131,6 +135,8 @@ class PrefixStore:
         found = self._ram.match(chain, most)
         if found.tokens > max(best.tokens, LEAST_TOKENS - 1):
             best = Source(found.tokens, found=found)
+        if best.found is None and best.tokens > found.tokens:
+            return best  # a row has more: where the blocks end tells nothing
         return best._replace(why=found.why, broke_at=found.broke_at)
 
     def leader(self, sequence: Sequence, others: Iterable[Sequence], least: int) -> tuple[int, int]:
@@ -188,9 +194,14 @@ class PrefixStore:
         return Fetching(self._disk.fetch(hit, sequence.tokens))
 
     def arrived(self, fetching: Fetching, hold_s: float) -> bool:
-        """Whether all that could be read is in memory; puts it there, for at most so long at a time."""
+        """Whether all that could be read in good time is in memory; puts it there, for at most so long at a time."""
         since = time.perf_counter()
-        fetching.read += fetching.fetch.take()
+        if came := fetching.fetch.take():
+            fetching.heard = time.monotonic()
+            fetching.read += came
+        elif not fetching.read and not fetching.fetch.done and time.monotonic() - fetching.heard > SILENT_S:
+            fetching.fetch.cancel()
+            return True
         while fetching.read and time.perf_counter() - since < hold_s:
             self._adopt(fetching.read.popleft())
         return fetching.fetch.done and not fetching.read
