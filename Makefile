@@ -32,8 +32,9 @@ test-debug: $(VENV)/installed-dev  ## run the scheduler's tests on a build with 
 	$(BIN)/python -m pytest tests/test_sched*.py; status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force && exit $$status
 
-soak: $(VENV)/installed-dev  ## the scheduler against its reference in thousands of random runs
-	LMX_SOAK_EXAMPLES=5000 $(BIN)/python -m pytest tests/test_sched_machine.py
+soak: $(VENV)/installed-dev  ## the scheduler and the prefix store, each against what is right, in thousands of random runs
+	LMX_SOAK_EXAMPLES=5000 LMX_SOAK_JOINS=10000 $(BIN)/python -m pytest tests/test_sched_machine.py \
+		tests/test_prefix_soak.py
 
 fuzz: $(VENV)/installed-dev  ## thousands of requests of every kind against a running server
 	$(INSTALL) --group fuzz

@@ -1,17 +1,21 @@
-"""Conversations that must never see each other, thrown at a real engine: joins under eviction, cancellation, preemption,
+"""Conversations that must never see each other, thrown at a real engine: joins under eviction, cancels, preemption,
 the disk and salts. Called by ``tests/test_prefix_soak.py``; ``make soak`` has it make thousands.
 
 A conversation begins with a system prompt that several share, goes on with tokens of its own (its marker) and with what
 was answered. What a prompt is answered alone, with nothing taken or kept, is asked of a second engine, which knows no
 store; an answer that was cancelled must be a beginning of that.
+
+llama.cpp computes a row a little differently beside others, with a store and without (shared cells: up to 0.015 between
+the two likeliest of a model of random weights). There an answer may go another way at such a place, and only there.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tests.engine_client import EngineClient
+from tests.engine_client import GREEDY, Answer, EngineClient
 
 ANSWER = 6
+LONG_ANSWER = 60
 VOCABULARY = range(5, 1000)
 
 
@@ -30,10 +34,11 @@ class Asked:
     cancelled: bool = False
 
 
-def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, most_tokens: int) -> None:
-    """``most_tokens``: of a prompt. Fails with the seed and the sequence of the first wrong answer."""
+def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, most_tokens: int, tie: float) -> None:
+    """``most_tokens``: of a prompt; ``tie``: two tokens whose log-probabilities differ by less may be confused.
+    Fails with the seed and the sequence of the first wrong answer."""
     choose = random.Random(seed)
-    known: dict[tuple[int, ...], list[int]] = {}
+    known: dict[tuple[int, ...], Answer] = {}
 
     def tokens(count: int) -> list[int]:
         return choose.choices(VOCABULARY, k=count)
@@ -51,12 +56,19 @@ def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, mo
     def check(seq: int) -> None:
         asked, answer = running.pop(seq), client.answers.pop(seq)
         assert answer.failed is None, (seed, seq, answer.failed)
-        key = tuple(asked.prompt)
-        if len(known.get(key, ())) < asked.count:
-            [known[key]] = alone.run([asked.prompt], asked.count)
-        wanted = known[key][: asked.count]
-        told = answer.tokens
-        assert told == (wanted[: len(told)] if asked.cancelled else wanted), (seed, seq, len(asked.prompt))
+        key, told = tuple(asked.prompt), answer.tokens
+        if key not in known or len(known[key].tokens) < asked.count:
+            by_itself = alone.submit(asked.prompt, asked.count, replace(GREEDY, logprobs=2))
+            alone.wait_freed(by_itself)
+            known[key] = alone.answers.pop(by_itself)
+        assert asked.cancelled or len(told) == asked.count
+        for index, (token, wanted) in enumerate(zip(told, known[key].tokens, strict=False)):
+            if token != wanted:
+                likeliest = known[key].logprobs[index]
+                at = (seed, seq, len(asked.prompt), index)
+                assert likeliest.top[0] - likeliest.top[1] < tie, at
+                assert token == likeliest.top_ids[1], at
+                break
         if not asked.cancelled and asked.conversation.history == asked.prompt:
             asked.conversation.history = asked.prompt + told + tokens(choose.randrange(1, 40))
 
@@ -68,7 +80,7 @@ def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, mo
         prompt = conversation.history
         if choose.random() < 0.2:  # another branch: from the middle, or the same again
             prompt = prompt[: choose.randrange(1, len(prompt) + 1)]
-        count = choose.choice((1, ANSWER, ANSWER, 200))
+        count = choose.choice((1, ANSWER, ANSWER, LONG_ANSWER))
         seq = client.submit(prompt, count, salt=conversation.salt, session=conversation.session)
         running[seq] = Asked(prompt, count, conversation)
         if choose.random() < 0.2 or (count > ANSWER and choose.random() < 0.7):

@@ -1,8 +1,8 @@
 """The promise where the prefix store is at work: whoever leaves while the disk is read, while waiting for another's
 prefill, or in the step that restores, leaves nothing behind, on both engines and in every way of leaving.
 
-The disk is one that does not answer: its files are FIFOs that nobody writes to, so what is asked of it first is read for
-ever. A leader's prefill is long, and its end is not waited for.
+The disk is one that does not answer: its files are FIFOs that nobody writes to, so what is asked of it first is read
+for ever. A leader's prefill is long, and its end is not waited for.
 """
 
 import os

@@ -2,6 +2,7 @@
 held. Two models of one fingerprint may share what is kept on the disk. Pure file reading; called once at load."""
 
 import hashlib
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,12 @@ def fingerprint(path: Path, backend: str, kv: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     versions = [f"{name} {version(name)}" for name in _LIBRARIES[backend]]
     digest.update("\n".join([f"lmx {FORMAT}", kv, *versions]).encode())
-    files = [path] if path.is_file() else sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
+    if path.is_file():
+        part = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
+        names = (re.escape(part[1]) + r"-\d{5}" + re.escape(part[2])) if part else re.escape(path.name)
+        files = sorted(file for file in path.parent.iterdir() if re.fullmatch(names, file.name))
+    else:
+        files = sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
     for file in files:
         size = file.stat().st_size
         digest.update(f"\n{file.name if path.is_dir() else ''} {size}\n".encode())
