@@ -9,7 +9,7 @@ from tests.engine_client import engine
 from tests.prefix_soak import soak
 from tests.test_prefix import MODELS, load
 
-JOINS = int(os.environ.get("LMX_SOAK_JOINS", "200")) // len(MODELS)
+JOINS = int(os.environ.get("LMX_SOAK_JOINS", "100")) // len(MODELS)
 CONTEXT = 1536
 
 
