@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from lmx.engine.backend import Backend, Facts
 from lmx.engine.embedding.backend import Embedder
 from lmx.engine.embedding.backend import Facts as EmbeddingFacts
@@ -25,6 +27,9 @@ from lmx.protocol import Failed, Load, Ready
 
 _QUEUE_BYTES = 256 * 1024**2
 """Most memory for KV that waits to be written to the disk."""
+_LLAMA_RAM_BYTES = 8 * 1024**3
+_LLAMA_RAM_SHARE = 1 / 8
+"""Of the free memory, for llama.cpp's blocks without a setting."""
 
 Loaded = tuple[Facts | EmbeddingFacts, Callable[[], None]]
 """What is known of the model, and its loop, which begins when the server has been told."""
@@ -95,7 +100,10 @@ def _prefix_store(link: Link, backend: Backend, options: Load) -> PrefixStore:
     if options.prefix_disk_bytes:
         folder = Path(options.prefix_dir)
         disk = Disk(folder, name, options.prefix_disk_bytes, _QUEUE_BYTES, model=options.path, wake=link.wake)
-    prefixes = PrefixStore(backend, name, options.prefix_ram_bytes, disk, message_marks(options.words))
+    ram_bytes = options.prefix_ram_bytes
+    if not ram_bytes and options.backend == "llama":  # its KV buffer is made whole at load, so blocks come on top
+        ram_bytes = min(_LLAMA_RAM_BYTES, int(_LLAMA_RAM_SHARE * psutil.virtual_memory().available))
+    prefixes = PrefixStore(backend, name, ram_bytes, disk, message_marks(options.words))
     if warmed := prefixes.warm():
         backend.facts.probes["prefixes"] = f"{warmed} bytes that most conversations share were read from the disk"
     return prefixes

@@ -366,8 +366,8 @@ class StepLoop:
         if self._prefixes is None:
             return -1, 0
         have = self._prefixes.find(sequence, self._rows.values()).tokens
-        leader, shared = self._prefixes.leader(sequence, self._sequences.values(), have)
-        return (leader, shared) if leader >= 0 else (-1, have)
+        # What can be had at once is told before the plan that uses it: ``_join`` needs to know where it is.
+        return self._prefixes.leader(sequence, self._sequences.values(), have)
 
     def _refuse(self, seq: int, error: ValueError) -> None:
         code = "never_fits" if isinstance(error, NeverFits) else "invalid_request"
