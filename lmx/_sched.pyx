@@ -469,13 +469,14 @@ cdef class Scheduler:
 
         Requests that were made together come one after the other, and a wave that has begun takes in who came until
         then. Its rows have shown one token; that they show the next one a wave later costs them less than all of them
-        lose beside the others' chunks. Rows that have gone on never wait, nor does anybody for a lower priority.
+        lose beside the others' chunks. Rows that have gone on never wait, nor does anybody for a lower priority; nor for
+        a prompt whose first tokens are there: what is left reads those, and a pass with others saves it little.
         """
         cdef int i, rows = 0
         cdef Seq *seq = &self.seqs[slot]
         cdef Seq *row
         cdef Step next_step
-        if not self.prefill_fit.seen or seq.target - seq.length > self.max_chunk_tokens:
+        if not self.prefill_fit.seen or seq.cached or seq.target - seq.length > self.max_chunk_tokens:
             return False
         if self._chunk_end(seq) < seq.target:
             return False

@@ -425,7 +425,7 @@ class ReferenceScheduler:
 
     def holds(self, s):
         rows = self.in_state("decoding")
-        if not self.prefill_fit.seen or not rows or s.target - s.length > self.max_chunk_tokens:
+        if not self.prefill_fit.seen or not rows or s.cached or s.target - s.length > self.max_chunk_tokens:
             return False
         if s.chunk_end < s.target:
             return False

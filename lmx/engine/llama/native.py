@@ -94,6 +94,7 @@ class Model:
         self.context_length = int(C.llama_model_n_ctx_train(self.pointer))
         if self.context_length < 1:
             raise ModelInvalid(f"{path} names no context length.")
+        self.heads = int(C.llama_model_n_head(self.pointer))
         self.window = int(C.llama_model_n_swa(self.pointer))
         self.recurrent = bool(C.llama_model_is_recurrent(self.pointer) or C.llama_model_is_hybrid(self.pointer))
         self.weights_bytes = int(C.llama_model_size(self.pointer))
@@ -151,7 +152,10 @@ class Context:
         forward_tokens: int,
         kv_bits: int,
         threads: int,
+        fused: bool = True,
     ) -> None:
+        """``fused``: attention keeps no scores, if llama.cpp finds that the device has such a kernel; a quantised V
+        needs it."""
         parameters = C.llama_context_default_params()
         parameters.n_ctx = cells
         parameters.n_batch = batch_tokens
@@ -163,8 +167,10 @@ class Context:
         parameters.n_outputs_max = self.outputs
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
-        # A quantised V needs the fused kernel; otherwise llama.cpp finds out whether the device has it.
-        parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_bits == 16 else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if kv_bits < 16:
+            parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        elif not fused:
+            parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = not streams
         parameters.swa_full = False
         parameters.no_perf = True

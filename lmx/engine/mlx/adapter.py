@@ -20,12 +20,14 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_flatten
 
+from lmx.engine.mlx import cpu
 from lmx.errors import ModelInvalid
 
 if shutil.which("g++") is None and not mx.metal.is_available():
     # MLX compiles fused CPU kernels with g++ at run time, and mlx-lm's activations ask for them.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
     mx.disable_compile()
+cpu.speed_up()
 
 # Importing mlx_lm.utils sets RLIMIT_NOFILE to (2048, 4096); a lowered hard limit cannot be raised again without
 # privileges, so the call must not happen at all.

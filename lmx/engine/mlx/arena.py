@@ -40,10 +40,6 @@ from lmx.engine.mlx.layers import (
 )
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
-# So much of the blocks that a row is filled from is held twice.
-_FILL_BYTES = 256 * 1024**2
-
-
 @dataclass(slots=True)
 class Seen:
     """What is known of a row's slots.
@@ -499,14 +495,12 @@ def _largest(arrays: Sequence[mx.array]) -> mx.array:
 
 def _fill(buffers: Sequence[mx.array], row: int, start: int, end: int, parts: Sequence[mx.array]) -> None:
     """Write what the ``parts`` (buffers, heads, tokens, width) hold, one after the other, into slots [start, end)."""
-    if start >= end or not buffers[0].size:
+    if not buffers[0].size:
         return
-    # A write of its own for each block and layer would take 30,000 for a long conversation, 3 us of Python each; one
-    # copy of all its blocks would double them.
-    at_once = max(1, _FILL_BYTES * len(buffers) // sum(part.nbytes for part in parts))
-    for index in range(0, len(buffers), at_once):
-        some = buffers[index : index + at_once]
-        joined = mx.concatenate([part[index : index + at_once] for part in parts], axis=2)[:, :, : end - start]
-        for place, buffer in enumerate(some):
-            buffer[row, :, start:end] = joined[place]
-        mx.async_eval(some)  # type: ignore[no-untyped-call]
+    # Each by itself: joined first, 1,500 tokens of SmolLM2 take 107 instead of 19 ms on a CPU.
+    for part in parts:
+        tokens = min(part.shape[2], end - start)
+        for buffer, new in zip(buffers, part, strict=True):
+            buffer[row, :, start : start + tokens] = new[:, :tokens]
+        start += tokens
+    mx.async_eval(buffers)  # type: ignore[no-untyped-call]
