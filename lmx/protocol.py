@@ -322,6 +322,10 @@ class PrefixStats:
     disk_bytes: int = 0
     queued_bytes: int = 0
     """Waiting to be written."""
+    bad_files: int = 0
+    """Not what they should have been, and deleted."""
+    disk_off: str = ""
+    """Why the disk is not used any more."""
     row_hit_tokens: int = 0
     """Prompt tokens that were not computed, by where they came from: rows of other sequences, memory, the disk."""
     ram_hit_tokens: int = 0

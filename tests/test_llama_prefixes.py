@@ -144,6 +144,8 @@ def test_kv_of_every_form_is_cut_at_every_boundary(
     make: Make, run: Start, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     kind, kv = form.split()
+    if kind == "f16":
+        monkeypatch.setattr("lmx.engine.llama.backend._SCORES_BYTES", 0)
     if kind == "transposed":
         monkeypatch.setattr(llama_cpp, "LLAMA_FLASH_ATTN_TYPE_AUTO", llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
     backend = make("llama", kv, kv_bits={"q8": 8, "q4": 4}.get(kind, 16))

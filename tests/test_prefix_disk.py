@@ -13,17 +13,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
 
 from lmx.cli import main
+from lmx.engine.backend import Sequence
 from lmx.engine.prefix import disk as disk_module
+from lmx.engine.prefix import store as store_module
+from lmx.engine.prefix.chain import BLOCK_TOKENS, root_key
+from lmx.engine.prefix.chain import next_key as chain_key
 from lmx.engine.prefix.disk import Disk, Head
+from lmx.engine.prefix.store import PrefixStore
 from lmx.prefix_disk import block_file, folders
 from lmx.prefix_disk.index import NAME, Index
-from lmx.protocol import pack_tokens, unpack_tokens
+from lmx.protocol import Sampling, pack_tokens, unpack_tokens
 from tests.api_server import serving, write_model
 from tests.prefix_nodes import (
     BLOCK,
@@ -89,6 +95,32 @@ def kept(tmp_path: Path) -> Path:
     with opened(tmp_path / "kept") as disk:
         assert keep(disk, CONVERSATION)
     return tmp_path / "kept"
+
+
+def test_a_disk_that_does_not_answer_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SILENT_S", 0.05)
+    facts = SimpleNamespace(prefixes="kv", window=0, forks=False, publishes="chunks", kv_budget_bytes=10**9)
+    prompt = list(range(2 * BLOCK_TOKENS + 1))
+    with opened(tmp_path) as disk:
+        root = parent = root_key(FINGERPRINT, "")
+        for start in (0, BLOCK_TOKENS):
+            ids = prompt[start : start + BLOCK_TOKENS]
+            key = chain_key(parent, ids)
+            assert disk.offer(key, parent, root, start, ids, kv(key), None, 1)
+            parent = key
+        assert disk.drain(PATIENCE_S)
+        file = block_file.path_of(disk._folder, chain_key(root, prompt[:BLOCK_TOKENS]))
+        file.unlink()
+        os.mkfifo(file)  # whoever opens it waits for somebody who writes
+        store = PrefixStore(SimpleNamespace(facts=facts), FINGERPRINT, 0, disk)  # type: ignore[arg-type]
+        asking = [Sequence(seq, prompt, len(prompt), 1, Sampling(seed=0), ignore_eos=True) for seq in range(2)]
+        for sequence in asking:
+            store.enter(sequence)
+        fetching = store.fetch(asking[0])
+        assert fetching is not None
+        until(lambda: store.arrived(fetching, 0.01))
+        assert store.fetch(asking[1]) is None
+        os.close(os.open(file, os.O_WRONLY))  # the disk's thread goes on, and finds nothing in it
 
 
 # --- keeping and finding ------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ _PREFIX_GAUGES = (
         "Blocks that gave way to others since the engine started.",
         {"ram": "evicted_blocks"},
     ),
+    ("lmx_prefix_bad_files", "Files that were not what they should have been, and deleted.", {"disk": "bad_files"}),
     ("lmx_prefix_queued_bytes", "KV that waits to be written.", {"disk": "queued_bytes"}),
     ("lmx_prefix_restore_seconds", "What putting kept KV back took, since the engine started.", {"ram": "restore_s"}),
     ("lmx_prefix_publish_seconds", "What keeping KV took of the steps' time.", {"ram": "publish_s"}),

@@ -167,10 +167,8 @@ class Context:
         parameters.n_outputs_max = self.outputs
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]
-        if kv_bits < 16:
-            parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        elif not fused:
-            parameters.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        kind = C.LLAMA_FLASH_ATTN_TYPE_AUTO if fused else C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.flash_attn_type = kind if kv_bits == 16 else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
         parameters.kv_unified = not streams
         parameters.swa_full = False
         parameters.no_perf = True

@@ -40,6 +40,7 @@ from lmx.engine.mlx.layers import (
 )
 from lmx.engine.mlx.views import DecodeView, Masks, PrefillView
 
+
 @dataclass(slots=True)
 class Seen:
     """What is known of a row's slots.

@@ -84,6 +84,8 @@ class PrefixStore:
         self._chains: dict[int, Chain] = {}
         self._published: dict[int, int] = {}
         self._disk = disk
+        self._silent_at = -1
+        """How many nodes the disk had given when somebody had waited for it in vain; -1: nobody has."""
         self._read_tokens: dict[int, int] = {}
         """Of sequences that have not started: tokens that came from the disk for them."""
         self._unsaved: deque[tuple[bytes, RamNode]] = deque()
@@ -182,6 +184,9 @@ class PrefixStore:
         chain = self._chains.get(sequence.seq)
         if self._disk is None or chain is None or sequence.prompt_logprobs >= 0:
             return None
+        if self._silent_at >= 0 and self._disk.statistics().read_nodes == self._silent_at:
+            return None  # one has waited in vain, and nothing came since
+        self._silent_at = -1
         most = len(sequence.tokens) - 1
         have = self._ram.match(chain, most).tokens
         blocks = self._ram.blocks(chain, most)
@@ -201,6 +206,7 @@ class PrefixStore:
             fetching.read += came
         elif not fetching.read and not fetching.fetch.done and time.monotonic() - fetching.heard > SILENT_S:
             fetching.fetch.cancel()
+            self._silent_at = self._disk.statistics().read_nodes if self._disk else -1
             return True
         while fetching.read and time.perf_counter() - since < hold_s:
             self._adopt(fetching.read.popleft())
@@ -314,6 +320,8 @@ class PrefixStore:
             evicted_blocks=ram.evictions,
             disk_bytes=disk.disk_bytes if disk else 0,
             queued_bytes=disk.queued_bytes if disk else 0,
+            bad_files=disk.bad_files if disk else 0,
+            disk_off=disk.off if disk else "",
             row_hit_tokens=self.row_hit_tokens,
             ram_hit_tokens=self._ram_hit_tokens,
             disk_hit_tokens=self._disk_hit_tokens,
