@@ -65,7 +65,8 @@ def _ram(engine: str, model: str, name: str, environment: dict[str, str], times:
 
 def _disk(engine: str, model: str, name: str, environment: dict[str, str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as place:
-        environment = environment | {"LMX_ENGINE_PREFIX_DIR": place}
+        # Servers of benchmarks keep nothing on the disk otherwise.
+        environment = environment | {"LMX_ENGINE_PREFIX_DIR": place, "LMX_ENGINE_PREFIX_DISK_BYTES": "-1"}
         prompts = Prompts(6)
         with running_server(model, environment) as server, Client(server.url, name) as client:
             prefix = _prefix(client, prompts)
