@@ -65,8 +65,9 @@ def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, mo
         for index, (token, wanted) in enumerate(zip(told, known[key].tokens, strict=False)):
             if token != wanted:
                 likeliest = known[key].logprobs[index]
-                at = (seed, seq, len(asked.prompt), index)
-                assert likeliest.top[0] - likeliest.top[1] < tie, at
+                gap = likeliest.top[0] - likeliest.top[1]
+                at = (seed, seq, len(asked.prompt), index, gap, token, likeliest.top_ids)
+                assert gap < tie, at
                 assert token == likeliest.top_ids[1], at
                 break
         if not asked.cancelled and asked.conversation.history == asked.prompt:

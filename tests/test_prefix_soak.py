@@ -9,6 +9,8 @@ from tests.engine_client import engine
 from tests.prefix_soak import soak
 from tests.test_prefix import MODELS, load
 
+# llama.cpp's logits move by hundredths with the rows that share a batch: KV and products of 16 bits.
+TIE = {"mlx": 0.0, "llama": 0.1}
 JOINS = int(os.environ.get("LMX_SOAK_JOINS", "100")) // len(MODELS)
 CONTEXT = 1536
 
@@ -29,7 +31,7 @@ def test_conversations_never_see_each_other(kind: str, tmp_path: Path) -> None:
         # The second engine has what the first one left on the disk.
         for seed in (1, 2):
             with engine(path, **base, **small) as client:
-                soak(client, alone, JOINS // 2, seed, most_tokens=CONTEXT, tie=0.03 if backend == "llama" else 0.0)
+                soak(client, alone, JOINS // 2, seed, most_tokens=CONTEXT, tie=TIE[backend])
                 stats = client.idle_stats()
                 assert (stats.queued, stats.prefilling, stats.decoding, stats.ending, stats.kv_used_bytes) == (0,) * 5
                 assert max(stats.prefix.ram_bytes for stats in client.stats) <= small["prefix_ram_bytes"]

@@ -287,8 +287,10 @@ class StepLoop:
                     raise Refused("grammar_too_complex", f"it was not compiled within {self._compile_s:g} s")
                 if constraint is not None or not submit.grammar:
                     self._ask_disk(waiting, constraint)
-            fetching = waiting.fetching
-            arrived = fetching is None or (self._prefixes and self._prefixes.arrived(fetching, _ARRIVING_S))
+            fetching, arrived = waiting.fetching, True
+            if fetching is not None and self._prefixes:
+                arrived = self._prefixes.arrived(fetching, _ARRIVING_S)
+                self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
             if waiting.sequence is not None and arrived:
                 del self._waiting[submit.seq]
                 self._enter(waiting.sequence, waiting)
