@@ -90,6 +90,9 @@ class ModelSettings(_Section):
     kv_bits: KVBits = KVBits.WHOLE
     tool_format: str = ""
     reasoning_format: str = ""
+    preload: list[str] = []
+    jit: bool = True
+    jit_ttl_s: float = Field(3600.0, ge=0)
 
     @property
     def cache_path(self) -> Path:
@@ -137,6 +140,59 @@ class EngineSettings(_Section):
     command: list[str] = []
 
 
+class HubSettings(_Section):
+    data_dir: str = ""
+    models_dir: str = ""
+    folders: list[str] = []
+    huggingface: bool = True
+    lmstudio: bool = True
+    quantizations: list[str] = ["Q4_K_M", "Q4_K_S", "Q5_K_M", "Q4_1", "Q4_0", "Q6_K", "Q8_0", "F16", "BF16"]
+    downloads: int = Field(2, ge=1, le=16)
+    low_disk_bytes: int = Field(10 * 1024**3, ge=0, le=2**63 - 1)
+    cleanup_days: int = Field(0, ge=0, le=36_500)
+
+    @property
+    def data_path(self) -> Path:
+        """What lmx must not lose: its state, and the models that it downloaded."""
+        if self.data_dir:
+            return Path(self.data_dir).expanduser()
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / "lmx"
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lmx"
+
+    @property
+    def models_path(self) -> Path:
+        """lmx's own folder of models, <publisher>/<name> in it."""
+        return Path(self.models_dir).expanduser() if self.models_dir else self.data_path / "models"
+
+
+class MemorySettings(_Section):
+    limit_bytes: int = Field(0, ge=0, le=2**63 - 1)
+    policy: Literal["refuse", "wait", "preempt"] = "wait"
+    wait_s: float = Field(120.0, ge=0)
+    drain_s: float = Field(30.0, ge=0)
+
+
+class NamedModelSettings(_Section):
+    """``[models."name"]``: of one model; None where it has none of its own."""
+
+    context_length: int | None = Field(None, ge=0, le=2**31 - 1)
+    max_rows: int | None = Field(None, ge=1, le=512)
+    kv_bits: KVBits | None = None
+    kv_budget_bytes: int | None = Field(None, ge=0, le=2**63 - 1)
+    backend: BackendName | None = None
+    draft_model: str | None = None
+    ttl_s: float | None = Field(None, ge=0)
+    pin: bool | None = None
+    tool_format: str | None = None
+    reasoning_format: str | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+
+
 class LlamaSettings(_Section):
     gpu_layers: int = Field(-1, ge=-1, le=10_000)
     threads: int = Field(0, ge=0, le=512)
@@ -148,6 +204,9 @@ class Settings(_Section):
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     llama: LlamaSettings = LlamaSettings()
+    hub: HubSettings = HubSettings()
+    memory: MemorySettings = MemorySettings()
+    models: dict[str, NamedModelSettings] = {}
 
     @property
     def prefix_path(self) -> Path:
@@ -198,8 +257,8 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """``LMX_SERVER_PORT=8080`` is ``[server] port``; lists and tables are written as in TOML."""
     found: dict[str, dict[str, Any]] = {name: {} for name in Settings.model_fields}
     for section, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, BaseModel)
+        if not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            continue  # [models]: tables of names that no variable can spell
         for key, setting in field.annotation.model_fields.items():
             name = f"LMX_{section}_{key}".upper()
             if name not in environ:
@@ -222,7 +281,7 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _keys() -> dict[str, list[str]]:
-    return {section: list(values) for section, values in Settings().model_dump().items()}
+    return {section: list(values) for section, values in Settings().model_dump().items() if section != "models"}
 
 
 def _config_error(error: ValidationError, path: Path | None) -> ConfigError:
