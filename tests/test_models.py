@@ -4,28 +4,30 @@ The manager itself, with engine processes (the null engine: no weights), words a
 """
 
 import os
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from functools import partial, wraps
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import trio
+import trio.testing
 
-from lmx import protocol
-from lmx.config import Settings, load_settings
 from lmx.errors import InsufficientMemory, LmxError, ModelLoadingFailed, ModelNotFound, ModelOverloaded
-from lmx.serving.engine import GenerateRequest
-from lmx.serving.metrics import Metrics
-from lmx.serving.models import Models, Served
 from lmx.serving.models.options import LoadOptions
 from tests.api_server import write_model
+from tests.models_soak import soak
+from tests.models_zoo import (
+    ENDLESS,
+    NAMES,
+    answering,
+    ask,
+    engines,
+    in_trio,
+    limit_for,
+    managing,
+    pid_of,
+    state,
+)
 
-PATIENCE_S = 20  # bounds a failing test only
-NAMES = ("ant", "bee", "cat", "dog")
+SOAK = int(os.environ.get("LMX_SOAK_MODELS", "60"))
 
 
 @pytest.fixture(scope="session")
@@ -34,103 +36,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         write_model(folder / name)
     return folder
-
-
-def settings_of(zoo: Path, data: Path, **sections: dict[str, Any]) -> Settings:
-    given = {
-        "model": {"default": str(zoo / "ant")},
-        "engine": {"command": [sys.executable, "-m", "bench.null_engine"], "openblas": "off", "restart_backoff_s": 0.01},
-        "hub": {"data_dir": str(data), "folders": [str(zoo)], "huggingface": False, "lmstudio": False},
-    }
-    merged = {name: {**given.get(name, {}), **sections.get(name, {})} for name in {*given, *sections}}
-    return load_settings(environ={}, overrides=merged)
-
-
-@asynccontextmanager
-async def managing(zoo: Path, data: Path, **sections: dict[str, Any]) -> AsyncIterator[Models]:
-    """Models that run, and that nothing is left of afterwards."""
-    models = Models(settings_of(zoo, data, **sections), Metrics())
-    async with trio.open_nursery() as nursery:
-        await nursery.start(models.run)
-        yield models
-        nursery.cancel_scope.cancel()
-    assert models.listing() == []
-    assert models.memory.report().models == ()
-    assert engines() == []
-
-
-def engines() -> list[psutil.Process]:
-    """Engine processes of this test."""
-    return [child for child in psutil.Process().children() if "null_engine" in " ".join(_command(child))]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
-
-
-Test = Callable[..., Awaitable[None]]
-
-
-def in_trio(test: Test) -> Callable[..., None]:
-    """A test as a Trio task; parameters are pytest's fixtures."""
-
-    @wraps(test)
-    def run(**fixtures: Any) -> None:
-        async def main() -> None:
-            with trio.fail_after(PATIENCE_S):
-                await test(**fixtures)
-
-        trio.run(main)
-
-    return run
-
-
-REQUEST = GenerateRequest(prompt=[5, 6, 7], max_tokens=3, sampling=protocol.Sampling(seed=1))
-
-
-async def ask(models: Models, name: str, max_tokens: int = 3) -> list[int]:
-    """The tokens of an answer, as a face gets them."""
-    tokens: list[int] = []
-    async with models.use(name) as served:
-        assert isinstance(served, Served)
-        request = GenerateRequest(prompt=[5, 6, 7], max_tokens=max_tokens, sampling=protocol.Sampling(seed=1))
-        async with served.engine.generate(request) as stream:
-            while True:
-                chunk = await stream.receive()
-                tokens += chunk.tokens
-                if chunk.finish:
-                    return tokens
-
-
-async def state(models: Models, name: str, *wanted: str) -> None:
-    """Wait until a model's state is one of these; "gone": it has none."""
-    while models.states().get(name, "gone") not in wanted:
-        await models.changes.wait()
-
-
-@asynccontextmanager
-async def answering(models: Models, name: str, nursery: trio.Nursery) -> AsyncIterator[trio.CancelScope]:
-    """An answer without end runs in the block."""
-    begun, scope = trio.Event(), trio.CancelScope()
-
-    async def run() -> None:
-        with scope:
-            async with models.use(name) as served, served.engine.generate(ENDLESS) as stream:
-                await stream.receive()
-                begun.set()
-                while True:
-                    await stream.receive()
-
-    nursery.start_soon(run)
-    await begun.wait()
-    yield scope
-    scope.cancel()
-
-
-ENDLESS = GenerateRequest(prompt=[5, 6, 7], max_tokens=10**6, sampling=protocol.Sampling(seed=1))
 
 
 @in_trio
@@ -256,12 +161,6 @@ async def test_unloading_lets_requests_end_and_the_next_one_loads_again(zoo: Pat
         assert "bee" not in models.states()
 
 
-def pid_of(models: Models, name: str) -> int | None:
-    served = models.peek(name, Served)
-    assert served is not None
-    return served.engine.statistics().pid
-
-
 @in_trio
 async def test_who_does_not_end_in_time_is_ended(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
@@ -317,18 +216,6 @@ async def test_unloading_ends_a_load(zoo: Path, tmp_path: Path, monkeypatch: pyt
         await models.unload("bee")
         await trio.testing.wait_all_tasks_blocked()
         assert [type(error) for error in errors] == [ModelOverloaded]
-
-
-def limit_for(zoo: Path, models: int) -> int:
-    """A budget that so many of the zoo's models fit into, and not one more."""
-    from lmx.serving.models.admission import needs
-    from lmx.serving.models.options import options_of
-    from lmx.hub.inventory import find
-
-    settings = settings_of(zoo, zoo)
-    options = options_of(settings, ["bee"], LoadOptions(), jit=True)
-    need = needs(find(str(zoo / "bee"), settings.model.cache_path), options, settings)
-    return int((models + 0.5) * need.least_bytes)
 
 
 @in_trio
@@ -444,4 +331,6 @@ async def test_a_model_whose_folder_vanishes_goes_on_until_it_is_unloaded(tmp_pa
             models.take("bee")
 
 
-_ = partial
+@pytest.mark.parametrize("policy", ["wait", "preempt", "refuse"])
+def test_random_lives_leave_nothing_behind(zoo: Path, tmp_path: Path, policy: str) -> None:
+    trio.run(soak, zoo, tmp_path, SOAK // 3, 1, policy)

@@ -50,8 +50,11 @@ class Admission:
             raise InsufficientMemory(f"The model {slot.id!r} cannot be loaded. {plan.words}", retry_after_s=LATER_S)
 
     async def admit(self, slot: Slot) -> None:
-        """Wait until ``slot.needed_bytes`` are free, and reserve them. Raises InsufficientMemory with the numbers.
-        Cancelled: nothing is reserved; what was unloaded stays unloaded."""
+        """Wait until what it needs is free, and reserve it, with as much more for its KV as there is room for
+        (``slot.kv_bytes``).
+
+        Raises InsufficientMemory with the numbers. Cancelled: nothing is reserved; what was unloaded stays unloaded.
+        """
         slot.enter("waiting", "for other loads")
         async with self._turn:
             plan = self._plan(slot)
@@ -64,7 +67,19 @@ class Admission:
                 raise InsufficientMemory(
                     f"The model {slot.id!r} cannot be loaded now. {plan.words} {waited}", retry_after_s=LATER_S
                 )
-            self._memory.reserve(slot.id, slot.needed_bytes)
+            assert slot.demand is not None
+            slot.kv_bytes = slot.demand.kv_bytes(self._memory.room())
+            self._memory.reserve(slot.id, slot.demand.estimate.total(slot.kv_bytes))
+
+    def settle(self, slot: Slot) -> None:
+        """It is loaded: its engine's own numbers hold from now on."""
+        assert slot.served is not None
+        assert slot.demand is not None
+        ready = slot.served.engine.ready
+        assert ready is not None
+        estimate = slot.demand.estimate
+        fixed = estimate.fixed_bytes - estimate.weights_bytes + ready.weights_bytes
+        self._memory.settle(slot.id, fixed, fixed + ready.kv_budget_bytes)
 
     async def _make_room(self, slot: Slot, plan: Plan, asked_at: float) -> bool:
         """One step of it; whether the memory is there."""
@@ -104,8 +119,9 @@ class Admission:
 
     def _plan(self, slot: Slot) -> Plan:
         holding = [one for one in self._slots.values() if one is not slot and self._memory.reserved(one.id)]
+        assert slot.demand is not None
         return self._memory.plan(
-            slot.needed_bytes,
+            slot.demand.least_bytes,
             [
                 Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes)
                 for one in holding

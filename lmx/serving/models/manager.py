@@ -25,7 +25,8 @@ from lmx.hub.state import State
 from lmx.serving.converter import run_converter
 from lmx.serving.memory import Memory
 from lmx.serving.metrics import Metrics
-from lmx.serving.models.admission import Admission, needs
+from lmx.serving.models.admission import Admission
+from lmx.serving.models.demand import demand
 from lmx.serving.models.names import is_embedding_placeholder, is_placeholder, spellings
 from lmx.serving.models.options import LoadOptions, options_of
 from lmx.serving.models.read import read_embedding, read_writer
@@ -463,7 +464,8 @@ class Models:
         options = options_of(self._settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
         slot.options = options
         folder = await self._folder(slot)
-        slot.estimate = await trio.to_thread.run_sync(needs, folder, options, self._settings, abandon_on_cancel=True)
+        measure = partial(demand, folder, options, self._settings, embeds=slot.kind is ServedEmbedding)
+        slot.demand = await trio.to_thread.run_sync(measure, abandon_on_cancel=True)
         self._admission.check(slot)
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
@@ -474,6 +476,7 @@ class Models:
         assert slot.served is not None
         engine = slot.served.engine
         await self._admission.admit(slot)
+        engine.grant(slot.kv_bytes)
         slot.enter("running")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import trio
 
 from lmx.errors import LmxError
-from lmx.hub.estimate import Estimate
+from lmx.serving.models.demand import Demand
 from lmx.serving.models.options import Applied, LoadOptions, Options
 from lmx.serving.models.served import AnyServed
 
@@ -60,8 +60,9 @@ class Slot:
         """An earlier stay of the same model, which must end first."""
         self.options: Options | None = None
         self.served: AnyServed | None = None
-        self.estimate: Estimate | None = None
-        self.needed_bytes = 0
+        self.demand: Demand | None = None
+        self.kv_bytes = 0
+        """What its engine was granted."""
         self.load_s = 0.0
         self.error: LmxError | None = None
         """Why it could not be served."""
