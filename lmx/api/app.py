@@ -49,7 +49,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
         completions.blueprint(models, settings),
         embeddings.blueprint(models, settings),
         model_routes.blueprint(models, settings),
-        admin.blueprint(models, metrics),
+        *admin.blueprints(models, settings, metrics),
         prefix_cache.blueprint(settings),
         docs.blueprint(),
     ):
