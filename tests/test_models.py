@@ -125,7 +125,7 @@ async def test_a_model_that_fails_to_load_hurts_nobody(
 @in_trio
 async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
-        for name in ("cow", "../ant", "ant\0", "", "x" * 5000, str(zoo / "cow")):
+        for name in ("cow", "../ant", "ant\0", "x" * 5000, str(zoo / "cow")):
             with pytest.raises((ModelNotFound, LmxError)) as refused:
                 models.take(name)
             assert refused.value.status == 404, name

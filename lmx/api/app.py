@@ -27,6 +27,7 @@ from lmx.config import ServerSettings, Settings
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
+
 class _App(QuartTrio):  # type: ignore[misc]
     async def dispatch_request(self, request_context: Any = None) -> Any:
         """The handler's whole work but a stream's, which ``EventStream`` contains."""

@@ -69,7 +69,7 @@ async def _receive(
         return await _receive_large(kind, pieces, models, settings, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = await _take(models, settings, body.model, served_kind, body.timeout)
+    served = await _take(models, settings, body.model, served_kind, getattr(body, "timeout", None))
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
 

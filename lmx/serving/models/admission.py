@@ -114,7 +114,8 @@ class Admission:
 
     def _trim(self, slot: Slot, given: int) -> None:
         assert slot.served is not None
-        slot.served.engine.trim(given)
+        slot.kv_bytes -= given
+        slot.served.engine.trim(slot.kv_bytes)
         self._memory.trimmed(slot.id, given)
 
     def _plan(self, slot: Slot) -> Plan:
@@ -122,8 +123,5 @@ class Admission:
         assert slot.demand is not None
         return self._memory.plan(
             slot.demand.least_bytes,
-            [
-                Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes)
-                for one in holding
-            ],
+            [Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes) for one in holding],
         )
