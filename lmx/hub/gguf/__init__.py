@@ -1,0 +1,1 @@
+"""GGUF files: their headers, their words, and what MLX needs of them."""
