@@ -28,33 +28,21 @@ def tables(state: State) -> set[str]:
         return {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
 
 
-def use(state: State, model: str, at: float = 1.0) -> None:
-    with state.connection() as db:
-        db.execute(
-            "INSERT INTO uses VALUES (?, ?) ON CONFLICT DO UPDATE SET last_used = excluded.last_used", (model, at)
-        )
-
-
-def uses(state: State) -> dict[str, float]:
-    with state.connection() as db:
-        return dict(db.execute("SELECT * FROM uses"))
-
-
 def test_what_is_written_is_there_after_a_restart(path: Path) -> None:
     with closing(State(path)) as state:
         assert state.persistent
         assert tables(state) == TABLES
-        use(state, "a")
+        state.note_uses({"a": 1.0})
     with closing(State(path)) as state:
-        assert uses(state) == {"a": 1.0}
+        assert state.last_uses() == {"a": 1.0}
 
 
 def test_in_memory() -> None:
     with closing(State(None)) as state:
         assert not state.persistent
         assert tables(state) == TABLES
-        use(state, "a")
-        assert uses(state) == {"a": 1.0}
+        state.note_uses({"a": 1.0})
+        assert state.last_uses() == {"a": 1.0}
 
 
 def test_an_exception_takes_the_transaction_back(path: Path) -> None:
@@ -66,17 +54,17 @@ def test_an_exception_takes_the_transaction_back(path: Path) -> None:
     with closing(State(path)) as state:
         with pytest.raises(KeyError):
             half(state)
-        assert uses(state) == {}
+        assert state.last_uses() == {}
 
 
 def test_wrong_sql_is_the_callers_and_costs_nothing(path: Path) -> None:
     with closing(State(path)) as state:
-        use(state, "a")
+        state.note_uses({"a": 1.0})
         with pytest.raises(sqlite3.OperationalError), state.connection() as db:
             db.execute("SELECT * FROM nowhere")
         with pytest.raises(sqlite3.IntegrityError), state.connection() as db:
             db.execute("INSERT INTO uses VALUES ('a', 1.0)")
-        assert uses(state) == {"a": 1.0}
+        assert state.last_uses() == {"a": 1.0}
         assert state.persistent
 
 
@@ -131,9 +119,9 @@ def test_threads_share_it(path: Path) -> None:
                 db.execute("UPDATE uses SET last_used = ? WHERE model = 'a'", (value + 1,))
 
     with closing(State(path)) as first, closing(State(path)) as second, ThreadPoolExecutor(4) as pool:
-        use(first, "a", 0.0)
+        first.note_uses({"a": 0.0})
         list(pool.map(count, (first, second, first, second)))
-        assert uses(first) == uses(second) == {"a": 200.0}
+        assert first.last_uses() == second.last_uses() == {"a": 200.0}
 
 
 def damage_the_head(path: Path) -> None:
@@ -159,20 +147,20 @@ def test_a_damaged_file_is_put_aside(
     damage: Callable[[Path], None], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(State(path)) as state:
-        use(state, "a")
+        state.note_uses({"a": 1.0})
     damage(path)
     damaged = path.read_bytes()
     with caplog.at_level(logging.WARNING, "lmx"), closing(State(path)) as state:
         assert state.persistent
-        assert uses(state) == {}
-        use(state, "b")
+        assert state.last_uses() == {}
+        state.note_uses({"b": 1.0})
     [aside] = path.parent.glob("*.broken-*")
     assert aside.read_bytes() == damaged
     [record] = caplog.records
     assert str(path) in record.getMessage()
     assert aside.name in record.getMessage()
     with closing(State(path)) as state:
-        assert uses(state) == {"b": 1.0}
+        assert state.last_uses() == {"b": 1.0}
 
 
 def test_damage_while_it_is_open_costs_one_call(path: Path) -> None:
@@ -188,22 +176,22 @@ def test_damage_while_it_is_open_costs_one_call(path: Path) -> None:
             file.write(os.urandom(path.stat().st_size - 4096))
         with pytest.raises(sqlite3.DatabaseError), state.connection() as db:
             db.execute("SELECT sum(length(result)) FROM benches").fetchall()
-        use(state, "b")
-        assert uses(state) == {"b": 1.0}
+        state.note_uses({"b": 1.0})
+        assert state.last_uses() == {"b": 1.0}
         assert state.persistent
 
 
 def test_a_newer_lmxs_file_is_left_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with closing(State(path)) as state:
-        use(state, "a")
+        state.note_uses({"a": 1.0})
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 1000")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     newer = path.read_bytes()
     with caplog.at_level(logging.WARNING, "lmx"), closing(State(path)) as state:
         assert not state.persistent
-        use(state, "b")
-        assert uses(state) == {"b": 1.0}
+        state.note_uses({"b": 1.0})
+        assert state.last_uses() == {"b": 1.0}
     assert path.read_bytes() == newer
     [record] = caplog.records
     assert "newer lmx" in record.getMessage()
@@ -228,7 +216,7 @@ def test_a_disk_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         folder = Path(name)
         with closing(State(folder / FILE_NAME)) as state:
-            use(state, "a")
+            state.note_uses({"a": 1.0})
         (folder / FILE_NAME).chmod(0o444)
         before = (folder / FILE_NAME).read_bytes()
         with (
@@ -237,8 +225,8 @@ def test_a_disk_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None
             closing(State(folder / FILE_NAME)) as state,
         ):
             assert not state.persistent
-            use(state, "b")
-            assert uses(state) == {"a": 1.0, "b": 1.0}
+            state.note_uses({"b": 1.0})
+            assert state.last_uses() == {"a": 1.0, "b": 1.0}
         [record] = caplog.records
         assert "in memory only" in record.getMessage()
         assert (folder / FILE_NAME).read_bytes() == before
@@ -248,5 +236,5 @@ def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with closing(State(tmp_path / "file" / FILE_NAME)) as state:
         assert not state.persistent
-        use(state, "a")
-        assert uses(state) == {"a": 1.0}
+        state.note_uses({"a": 1.0})
+        assert state.last_uses() == {"a": 1.0}

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -78,7 +78,18 @@ class State:
                     self._db = self._open()
                 raise
 
+    def note_uses(self, uses: Mapping[str, float]) -> None:
+        """Unix times at which models were last used."""
+        with self.connection() as db:
+            db.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", uses.items())
+
+    def last_uses(self) -> dict[str, float]:
+        """Of every model that was ever used."""
+        with self.connection() as db:
+            return dict(db.execute("SELECT model, last_used FROM uses"))
+
     def close(self) -> None:
+        """No use after it."""
         with self._lock:
             self._db.close()
 
