@@ -32,7 +32,7 @@ class GgufFile:
     def __init__(self, path: Path, *, words: bool = True) -> None:
         self.path = path
         header = read_header(path, words=words)
-        self._fields = header.fields
+        self.fields = header.fields
         self.tensors = header.tensors
         self.parts = [path]
         if self.get("split.count", 1) > 1:
@@ -64,7 +64,7 @@ class GgufFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object."""
-        return self._fields.get(key, default)
+        return self.fields.get(key, default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's own, for example ``llama.block_count``."""
