@@ -17,7 +17,7 @@ from lmx.api.core.parse import parse_object, validate
 from lmx.api.core.prepare import Prepared, check_length, prepare
 from lmx.api.core.prepare_embeddings import prepare_embeddings
 from lmx.api.core.schemas import Request
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest, LmxError
 from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding
 
@@ -38,31 +38,29 @@ class UnsupportedEncoding(LmxError):
     code = "unsupported_content_encoding"
 
 
-async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple[Kind, Served, Prepared]:
+async def receive(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, Served, Prepared]:
     """The current request's body as a ``kind``; fields that only ``prepare`` needs may be None in it.
 
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
-    return await _receive(kind, models, settings, lambda name: models.resolve(name or settings.model.default))
+    return await _receive(kind, models, live, lambda name: models.resolve(name or live.now.model.default))
 
 
-async def receive_embedding(
-    kind: type[Kind], models: Models, settings: Settings
-) -> tuple[Kind, ServedEmbedding, Prepared]:
+async def receive_embedding(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, ServedEmbedding, Prepared]:
     """As ``receive``, for a model that makes embeddings."""
-    return await _receive(kind, models, settings, models.resolve_embedding)
+    return await _receive(kind, models, live, models.resolve_embedding)
 
 
 async def _receive(
-    kind: type[Kind], models: Models, settings: Settings, resolve: Callable[[str | None], Model]
+    kind: type[Kind], models: Models, live: Live, resolve: Callable[[str | None], Model]
 ) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
-    pieces = await _read(settings.server.max_body_bytes)
+    pieces = await _read(live.now.server.max_body_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
-        pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, settings.server.max_body_bytes)
+        pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, live.now.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
             await trio.to_thread.run_sync(_refuse_early, kind, pieces, resolve, abandon_on_cancel=True)

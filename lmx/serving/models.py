@@ -23,6 +23,7 @@ from lmx import protocol
 from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel, Source
 from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelNotFound, ModelOverloaded
 from lmx.hub.conversion import ConversionNeeded
 from lmx.hub.inventory import ModelFolder, find
@@ -107,13 +108,12 @@ AnyServed = Served | ServedEmbedding
 class Models:
     """All served models. ``run`` it in a nursery."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, live: Live, metrics: Metrics) -> None:
         self.draining = False
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
         """The server may listen: the model was found, even if it must be converted first."""
-        self._all_settings = settings
-        self._settings = settings.model
+        self._live = live
         self._metrics = metrics
         self._served: Served | None = None
         self._embedding: ServedEmbedding | None = None
@@ -132,7 +132,7 @@ class Models:
         try:
             with self._loading:
                 writer = await self._load(_read)
-                if self._settings.embedding:
+                if self._live.now.model.embedding:
                     self._embedding = await self._load(partial(_read_embedding, taken=writer.id))
                 self._served = writer
         finally:
@@ -146,12 +146,12 @@ class Models:
         finally:
             await self.readers.aclose()
 
-    async def _load(self, read: Callable[[Settings, Metrics], Read]) -> Read:
+    async def _load(self, read: Callable[[Live, Metrics], Read]) -> Read:
         made: set[Path] = set()
         while True:
             try:
                 # Abandoned: what a thread reads harms nobody.
-                return await trio.to_thread.run_sync(read, self._all_settings, self._metrics, abandon_on_cancel=True)
+                return await trio.to_thread.run_sync(read, self._live, self._metrics, abandon_on_cancel=True)
             except ConversionNeeded as needed:
                 conversion = needed.conversion
             conversion.refuse_if_made(made)
@@ -166,7 +166,9 @@ class Models:
     def states(self) -> dict[str, str]:
         """Each model's state, as ``Engine.state``; one whose words are not there yet is "loading"."""
         if self._served is None:
-            return dict.fromkeys(filter(None, (self._settings.default, self._settings.embedding)), "loading")
+            return dict.fromkeys(
+                filter(None, (self._live.now.model.default, self._live.now.model.embedding)), "loading"
+            )
         return {served.id: served.engine.state for served in self.listing()}
 
     def resolve(self, requested: str) -> Served:
@@ -196,10 +198,12 @@ class Models:
         embedding = self._embedding
         if embedding is not None and (
             requested is None
-            or any(fnmatchcase(requested, pattern) for pattern in (*self._settings.placeholders, *OPENAI_EMBEDDINGS))
+            or any(
+                fnmatchcase(requested, pattern) for pattern in (*self._live.now.model.placeholders, *OPENAI_EMBEDDINGS)
+            )
         ):
             return embedding
-        served = self.find(requested or self._settings.default, ServedEmbedding)
+        served = self.find(requested or self._live.now.model.default, ServedEmbedding)
         if isinstance(served, ServedEmbedding):
             return served
         there = f"Ask {self._ids(ServedEmbedding)} for that" if embedding else NO_EMBEDDING
@@ -212,7 +216,7 @@ class Models:
         """
         self._refuse_early()
         for name in (requested, requested.removeprefix("lmstudio/").removeprefix("openai/")):
-            meant = self._settings.aliases.get(name, name)
+            meant = self._live.now.model.aliases.get(name, name)
             found = [served for served in self.listing() if self._means(meant, served)]
             if found:
                 return next((served for served in found if isinstance(served, kind)), found[0])
@@ -225,7 +229,7 @@ class Models:
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         if self._served is None:
-            raise ModelOverloaded(f"The model {self._settings.default!r} is not there yet.", retry_after_s=5.0)
+            raise ModelOverloaded(f"The model {self._live.now.model.default!r} is not there yet.", retry_after_s=5.0)
 
     def _ids(self, kind: type[AnyServed]) -> str:
         return ", ".join(repr(served.id) for served in self.listing() if isinstance(served, kind))
@@ -233,9 +237,9 @@ class Models:
     def _means(self, name: str, served: AnyServed) -> bool:
         names = {served.id, str(served.folder.path), str(served.folder.source)}
         if isinstance(served, ServedEmbedding):
-            return name in names or name == self._settings.embedding
-        patterns = self._settings.placeholders
-        return name in names or name == self._settings.default or any(fnmatchcase(name, p) for p in patterns)
+            return name in names or name == self._live.now.model.embedding
+        patterns = self._live.now.model.placeholders
+        return name in names or name == self._live.now.model.default or any(fnmatchcase(name, p) for p in patterns)
 
     def listing(self) -> list[AnyServed]:
         """Every model, for /v1/models; first the one that writes."""
@@ -252,9 +256,10 @@ class Models:
             served.engine.kill()
 
 
-def _read_embedding(settings: Settings, metrics: Metrics, *, taken: str) -> ServedEmbedding:
+def _read_embedding(live: Live, metrics: Metrics, *, taken: str) -> ServedEmbedding:
     """As ``_read``, for the model that makes embeddings; ``taken``: the other one's id, which may be of the same
     folder."""
+    settings = live.now
     name = settings.model.embedding
     folder = find(name, settings.model.cache_path, settings.model.backends.get(name, settings.model.backend))
     logger.info("embedding model %s runs on %s: %s", folder.id, BACKENDS[folder.backend], folder.backend_reason)
@@ -276,7 +281,7 @@ def _read_embedding(settings: Settings, metrics: Metrics, *, taken: str) -> Serv
     if folder.architecture in ENCODERS:
         # Each core takes a share of a step, products included; NumPy's BLAS reads this when it is imported.
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
-    engine = Engine(model_id, load, settings.engine, metrics, environment)
+    engine = Engine(model_id, load, lambda: live.now.engine, metrics, environment)
     return ServedEmbedding(model_id, folder, encoder, engine, int(time.time()))
 
 
@@ -299,8 +304,9 @@ def _prefix_disk_bytes(settings: Settings) -> int:
         return 0
 
 
-def _read(settings: Settings, metrics: Metrics) -> Served:
+def _read(live: Live, metrics: Metrics) -> Served:
     """The configured model, with what the server needs of it. Blocking. Raises ConversionNeeded."""
+    settings = live.now
     name = settings.model.default
     backend = settings.model.backends.get(name, settings.model.backend)
     folder = find(name, settings.model.cache_path, backend)
@@ -338,5 +344,5 @@ def _read(settings: Settings, metrics: Metrics) -> Served:
         prefix_disk_bytes=_prefix_disk_bytes(settings),
         prefix_dir=str(settings.prefix_path),
     )
-    engine = Engine(folder.id, load, settings.engine, metrics, _environment(settings))
+    engine = Engine(folder.id, load, lambda: live.now.engine, metrics, _environment(settings))
     return Served(folder.id, folder, chat, engine, int(time.time()))
