@@ -6,11 +6,11 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 from quart import Blueprint
 
 from lmx.api.admin import watch
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
 
-def blueprints(models: Models, settings: Settings, metrics: Metrics) -> list[Blueprint]:
+def blueprints(models: Models, live: Live, metrics: Metrics) -> list[Blueprint]:
     """Every group's routes."""
     return [watch.blueprint(models, metrics)]

@@ -8,7 +8,7 @@ API face.
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import psutil
 import trio
 
 from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelLoadingFailed, ModelNotFound, ModelOverloaded
 from lmx.hub.conversion import ConversionNeeded
 from lmx.hub.inventory import ModelFolder, find, identify
@@ -90,7 +91,8 @@ class ModelLease:
 class Models:
     """All models. ``run`` it in a nursery."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, live: Live, metrics: Metrics) -> None:
+        settings = live.now
         self.draining = False
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
@@ -104,17 +106,22 @@ class Models:
             total=lambda: int(psutil.virtual_memory().total),
             available=lambda: int(psutil.virtual_memory().available),
         )
-        self._settings = settings
+        self._live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         """Those that take requests, by id."""
         self._leaving: set[Slot] = set()
         self._failures: dict[str, LmxError] = {}
         """Why a model that was to stay could not be loaded, until the next try."""
-        self._admission = Admission(settings.memory, self.memory, self._slots, self.changes, self._retire)
+        self._admission = Admission(lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire)
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
+
+    @property
+    def _settings(self) -> Settings:
+        """Those that hold now."""
+        return self._live.now
 
     # --- the server's life ---------------------------------------------------------------------------
 
@@ -158,10 +165,8 @@ class Models:
         target = self._target(name, kind)
         backend = options_of(self._settings, [target.id, *target.names], LoadOptions(), jit=False).backend
         check = partial(find, target.path, self._settings.model.cache_path, backend)
-        try:
+        with suppress(ConversionNeeded):
             await trio.to_thread.run_sync(check, abandon_on_cancel=True)
-        except ConversionNeeded:
-            pass
         return target
 
     async def _note_uses(self) -> None:
@@ -427,7 +432,7 @@ class Models:
             entry = self.library.find(name)
         except (ModelNotFound, ModelInvalid):
             return Target(identify(name), name, kind, (name,))
-        return Target(entry.id, str(entry.path), kind, (*entry.aliases, name))
+        return Target(entry.id, entry.loadable, kind, (*entry.aliases, str(entry.path), name))
 
     def _begin(self, target: Target, asked: LoadOptions, *, kept: bool, before: Slot | None = None) -> Slot:
         """A slot for the model, and its owner."""
@@ -481,7 +486,7 @@ class Models:
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
-                read, slot.id, folder, options, self._settings, self._metrics, abandon_on_cancel=True
+                read, slot.id, folder, options, self._live, self._metrics, abandon_on_cancel=True
             )
         )
         assert slot.served is not None
