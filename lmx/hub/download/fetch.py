@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from lmx.errors import LmxError
 from lmx.hub.download.choose import choose
 from lmx.hub.download.hub import Patience, describe, explain, open_hub
@@ -45,14 +47,15 @@ class DiskFailed(LmxError):
 
 
 class _Voice:
-    """The lines to the server."""
+    """The lines to the server. What changes often is told four times a second."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._done_bytes = 0
         self._total_bytes = 0
         self._message = ""
-        self._told = 0.0
+        self._changed = False
+        threading.Thread(target=self._report_now_and_then, daemon=True).start()
 
     def say(self, **line: Any) -> None:
         with self._lock:
@@ -71,11 +74,17 @@ class _Voice:
         with self._lock:
             self._done_bytes += n
             self._message = "downloading"
-            if time.monotonic() - self._told >= EVERY_S:
-                self._report()
+            self._changed = True
+
+    def _report_now_and_then(self) -> None:
+        while True:
+            time.sleep(EVERY_S)
+            with self._lock:
+                if self._changed:
+                    self._report()
 
     def _report(self) -> None:
-        self._told = time.monotonic()
+        self._changed = False
         self._print({"message": self._message, "done_bytes": self._done_bytes, "total_bytes": self._total_bytes})
 
     def _print(self, line: dict[str, Any]) -> None:
@@ -134,10 +143,12 @@ def _bring(chosen: Chosen, staging: Path, patience: Patience, voice: _Voice) -> 
     futures = [threads.submit(transfer.bring, file) for file in sorted(chosen.files, key=lambda file: file.size)]
     for future in as_completed(futures):
         error = future.exception()
-        if isinstance(error, OSError | LmxError) or not isinstance(error, Exception | None):
-            raise error
-        if error is not None:
+        if error is None:
+            continue
+        # The client's errors are OSErrors, too.
+        if isinstance(error, HfHubHTTPError) or (isinstance(error, Exception) and not isinstance(error, OSError)):
             raise explain(error, chosen.repo, chosen.revision) from error
+        raise error
 
 
 def _check_disk(staging: Path, chosen: Chosen, low_disk_bytes: int) -> None:

@@ -56,7 +56,7 @@ def read_name(written: str, *, revision: str = "", quantization: str = "") -> Na
         found_revision = after
         text += f":{tag}" if tag else ""
     text, _, tag = text.partition(":")
-    match = _NAME.fullmatch(text.strip("/"))
+    match = _NAME.fullmatch(text.rstrip("/"))
     if match is None or ".." in text or "--" in text:
         raise _refusal(written, f"{text[:100]!r} is no repository of the Hub")
     publisher, name = match[1] or "", match[2]

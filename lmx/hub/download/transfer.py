@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import get_session, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from lmx.errors import ModelInvalid
@@ -112,8 +113,10 @@ class Transfer:
                 library_name="lmx",
                 tqdm_class=Counter,
             )
-        except BaseException:
+        except BaseException as error:
             self.count(-came)
+            if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+                raise error.__cause__ from None  # why it looked on the disk
             raise
         self.count(file.size - came)
         Path(made).replace(unfinished)
