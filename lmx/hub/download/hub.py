@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
@@ -183,8 +183,3 @@ def explain(error: Exception, repo: str, revision: str = "") -> LmxError:
     if isinstance(error, httpx2.TooManyRedirects):
         return HubUnreachable(f"{endpoint()} redirects without end. Check HF_ENDPOINT and HTTPS_PROXY.")
     return HubUnreachable(f"The Hub's answer for {repo} makes no sense: {type(error).__name__}: {_words(error)}")
-
-
-def describe(error: LmxError) -> dict[str, Any]:
-    """For the line to the server."""
-    return {"message": error.message, "code": error.code, "status": error.status, "retry_after_s": error.retry_after_s}
