@@ -1,9 +1,9 @@
 """What the children that work for a job (``lmx.hub.download.fetch``, ``lmx.hub.quantize``) have in common: their lines
 to the server, their end, the disk.
 
-Each line on stdout is a JSON object: ``message`` with ``done_bytes`` and ``total_bytes``, what the child's own kind
-adds, and last ``done`` (a path) or ``error``. A child may be ended at any moment, and ends itself with its server. The
-server must never import this: its standard input is its own.
+Each line on stdout is a JSON object: ``message`` with ``done_bytes``, ``came_bytes`` and ``total_bytes``, what the
+child's own kind adds, and last ``done`` (a path) or ``error``. A child may be ended at any moment, and ends itself with
+its server. The server must never import this: its standard input is its own.
 """
 
 import errno
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from lmx.errors import LmxError
 
 EVERY_S = 0.25
+STILL_S = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,9 +42,11 @@ class Voice:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._done_bytes = 0
+        self._came_bytes = 0
         self._total_bytes = 0
         self._message = ""
         self._changed = False
+        self._told = 0.0
         threading.Thread(target=self._report_now_and_then, daemon=True).start()
 
     def say(self, **line: Any) -> None:
@@ -59,22 +62,33 @@ class Voice:
         with self._lock:
             self._total_bytes = total_bytes
 
-    def count(self, n: int, message: str = "") -> None:
+    def count(self, n: int) -> None:
+        """``n`` more bytes are there; negative: they were thrown away."""
         with self._lock:
             self._done_bytes += n
-            self._message = message or self._message
+            self._changed = True
+
+    def came(self, n: int, message: str) -> None:
+        """``n`` more bytes are there, and this process brought them: they make the rate."""
+        with self._lock:
+            self._done_bytes += n
+            self._came_bytes += n
+            self._message = message
             self._changed = True
 
     def _report_now_and_then(self) -> None:
         while True:
             time.sleep(EVERY_S)
             with self._lock:
-                if self._changed:
+                # Also what stands still, or the rate would stay what it was.
+                if self._changed or (self._total_bytes and time.monotonic() - self._told > STILL_S):
                     self._report()
 
     def _report(self) -> None:
         self._changed = False
-        self._print({"message": self._message, "done_bytes": self._done_bytes, "total_bytes": self._total_bytes})
+        self._told = time.monotonic()
+        counts = {name: getattr(self, f"_{name}") for name in ("done_bytes", "came_bytes", "total_bytes")}
+        self._print({"message": self._message, **counts})
 
     def _print(self, line: dict[str, Any]) -> None:
         try:

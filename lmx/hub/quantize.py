@@ -192,8 +192,9 @@ def _write_weights(request: Request, staging: Path, voice: "Voice") -> None:
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     child.check_disk(request.folder.name, total, request.low_disk_bytes, staging)
     voice.expect(total)
-    voice.tell("quantising" if request.bits else "writing")
-    with _watched(staging, voice.count):
+    what = "quantising" if request.bits else "writing"
+    voice.tell(what)
+    with _watched(staging, lambda n: voice.came(n, what)):
         save_model(staging, model, donate_model=True)
     save_config(config, staging / "config.json")
 

@@ -66,10 +66,11 @@ def fetch(request: Request, voice: Voice) -> Path:
 def _bring(chosen: Chosen, staging: Path, patience: Patience, voice: Voice) -> None:
     """Raises what the first file to fail did; the others are then still on their way, until the process ends."""
 
-    def count(n: int) -> None:
-        voice.count(n, "downloading")
+    def came(n: int) -> None:
+        patience.succeeded()
+        voice.came(n, "downloading")
 
-    transfer = Transfer(chosen.repo, chosen.revision, staging, patience, count)
+    transfer = Transfer(chosen.repo, chosen.revision, staging, patience, voice.count, came)
     threads = ThreadPoolExecutor(FILES_AT_ONCE)
     # The small ones first: what a repository refuses, or lacks, shows at once.
     futures = [threads.submit(transfer.bring, file) for file in sorted(chosen.files, key=lambda file: file.size)]

@@ -37,7 +37,9 @@ class Transfer:
     folder: Path
     patience: Patience
     count: Callable[[int], None]
-    """Gets the bytes that are there, as they come; negative: thrown away."""
+    """Gets the bytes that are there already; negative: thrown away."""
+    came: Callable[[int], None]
+    """Gets those that come."""
 
     def bring(self, file: File) -> None:
         """Make ``folder / file.path``, unless it is there: then it is whole.
@@ -83,8 +85,7 @@ class Transfer:
                 part.restart()
             for chunk in response.iter_bytes():
                 part.write(chunk)
-                self.count(len(chunk))
-                self.patience.succeeded()
+                self.came(len(chunk))
                 if part.size > file.size:
                     return  # another file than was promised
         if part.size < file.size:
@@ -101,8 +102,7 @@ class Transfer:
             def update(counter, n: float | None = 1) -> None:
                 nonlocal came
                 came += int(n or 0)
-                self.count(int(n or 0))
-                self.patience.succeeded()
+                self.came(int(n or 0))
 
         try:
             made = hf_hub_download(
