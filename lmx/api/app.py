@@ -1,7 +1,7 @@
 """The HTTP application: routes of every face, and the rules all of them share (API.md, "Common").
 
 Before a request: its id, the access rules. After: the headers that every response carries. Errors go through
-``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.transport.http``.
+``lmx.api.errors``. Made by ``lmx.serve``, served by ``lmx.api.transport.http``.
 """
 
 import logging
@@ -54,7 +54,7 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
         completions.blueprint(models, settings),
         embeddings.blueprint(models, settings),
         model_routes.blueprint(models, settings),
-        admin.blueprint(models, metrics),
+        *admin.blueprints(models, settings, metrics),
         prefix_cache.blueprint(settings),
         docs.blueprint(),
         ui.blueprint(),
