@@ -27,7 +27,7 @@ export function sayOrHide(element, text) {
 }
 
 export function attribute(element, name, value) {
-  if (value === null || value === false) element.removeAttribute(name);
+  if (value == null || value === false) element.removeAttribute(name);
   else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }
 

@@ -34,10 +34,18 @@ export class Plot {
     Object.assign(this, { stacked, format, colour, about });
     this.figure = el("p", { class: "figure" });
     this.note = el("p", { class: "quiet note" });
-    this.drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" });
+    this.drawing = svg("svg", {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: "none",
+      "aria-hidden": "true",
+    });
     this.lines = svg("g", {});
     this.mark = svg("line", { y1: 0, y2: HEIGHT, class: "cursor", visibility: "hidden" });
-    this.drawing.append(...[0.5, HEIGHT / 2, HEIGHT - 0.5].map((y) => svg("line", { x1: 0, x2: WIDTH, y1: y, y2: y, class: "grid" })), this.lines, this.mark);
+    this.drawing.append(
+      ...[0.5, HEIGHT / 2, HEIGHT - 0.5].map((y) => svg("line", { x1: 0, x2: WIDTH, y1: y, y2: y, class: "grid" })),
+      this.lines,
+      this.mark,
+    );
     this.top = el("span", { class: "top" });
     this.tip = el("div", { class: "tip", hidden: true });
     this.canvas = el("div", { class: "canvas", role: "img", tabindex: "0" }, this.drawing, this.top, this.tip);
@@ -45,10 +53,15 @@ export class Plot {
     this.canvas.addEventListener("pointerleave", () => this.#leave());
     this.canvas.addEventListener("blur", () => this.#leave());
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
-    root.append(this.figure, this.canvas, el("div", { class: "axis quiet", "aria-hidden": "true" }, el("span", {}, "5 min ago"), el("span", {}, "now")), this.note);
+    root.append(
+      this.figure,
+      this.canvas,
+      el("div", { class: "axis quiet", "aria-hidden": "true" }, el("span", {}, "5 min ago"), el("span", {}, "now")),
+      this.note,
+    );
   }
 
-  /** After this, the line begins anew. */
+  /** `sample.anew`: no line joins it to the one before. */
   add(sample) {
     this.#samples.push(sample);
     const first = this.#samples.findIndex((other) => other.at > sample.at - SPAN_MS - GAP_MS);
@@ -58,7 +71,9 @@ export class Plot {
   draw(now, figure, note) {
     const samples = this.#samples;
     const names = [...new Set(samples.flatMap((sample) => [...sample.values.keys()]))];
-    const heights = samples.flatMap((sample) => (this.stacked ? [sum(sample.values)] : [...sample.values.values(), ...sample.dashed.values()]));
+    const heights = samples.flatMap((sample) =>
+      this.stacked ? [sum(sample.values)] : [...sample.values.values(), ...sample.dashed.values()],
+    );
     const most = ceiling(Math.max(0, ...heights));
     const x = (sample) => (WIDTH * (1 - (now - sample.at) / SPAN_MS)).toFixed(1);
     const y = (value) => (HEIGHT * (1 - value / most)).toFixed(1);
@@ -71,23 +86,41 @@ export class Plot {
         const runs = this.#runs(() => true);
         const upper = runs.map((run) => run.map((s) => `${x(s)} ${y(base(s) + (s.values.get(name) ?? 0))}`));
         const lower = runs.map((run) => run.map((s) => `${x(s)} ${y(base(s))}`).reverse());
-        paths.push({ id: `${name} area`, class: `area c${colour}`, d: upper.map((run, i) => `M${[...run, ...lower[i]].join("L")}Z`).join("") });
+        paths.push({
+          id: `${name} area`,
+          class: `area c${colour}`,
+          d: upper.map((run, i) => `M${[...run, ...lower[i]].join("L")}Z`).join(""),
+        });
         paths.push({ id: name, class: `line c${colour}`, d: upper.map((run) => `M${run.join("L")}`).join("") });
       } else {
         for (const kind of ["dashed", "values"]) {
           const runs = this.#runs((sample) => sample[kind].has(name));
-          paths.push({ id: `${name} ${kind}`, class: `line c${colour} ${kind}`, d: runs.map((run) => `M${run.map((s) => `${x(s)} ${y(s[kind].get(name))}`).join("L")}`).join("") });
+          paths.push({
+            id: `${name} ${kind}`,
+            class: `line c${colour} ${kind}`,
+            d: runs.map((run) => `M${run.map((s) => `${x(s)} ${y(s[kind].get(name))}`).join("L")}`).join(""),
+          });
         }
       }
     });
-    keyed(this.lines, paths, (path) => path.id, () => svg("path", { "vector-effect": "non-scaling-stroke" }), (element, path) => {
-      attribute(element, "class", path.class);
-      attribute(element, "d", path.d);
-    });
+    keyed(
+      this.lines,
+      paths,
+      (path) => path.id,
+      () => svg("path", { "vector-effect": "non-scaling-stroke" }),
+      (element, path) => {
+        attribute(element, "class", path.class);
+        attribute(element, "d", path.d);
+      },
+    );
     say(this.top, this.format(most));
     say(this.figure, figure);
     say(this.note, note);
-    attribute(this.canvas, "aria-label", `${this.about}, last five minutes. Now ${figure}; scale to ${this.format(most)}.`);
+    attribute(
+      this.canvas,
+      "aria-label",
+      `${this.about}, last five minutes. Now ${figure}; scale to ${this.format(most)}.`,
+    );
     this.now = now;
     this.#show();
   }
@@ -110,7 +143,10 @@ export class Plot {
   #point(clientX) {
     const box = this.canvas.getBoundingClientRect();
     const at = this.now - SPAN_MS * (1 - (clientX - box.left) / box.width);
-    this.#cursor = this.#samples.reduce((best, sample) => (!best || Math.abs(sample.at - at) < Math.abs(best.at - at) ? sample : best), null);
+    this.#cursor = this.#samples.reduce(
+      (best, sample) => (!best || Math.abs(sample.at - at) < Math.abs(best.at - at) ? sample : best),
+      null,
+    );
     this.#show();
   }
 
@@ -141,13 +177,29 @@ export class Plot {
     this.tip.classList.toggle("left", share > 0.5);
     this.tip.style.left = `${share * 100}%`;
     const ago = Math.round((this.now - sample.at) / 1000);
-    const rows = [...sample.values].map(([name, value]) => ({ name, text: this.format(value) + (sample.dashed.has(name) ? ` … ${this.format(sample.dashed.get(name))}` : "") }));
+    const rows = [...sample.values].map(([name, value]) => ({
+      name,
+      text: this.format(value) + (sample.dashed.has(name) ? ` … ${this.format(sample.dashed.get(name))}` : ""),
+    }));
     rows.unshift({ name: "", text: ago ? `${ago} s ago` : "now" });
-    keyed(this.tip, rows, (row) => row.name, (row) => el("div", {}, el("i", { class: row.name ? `swatch c${this.colour(row.name)}` : "" }), el("b", {}), el("span", {}, row.name)), (element, row) => say(element.children[1], row.text));
+    keyed(
+      this.tip,
+      rows,
+      (row) => row.name,
+      (row) =>
+        el(
+          "div",
+          {},
+          el("i", { class: row.name ? `swatch c${this.colour(row.name)}` : "" }),
+          el("b", {}),
+          el("span", {}, row.name),
+        ),
+      (element, row) => say(element.children[1], row.text),
+    );
   }
 }
 
-export function sum(values) {
+function sum(values) {
   let total = 0;
   for (const value of values.values()) total += value;
   return total;

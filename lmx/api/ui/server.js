@@ -15,9 +15,13 @@ export class Refused extends Error {
     this.status = status;
     this.code = error.code ?? "";
   }
-  get forbidden() { return this.status === 401 || this.status === 403; }
+  get forbidden() {
+    return this.status === 401 || this.status === 403;
+  }
   /** There is no such path: this server is older than the page expects. */
-  get missing() { return this.status === 404 && this.code === "unknown_url"; }
+  get missing() {
+    return this.status === 404 && this.code === "unknown_url";
+  }
 }
 
 /** Nobody answered, or not in time, or somebody who is not lmx. */
@@ -32,20 +36,33 @@ export async function ask(path, { method = "GET", body, patience = PATIENCE_MS }
   let response, text;
   try {
     response = await fetch(path, {
-      method, headers, cache: "no-store", credentials: "omit", redirect: "error",
+      method,
+      headers,
+      cache: "no-store",
+      credentials: "omit",
+      redirect: "error",
       body: body === undefined ? undefined : JSON.stringify(body),
       signal: patience ? AbortSignal.timeout(patience) : undefined,
     });
     text = await response.text();
   } catch (error) {
-    throw new Unreachable(error.name === "TimeoutError" ? `The server did not answer within ${patience / 1000} s.` : "The server does not answer.");
+    throw new Unreachable(
+      error.name === "TimeoutError"
+        ? `The server did not answer within ${patience / 1000} s.`
+        : "The server does not answer.",
+    );
   }
   let answer;
   try {
     answer = JSON.parse(text);
   } catch {
-    throw response.ok ? new Unreachable("What answers here is not lmx.") : new Refused(response.status, { message: `The server answered ${response.status} ${response.statusText}.` });
+    throw response.ok
+      ? new Unreachable("What answers here is not lmx.")
+      : new Refused(response.status, { message: `The server answered ${response.status} ${response.statusText}.` });
   }
   if (response.ok) return answer;
-  throw new Refused(response.status, answer?.error?.message ? answer.error : { message: `The server answered ${response.status}.` });
+  throw new Refused(
+    response.status,
+    answer?.error?.message ? answer.error : { message: `The server answered ${response.status}.` },
+  );
 }

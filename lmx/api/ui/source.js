@@ -1,8 +1,12 @@
 // One path of the API, asked again and again while the page is seen, and how old what it last said is.
 
 import { ask, Refused } from "./server.js";
+import { seconds } from "./words.js";
 
-const MISSING_MS = 30_000;
+/** Where there is no such path, or no right to it; a new key is tried at once. */
+const REFUSED_MS = 20_000;
+/** Data may be so much older than the time between two questions. */
+const GRACE_MS = 2000;
 
 /** Both clocks: one stands still while a laptop sleeps, the other can be set. */
 const now = () => [performance.now(), Date.now()];
@@ -27,14 +31,31 @@ export class Source {
     this.#changed = changed;
   }
 
-  get missing() { return this.error instanceof Refused && this.error.missing; }
-  get forbidden() { return this.error instanceof Refused && this.error.forbidden; }
+  get missing() {
+    return this.error instanceof Refused && this.error.missing;
+  }
+  get forbidden() {
+    return this.error instanceof Refused && this.error.forbidden;
+  }
 
-  /** Milliseconds since the data came; null when there are none. */
+  /** When the data were asked for, on the steady clock; null when there are none. */
+  get at() {
+    return this.#at?.[0] ?? null;
+  }
+
+  /** Milliseconds since then. */
   get age() {
     if (!this.#at) return null;
     const [steady, wall] = now();
     return Math.max(steady - this.#at[0], wall - this.#at[1], 0);
+  }
+
+  /** What an operator must know of data that are not fresh, and their age, in words; empty while all is well. */
+  get late() {
+    const { age, error } = this;
+    if (!error && !(age > this.#every(this.data) + GRACE_MS)) return ["", ""];
+    const shown = age === null ? "" : `What is shown is ${seconds(age / 1000)} old.`;
+    return [error ? error.message : "Asking the server …", shown];
   }
 
   start() {
@@ -65,7 +86,10 @@ export class Source {
     this.#asking = true;
     const asked = now(); // not when the answer came: it may have been made at once and sent slowly
     const epoch = this.#epoch;
-    const [data, error] = await ask(this.path).then((answer) => [answer, null], (refusal) => [null, refusal]);
+    const [data, error] = await ask(this.path).then(
+      (answer) => [answer, null],
+      (refusal) => [null, refusal],
+    );
     this.#asking = false;
     if (epoch === this.#epoch) {
       if (data) [this.data, this.#at] = [data, asked];
@@ -73,7 +97,7 @@ export class Source {
       this.error = error;
     }
     if (this.#running) {
-      const wait = this.#again ? 0 : this.missing ? MISSING_MS : this.#every(this.data);
+      const wait = this.#again ? 0 : this.missing || this.forbidden ? REFUSED_MS : this.#every(this.data);
       this.#timer = setTimeout(() => this.#ask(), wait);
     }
     this.#again = false;

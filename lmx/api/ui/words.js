@@ -19,10 +19,15 @@ export function bytes(value) {
 /** Three figures at most: 0.12, 4.6, 58, 1,204. */
 export function short(value) {
   if (value == null) return "–";
-  return value >= 100 || value === 0 ? count(value) : value >= 10 ? value.toFixed(value % 1 >= 0.05 ? 1 : 0) : value.toFixed(value >= 1 ? 1 : 2);
+  return value >= 100 || value === 0
+    ? count(value)
+    : value >= 10
+      ? value.toFixed(value % 1 >= 0.05 ? 1 : 0)
+      : value.toFixed(value >= 1 ? 1 : 2);
 }
 
-export const milliseconds = (value) => (value == null ? "–" : value < 1000 ? `${short(value)} ms` : seconds(value / 1000));
+export const milliseconds = (value) =>
+  value == null ? "–" : value < 1000 ? `${short(value)} ms` : seconds(value / 1000);
 
 export function seconds(value) {
   if (value == null) return "–";
