@@ -9,7 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from werkzeug.datastructures import Headers
 
+from lmx.api.access import authorize
+from lmx.api.errors import ForeignHost
+from lmx.config import ServerSettings
+from lmx.errors import Unauthorized
 from tests.browser import CHROMIUM, Browser, Page, chromium
 from tests.server import ROOT, Server, serve
 
@@ -62,6 +67,19 @@ def test_files_are_small_and_in_the_package() -> None:
         name = str(file.relative_to(ROOT / "lmx"))
         assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
     assert sum(file.stat().st_size for file in FILES) < 72_000
+
+
+KEYS = ServerSettings(inference_keys={"bot": "sk-bot"}, admin_keys={"root": "sk-root"})
+
+
+def test_the_page_needs_no_key_and_is_not_for_foreign_names() -> None:
+    assert authorize(KEYS, "/ui", Headers({"host": "lmx.example"}), "10.0.0.9") == ""
+    assert authorize(ServerSettings(), "/ui/page.js", Headers({"host": "10.0.0.1:1234"}), "10.0.0.9") == ""
+    for path in ("/ui", "/ui/page.js"):
+        with pytest.raises(ForeignHost):
+            authorize(ServerSettings(), path, Headers({"host": "evil.example"}), "127.0.0.1")
+    with pytest.raises(Unauthorized):
+        authorize(KEYS, "/uis", Headers({"host": "lmx.example"}), "10.0.0.9")
 
 
 @in_a_browser
