@@ -141,3 +141,48 @@ def test_a_key_is_asked_for_and_a_server_that_is_gone_is_told(
         page.until("document.querySelector('#banner').innerText.match(/shown is [1-9][\\d.]* s old/)")
         assert page.run("document.body.classList.contains('stale')")
         assert "ready" not in page.text("#summary")
+
+
+@in_a_browser
+def test_an_operator_loads_cancels_unloads_and_deletes(browser: Browser, tiny_model: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    first = shutil.copytree(tiny_model, models / "lab" / "first")
+    shutil.copytree(tiny_model, models / "lab" / MARKUP)
+    hub = {"data_dir": str(tmp_path / "data"), "folders": [str(models)], "huggingface": False, "lmstudio": False}
+    with serve(tmp_path, "--model", str(first), settings={"hub": hub}) as server:
+        page = browser.open(f"{server.url}/ui")
+        page.until("document.querySelector('#disk .row')")
+        assert MARKUP in page.text("#disk .row .name")
+        name = page.text("#disk .row .name")
+
+        page.click("#disk .row button[aria-label^='Load']")
+        page.until("document.querySelectorAll('#models .state.good').length === 2")
+        page.until("!document.querySelector('#disk .row')")
+
+        body = {"model": name, "prompt": "Once", "max_tokens": 8000, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+            chunks = stream.iter_text()
+            next(chunks)
+            page.click("#requests .row button")
+            page.click("#confirm-yes")
+            assert '"error"' in "".join(chunks)
+        page.until("!document.querySelector('#requests .row')")
+
+        card = f"[...document.querySelectorAll('#models .card')].find((card) => card.innerText.includes({name!r}))"
+        page.run(f"{card}.querySelector('button').focus()")
+        page.press("Enter")
+        page.until("document.querySelector('.notice.good').innerText.includes('is unloaded')")
+        page.until("document.querySelector('#disk .row')")
+
+        page.click("#disk .row button[aria-label^='Delete']")
+        page.until("document.querySelector('#confirm').open")
+        assert str(models) in page.text("#confirm-list")
+        page.press("Escape")
+        page.until("!document.querySelector('#confirm').open")
+        assert (models / "lab" / MARKUP).exists()
+        page.click("#disk .row button[aria-label^='Delete']")
+        page.click("#confirm-yes")
+        page.until("!document.querySelector('#disk .row')")
+        assert not (models / "lab" / MARKUP).exists()
+        assert page.run("document.images.length") == 0
+        assert harmless(page, server)

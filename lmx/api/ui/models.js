@@ -74,11 +74,11 @@ function updateModel(card, model, budget, act) {
       model.expires_in_s != null ? `unloads in ${words.seconds(Math.max(0, model.expires_in_s))}` : "",
     ),
   );
-  sayOrHide(parts.message, model.error || (coming ? model.message : "") || engine.last_failure);
+  sayOrHide(parts.message, model.error || (model.state === "ready" ? "" : model.message) || engine.last_failure);
   attribute(parts.message, "class", `message ${model.error || engine.last_failure ? "bad" : ""}`);
 
   const [owned, measured, needed] = [model.owned_bytes, measuredOf(model), neededOf(model)];
-  const fill = owned ?? measured ?? (coming ? needed : 0) ?? 0;
+  const fill = owned || measured || (coming && needed) || 0;
   const whole = Math.max(budget ?? 0, fill, measured ?? 0) || 1;
   parts.memory.hidden = !fill;
   bar(

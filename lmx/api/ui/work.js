@@ -4,12 +4,14 @@ import { attribute, busy, byId, el, keyed, say, sayOrHide } from "./dom.js";
 import { colour, state } from "./marks.js";
 import * as words from "./words.js";
 
+const MOST_REQUESTS = 100;
+
 export function requests(list, at, act) {
   const panel = byId("requests");
   say(byId("requests-title"), list.length ? `Requests · ${words.count(list.length)}` : "Requests");
   keyed(
     panel.querySelector("ul"),
-    list,
+    list.slice(0, MOST_REQUESTS),
     (request) => request.id,
     () => makeRequest(act),
     (row, request) => {
@@ -36,7 +38,11 @@ export function requests(list, at, act) {
       attribute(parts.cancel, "aria-label", `Cancel the request ${request.id}`);
     },
   );
-  panel.querySelector(".empty").hidden = list.length > 0;
+  const more = list.length - MOST_REQUESTS;
+  sayOrHide(
+    panel.querySelector(".empty"),
+    !list.length ? "Nobody asks for anything." : more > 0 ? `and ${words.count(more)} more` : "",
+  );
 }
 
 function makeRequest(act) {
