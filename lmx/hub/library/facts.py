@@ -91,7 +91,7 @@ def _of_folder(found: Found) -> Facts:
         or (modules.is_file() and b".Pooling" in _bytes(modules))
     )  # fmt: skip
     parameters = 0
-    with suppress(ModelInvalid, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
+    with suppress(ModelInvalid, OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
         parameters = read_shape(folder).parameters
     capabilities = ["embedding"] if embeds else _of_template(_templates(folder))
     if any(config.get(name) for name in _VISION):
