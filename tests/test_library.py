@@ -180,7 +180,7 @@ def test_listed_folders(tmp_path: Path) -> None:
 def test_a_listed_hugging_face_cache_is_one(tmp_path: Path) -> None:
     add_to_hub_cache(tmp_path / "disk", "org/tiny", write_folder(tmp_path / "files"))
     entry = only(settings_in(tmp_path, folders=[str(tmp_path / "disk")]))
-    assert (entry.id, entry.source) == ("org/tiny", "huggingface")
+    assert (entry.id, entry.source) == ("org/tiny", "folder")
 
 
 def test_paths_that_the_settings_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
