@@ -42,6 +42,7 @@ class Fetch:
 
     def __init__(self, hub_url: str, models: Path, model: str, **more: Any) -> None:
         code, limit, proxy = more.pop("code", ""), more.pop("largest_file", None), more.pop("proxy", None)
+        silence_s = more.pop("silence_s", None)
         defaults: dict[str, Any] = {
             "revision": "",
             "quantization": "",
@@ -54,6 +55,8 @@ class Fetch:
         request = Request(model=model, models_path=str(models), **{**defaults, **more})
         environment = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
         environment |= {"HF_ENDPOINT": hub_url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if silence_s:
+            environment["HF_HUB_DOWNLOAD_TIMEOUT"] = str(silence_s)
         if proxy:
             environment |= {"HTTP_PROXY": proxy, "NO_PROXY": "127.0.0.1"}
         command = ["-c", code] if code else ["-m", "lmx.hub.download.fetch"]
@@ -334,12 +337,14 @@ def test_troubles_that_time_heals(hub: Hub, tmp_path: Path) -> None:
     hub.answer("GET /org/mlx/model-00002", 502)
     hub.cuts[one] = [50_000, 0, 100_000]
     hub.damaged[two] = 1
-    fetch = Fetch(hub.url, tmp_path, "org/mlx")
+    hub.stalled["tokenizer.json"] = 1
+    fetch = Fetch(hub.url, tmp_path, "org/mlx", silence_s=1)
     assert files(fetch.done()) == MLX
     assert hub.served[one] == len(MLX[one])
     assert hub.served[two] == 2 * len(MLX[two])
     told = {line["message"] for line in fetch.lines if "message" in line}
     assert "the Hub answered 429; trying again in 0 s" in told
+    assert any("timed out" in message for message in told)
     assert all(answer.times == 0 for answer in hub.answers)
 
 
