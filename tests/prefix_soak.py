@@ -9,6 +9,7 @@ llama.cpp computes a row a little differently beside others, with a store and wi
 the two likeliest of a model of random weights). There an answer may go another way at such a place, and only there.
 """
 
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ class Asked:
 
 
 def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, most_tokens: int, tie: float) -> None:
-    """``most_tokens``: of a prompt; ``tie``: two tokens whose log-probabilities differ by less may be confused.
+    """``most_tokens``: of a prompt; ``tie``: tokens whose log-probabilities differ by less may be confused.
     Fails with the seed and the sequence of the first wrong answer."""
     choose = random.Random(seed)
     known: dict[tuple[int, ...], Answer] = {}
@@ -58,17 +59,16 @@ def soak(client: EngineClient, alone: EngineClient, joins: int, seed: int, *, mo
         assert answer.failed is None, (seed, seq, answer.failed)
         key, told = tuple(asked.prompt), answer.tokens
         if key not in known or len(known[key].tokens) < asked.count:
-            by_itself = alone.submit(asked.prompt, asked.count, replace(GREEDY, logprobs=2))
+            by_itself = alone.submit(asked.prompt, asked.count, replace(GREEDY, logprobs=20))
             alone.wait_freed(by_itself)
             known[key] = alone.answers.pop(by_itself)
         assert asked.cancelled or len(told) == asked.count
         for index, (token, wanted) in enumerate(zip(told, known[key].tokens, strict=False)):
             if token != wanted:
                 likeliest = known[key].logprobs[index]
-                gap = likeliest.top[0] - likeliest.top[1]
-                at = (seed, seq, len(asked.prompt), index, gap, token, likeliest.top_ids)
-                assert gap < tie, at
-                assert token == likeliest.top_ids[1], at
+                best = likeliest.top[0]
+                near = {other: best - logprob for other, logprob in zip(likeliest.top_ids, likeliest.top, strict=True)}
+                assert near.get(token, math.inf) < tie, (seed, seq, len(asked.prompt), index, token, near)
                 break
         if not asked.cancelled and asked.conversation.history == asked.prompt:
             asked.conversation.history = asked.prompt + told + tokens(choose.randrange(1, 40))

@@ -1,7 +1,7 @@
 """The HTTP application: routes of every face, and the rules all of them share (API.md, "Common").
 
 Before a request: its id, the access rules. After: the headers that every response carries. Errors go through
-``lmx.api.errors``. Made by ``lmx.cli``, served by ``lmx.api.transport.http``.
+``lmx.api.errors``. Made by ``lmx.serve``, served by ``lmx.api.transport.http``.
 """
 
 import logging

@@ -3,7 +3,7 @@
 One model that writes and one that makes vectors, in this version; ``resolve``, ``resolve_embedding``, ``find`` and
 ``listing`` are all that the API faces know of it, so that loading, unloading and routing can come without them. A model
 is offered when the server has its words; until then, at the first start of a GGUF file, it is loading. Run by
-``lmx.cli``.
+``lmx.serve``.
 """
 
 import logging

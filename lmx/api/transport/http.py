@@ -1,7 +1,8 @@
 """Serves the app: Hypercorn's HTTP/1.1 and HTTP/2 protocols over our own listeners and watched sockets.
 
 Hypercorn's ``worker_serve`` has no seam for the stream, so this module does what that does around ``TCPServer``, with a
-``WatchedStream`` under each connection. It must never let one connection's error reach another. Called by ``lmx.cli``.
+``WatchedStream`` under each connection. It must never let one connection's error reach another. Called by
+``lmx.serve``.
 """
 
 import logging
