@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -285,6 +286,14 @@ class Engine:
         self.state = state
         self._state_changed.set()
         self._state_changed = trio.Event()
+
+    def grant(self, kv_budget_bytes: int) -> None:
+        """Before ``run``: what its KV may take."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+
+    async def change(self) -> None:
+        """Wait for the next change of the state."""
+        await self._state_changed.wait()
 
     async def wait_state(self, *states: str) -> str:
         """Wait until the state is one of ``states``, and return it. Cancelled: nothing changes."""
