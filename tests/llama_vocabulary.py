@@ -1,4 +1,4 @@
-"""llama.cpp's own tokenizer over a GGUF file's vocabulary: the judge of ``lmx.hub.gguf_tokenizer``.
+"""llama.cpp's own tokenizer over a GGUF file's vocabulary: the judge of ``lmx.hub.gguf.tokenizer``.
 
 Tests use it. It loads no weights, and reads the library through its low-level API.
 """

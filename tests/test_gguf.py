@@ -17,9 +17,9 @@ import pytest
 from lmx.errors import ModelInvalid, ModelNotFound
 from lmx.hub.conversion import GgufFacts, words_folder
 from lmx.hub.convert import convert_words
-from lmx.hub.gguf_file import GgufFile
-from lmx.hub.gguf_header import read_header
-from lmx.hub.gguf_mlx import mlx_folder
+from lmx.hub.gguf.file import GgufFile
+from lmx.hub.gguf.header import read_header
+from lmx.hub.gguf.mlx import mlx_folder
 from lmx.hub.inventory import EMBEDDED_ID, resolve
 from tests.models import CHATML, add_vocabulary, build_gguf, train_tokenizer
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from lmx.chat.model import ChatModel
-from lmx.hub.gguf_file import raw
-from lmx.hub.gguf_header import read_header
-from lmx.hub.gguf_weights import pack
+from lmx.hub.gguf.file import raw
+from lmx.hub.gguf.header import read_header
+from lmx.hub.gguf.weights import pack
 from lmx.hub.inventory import ModelFolder, resolve
 from tests.backends import needs_llama
 from tests.engine_client import engine

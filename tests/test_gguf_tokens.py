@@ -13,9 +13,9 @@ import sentencepiece
 
 from lmx.chat.model import ChatModel
 from lmx.errors import ModelInvalid
-from lmx.hub.gguf_file import GgufFile
-from lmx.hub.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from lmx.hub.gguf_tokenizer import write_tokenizer
+from lmx.hub.gguf.file import GgufFile
+from lmx.hub.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from lmx.hub.gguf.tokenizer import write_tokenizer
 from lmx.hub.inventory import EMBEDDED_ID, resolve
 from tests.mixed_text import mixed_lines
 from tests.models import CORPUS, build_gguf

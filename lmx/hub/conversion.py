@@ -22,7 +22,7 @@ from typing import Literal
 
 from lmx.errors import ModelInvalid
 from lmx.hub.folder import inspect_folder, read_json
-from lmx.hub.gguf_parts import model_name, part_paths, printable
+from lmx.hub.gguf.parts import model_name, part_paths, printable
 
 CONVERTER_VERSION = 3
 """Raise it when the converter writes something else for the same file."""

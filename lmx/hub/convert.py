@@ -30,9 +30,9 @@ from lmx.hub.conversion import (
     write_facts,
 )
 from lmx.hub.folder import inspect_folder, read_json
-from lmx.hub.gguf_file import GgufFile
-from lmx.hub.gguf_mlx import inexact_types, mlx_bytes, mlx_folder
-from lmx.hub.gguf_tokenizer import write_tokenizer
+from lmx.hub.gguf.file import GgufFile
+from lmx.hub.gguf.mlx import inexact_types, mlx_bytes, mlx_folder
+from lmx.hub.gguf.tokenizer import write_tokenizer
 
 
 def convert_words(source: Path, folder: Path) -> None:
@@ -67,7 +67,7 @@ def convert_weights(source: Path, folder: Path, words: Path) -> None:
     """Make ``folder`` an MLX folder of the file, with the tokenizer from ``words``. Raises ModelInvalid."""
 
     def write(unfinished: Path) -> None:
-        from lmx.hub.gguf_weights import write_weights
+        from lmx.hub.gguf.weights import write_weights
 
         file = GgufFile(source)
         config, names = mlx_folder(file)

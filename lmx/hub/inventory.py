@@ -19,7 +19,7 @@ from lmx.hub import backends
 from lmx.hub.backends import Backend, Wanted
 from lmx.hub.conversion import ConversionNeeded, convert, weights_folder, words_folder
 from lmx.hub.folder import inspect_folder
-from lmx.hub.gguf_parts import model_name, part_paths, printable
+from lmx.hub.gguf.parts import model_name, part_paths, printable
 
 logger = logging.getLogger("lmx")
 

@@ -155,8 +155,8 @@ def _parameters(tensors: Mapping[str, tuple[str, list[int], int]], config: Mappi
 
 
 def _of_gguf(path: Path) -> Shape:
-    from lmx.hub.gguf_file import GgufFile
-    from lmx.hub.gguf_mlx import mlx_bytes
+    from lmx.hub.gguf.file import GgufFile
+    from lmx.hub.gguf.mlx import mlx_bytes
 
     file = GgufFile(path)
     architecture = file.architecture

@@ -1,6 +1,6 @@
 r"""The pre-tokenizers that GGUF files name: how each cuts a text before byte-level BPE joins bytes.
 
-A table, read by ``lmx.hub.gguf_tokenizer``. The cuts are llama.cpp's (src/llama-vocab.cpp as of llama-cpp-python
+A table, read by ``lmx.hub.gguf.tokenizer``. The cuts are llama.cpp's (src/llama-vocab.cpp as of llama-cpp-python
 0.3.36), which for a few families differ from the model's own tokenizer.json; tests/test_gguf_tokens.py compares every
 name with it. One thing is not copied: characters that Unicode added after version 15, which llama.cpp's tables lack,
 are what Unicode says here.

@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 
 from lmx.errors import ModelInvalid
-from lmx.hub.gguf_file import GgufFile, raw
-from lmx.hub.gguf_header import Tensor
+from lmx.hub.gguf.file import GgufFile, raw
+from lmx.hub.gguf.header import Tensor
 
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 """Types that MLX holds packed with the same values: groups of GROUP_SIZE with a float16 scale and bias."""

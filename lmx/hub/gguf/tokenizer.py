@@ -14,9 +14,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lmx.errors import ModelInvalid
-from lmx.hub.gguf_file import GgufFile
-from lmx.hub.gguf_pretokenizers import PRE_TOKENIZERS
-from lmx.hub.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
+from lmx.hub.gguf.file import GgufFile
+from lmx.hub.gguf.pretokenizers import PRE_TOKENIZERS
+from lmx.hub.gguf.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_vocabulary
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> list[int]:

@@ -16,9 +16,9 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from lmx.hub.gguf_file import GgufFile, raw
-from lmx.hub.gguf_header import Tensor
-from lmx.hub.gguf_mlx import BITS, GROUP_SIZE
+from lmx.hub.gguf.file import GgufFile, raw
+from lmx.hub.gguf.header import Tensor
+from lmx.hub.gguf.mlx import BITS, GROUP_SIZE
 
 _SHARD_BYTES = 1024**3  # or one tensor, if that is larger
 _CHUNK_BYTES = 64 * 1024 * 1024

@@ -1,7 +1,7 @@
 """A GGUF model as the converter reads it: metadata and tensors, over all parts of a split file.
 
 Part of the converter process; imports no MLX. Refuses what no engine can load, naming the file and the way out; what
-MLX alone cannot load is ``lmx.hub.gguf_mlx``'s to say.
+MLX alone cannot load is ``lmx.hub.gguf.mlx``'s to say.
 """
 
 from collections import Counter
@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 
 from lmx.errors import ModelInvalid
-from lmx.hub.gguf_header import Tensor, read_header
-from lmx.hub.gguf_parts import part_paths
+from lmx.hub.gguf.header import Tensor, read_header
+from lmx.hub.gguf.parts import part_paths
 
 _SAMPLING = {
     "temperature": "temp",

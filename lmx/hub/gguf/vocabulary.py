@@ -1,6 +1,6 @@
 """Reads the vocabulary of a GGUF file: tokens, what kind each is, and which of them end a generation.
 
-``lmx.hub.gguf_tokenizer`` calls it. Files leave much unsaid or say it wrongly; the lists of names below are how
+``lmx.hub.gguf.tokenizer`` calls it. Files leave much unsaid or say it wrongly; the lists of names below are how
 llama.cpp (src/llama-vocab.cpp as of llama-cpp-python 0.3.36) finds out, so that both engines end at the same tokens.
 One thing is not copied: llama.cpp takes the marks of gpt-oss's messages out of user text too, as turns of their own.
 """
@@ -8,7 +8,7 @@ One thing is not copied: llama.cpp takes the marks of gpt-oss's messages out of 
 from dataclasses import dataclass
 
 from lmx.errors import ModelInvalid
-from lmx.hub.gguf_file import GgufFile
+from lmx.hub.gguf.file import GgufFile
 
 # GGUF's token types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
