@@ -5,12 +5,14 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 
 from quart import Blueprint
 
-from lmx.api.admin import watch
+from lmx.api.admin import bench, watch
 from lmx.config import Settings
+from lmx.serving.bench import Benches
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
 
 def blueprints(models: Models, settings: Settings, metrics: Metrics) -> list[Blueprint]:
     """Every group's routes."""
-    return [watch.blueprint(models, metrics)]
+    benches = Benches(models.state)
+    return [watch.blueprint(models, metrics), bench.blueprint(models, benches, settings)]
