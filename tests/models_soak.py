@@ -4,6 +4,7 @@ Every request is answered or refused with a reason, and at the end nothing is he
 """
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +37,9 @@ async def soak(zoo: Path, data: Path, operations: int, seed: int, policy: str) -
             for _ in range(operations):
                 await free.acquire_on_behalf_of(token := object())
                 nursery.start_soon(_one, models, choose, told, free, token)
-        while models.states():
-            for name in list(models.states()):
-                try:
-                    await models.unload(name, 0.0)
-                except ModelNotFound:  # its time was up
-                    pass
+        for name in list(models.states()):
+            with suppress(ModelNotFound):  # its time was up
+                await models.unload(name, 0.0)
         assert told.answered + told.cancelled + sum(told.refused.values()) > 0
         assert models.memory.report().models == ()
         assert engines() == []

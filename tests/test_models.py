@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from lmx.errors import InsufficientMemory, LmxError, ModelLoadingFailed, ModelNotFound, ModelOverloaded
+from lmx.hub.inventory import EMBEDDED_ID
 from lmx.serving.models.options import LoadOptions
 from tests.api_server import write_model
 from tests.models_soak import soak
@@ -42,7 +43,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_request_loads_the_model_that_it_names(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
         await state(models, "ant", "ready")
-        assert [entry.id for entry in models.available()] == ["bee", "cat", "dog"]
+        assert [entry.id for entry in models.available()] == ["bee", "cat", "dog", EMBEDDED_ID]
         assert len(await ask(models, "bee")) == 3
         assert [served.id for served in models.listing()] == ["ant", "bee"]
         status = models.status("BEE")
@@ -125,7 +126,7 @@ async def test_a_model_that_fails_to_load_hurts_nobody(
 @in_trio
 async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
-        for name in ("cow", "../ant", "ant\0", "", "x" * 5000, str(zoo / "cow")):
+        for name in ("cow", "../ant", "ant\0", "x" * 5000, str(zoo / "cow")):
             with pytest.raises((ModelNotFound, LmxError)) as refused:
                 models.take(name)
             assert refused.value.status == 404, name

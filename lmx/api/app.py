@@ -15,7 +15,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, docs, prefix_cache
+from lmx.api import admin, docs, prefix_cache, ui
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.core.call import Call, current_call
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
@@ -23,9 +23,11 @@ from lmx.api.events import EventStream, HTTPConnection
 from lmx.api.openai import chat, completions, embeddings
 from lmx.api.openai import models as model_routes
 from lmx.api.paths import with_normal_paths
-from lmx.config import ServerSettings, Settings
+from lmx.config import ServerSettings
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
+
 
 class _App(QuartTrio):  # type: ignore[misc]
     async def dispatch_request(self, request_context: Any = None) -> Any:
@@ -34,24 +36,25 @@ class _App(QuartTrio):  # type: ignore[misc]
             return await super().dispatch_request(request_context)
 
 
-def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTrio:
-    """The whole HTTP face over ``models``."""
+def create_app(models: Models, live: Live, metrics: Metrics) -> QuartTrio:
+    """The whole HTTP face over ``models``, under the settings that hold at each request."""
     app = _App("lmx.api", static_folder=None)
     app.asgi_http_class = HTTPConnection
     app.asgi_app = with_normal_paths(app.asgi_app)
-    app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
+    live.watch(lambda settings: app.config.update(MAX_CONTENT_LENGTH=settings.server.max_body_bytes))
     app.logger.setLevel(logging.WARNING)
-    _add_rules(app, models, settings.server, metrics)
-    _add_errors(app, settings.server)
+    _add_rules(app, models, live, metrics)
+    _add_errors(app, live)
     for routes in (
         _root(),
-        chat.blueprint(models, settings),
-        completions.blueprint(models, settings),
-        embeddings.blueprint(models, settings),
-        model_routes.blueprint(models, settings),
-        *admin.blueprints(models, settings, metrics),
-        prefix_cache.blueprint(settings),
+        chat.blueprint(models, live),
+        completions.blueprint(models, live),
+        embeddings.blueprint(models, live),
+        model_routes.blueprint(models, live),
+        *admin.blueprints(models, live, metrics),
+        prefix_cache.blueprint(live),
         docs.blueprint(),
+        ui.blueprint(),
     ):
         app.register_blueprint(routes)
     info = Info("lmx", __version__, description="A headless LLM inference server with OpenAI's API.")
@@ -61,10 +64,10 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
     return app
 
 
-def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Metrics) -> None:
+def _add_rules(app: Quart, models: Models, live: Live, metrics: Metrics) -> None:
     @app.before_request
     async def admit() -> None:
-        call = current_call()
+        call, settings = current_call(), live.now.server
         if not _is_preflight(settings):
             call.key_name = authorize(settings, request.path, request.headers, call.address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
@@ -75,8 +78,8 @@ def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Me
         call = current_call()
         response.headers["x-request-id"] = call.id
         response.headers["openai-processing-ms"] = str(round((trio.current_time() - call.started) * 1000))
-        if settings.cors_origins:
-            _add_cors(response, settings)
+        if live.now.server.cors_origins:
+            _add_cors(response, live.now.server)
         count = partial(_count, metrics, call, request.blueprint or "")
         if isinstance(response, EventStream):
             response.on_end = count
@@ -110,12 +113,12 @@ def _add_cors(response: Response, settings: ServerSettings) -> None:
         response.headers["access-control-max-age"] = "600"
 
 
-def _add_errors(app: Quart, settings: ServerSettings) -> None:
+def _add_errors(app: Quart, live: Live) -> None:
     @app.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             return error_response(expected(error, current_call().id))
-        response = error_response(from_http(error, request.method, request.path, settings.max_body_bytes))
+        response = error_response(from_http(error, request.method, request.path, live.now.server.max_body_bytes))
         if isinstance(error, MethodNotAllowed):
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
         return response
@@ -128,6 +131,6 @@ def _root() -> Blueprint:
     @routes.get("/api/hello")
     async def hello() -> dict[str, Any]:
         """Whether anybody is there."""
-        return {"name": "lmx", "version": __version__, "docs": "/docs", "openapi": "/openapi.json"}
+        return {"name": "lmx", "version": __version__, "docs": "/docs", "openapi": "/openapi.json", "ui": "/ui"}
 
     return routes

@@ -17,7 +17,7 @@ from lmx.api.core.parse import parse_object, validate
 from lmx.api.core.prepare import Prepared, check_length, prepare
 from lmx.api.core.prepare_embeddings import prepare_embeddings
 from lmx.api.core.schemas import Request
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import DeadlineExceeded, InvalidRequest, LmxError
 from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding
 
@@ -38,47 +38,45 @@ class UnsupportedEncoding(LmxError):
     code = "unsupported_content_encoding"
 
 
-async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple[Kind, Served, Prepared]:
+async def receive(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, Served, Prepared]:
     """The current request's body as a ``kind``; fields that only ``prepare`` needs may be None in it.
 
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
-    return await _receive(kind, models, settings, Served)
+    return await _receive(kind, models, live, Served)
 
 
-async def receive_embedding(
-    kind: type[Kind], models: Models, settings: Settings
-) -> tuple[Kind, ServedEmbedding, Prepared]:
+async def receive_embedding(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, ServedEmbedding, Prepared]:
     """As ``receive``, for a model that makes embeddings."""
-    return await _receive(kind, models, settings, ServedEmbedding)
+    return await _receive(kind, models, live, ServedEmbedding)
 
 
 async def _receive(
-    kind: type[Kind], models: Models, settings: Settings, served_kind: type[Model]
+    kind: type[Kind], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
-    pieces = await read_body(settings.server.max_body_bytes)
+    pieces = await read_body(live.now.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
             await trio.to_thread.run_sync(_refuse_early, kind, pieces, models, served_kind, abandon_on_cancel=True)
-        return await _receive_large(kind, pieces, models, settings, served_kind)
+        return await _receive_large(kind, pieces, models, live, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = await _take(models, settings, body.model, served_kind, body.timeout)
+    served = await _take(models, live, body.model, served_kind, getattr(body, "timeout", None))
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
 
 
 async def _take(
-    models: Models, settings: Settings, name: str | None, kind: type[Model], timeout_s: float | None = None
+    models: Models, live: Live, name: str | None, kind: type[Model], timeout_s: float | None = None
 ) -> Model:
     """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
     call = current_call()
     lease = models.take(name, kind)
     call.releases.append(lease.release)
-    with trio.move_on_at(call.deadline(timeout_s, settings.server)):
+    with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
         served = await lease.served()
         assert isinstance(served, kind)
         return served
@@ -143,7 +141,7 @@ def _refuse_early(kind: type[Kind], pieces: list[bytes], models: Models, served_
 
 
 async def _receive_large(
-    kind: type[Kind], pieces: list[bytes], models: Models, settings: Settings, served_kind: type[Model]
+    kind: type[Kind], pieces: list[bytes], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     served, refusal = None, None
     async with models.readers.reader() as reader:
@@ -153,7 +151,7 @@ async def _receive_large(
         answer = await reader.receive()
         if answer[0] == "model":
             try:
-                served = await _take(models, settings, answer[1], served_kind)
+                served = await _take(models, live, answer[1], served_kind)
             except LmxError as error:
                 refusal = error
                 await reader.send(None)

@@ -6,13 +6,13 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 from quart import Blueprint
 
 from lmx.api.admin import bench, watch
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.serving.bench import Benches
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
 
-def blueprints(models: Models, settings: Settings, metrics: Metrics) -> list[Blueprint]:
+def blueprints(models: Models, live: Live, metrics: Metrics) -> list[Blueprint]:
     """Every group's routes."""
     benches = Benches(models.state)
-    return [watch.blueprint(models, metrics), bench.blueprint(models, benches, settings)]
+    return [watch.blueprint(models, metrics), bench.blueprint(models, benches, live)]

@@ -11,7 +11,7 @@ from lmx.api.admin.bodies import receive
 from lmx.api.admin.progress import Tell, streamed, unheard
 from lmx.api.core.call import current_call
 from lmx.api.core.schemas import Request
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest
 from lmx.serving.bench import Benches, Sweep
 from lmx.serving.models import Models, Served
@@ -37,7 +37,7 @@ class BenchRequest(Request):
     stream: bool | None = Field(None, description="Server-sent events: what is measured, each row, the result.")
 
 
-def blueprint(models: Models, benches: Benches, settings: Settings) -> Blueprint:
+def blueprint(models: Models, benches: Benches, live: Live) -> Blueprint:
     """The route over ``benches``."""
     routes = Blueprint("admin_bench", __name__)
 
@@ -65,7 +65,7 @@ def blueprint(models: Models, benches: Benches, settings: Settings) -> Blueprint
                     tell=tell,
                 )
 
-        return streamed(work, settings.server.sse_comment_s) if body.stream else await work(unheard)
+        return streamed(work, live.now.server.sse_comment_s) if body.stream else await work(unheard)
 
     return routes
 

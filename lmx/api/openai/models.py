@@ -8,12 +8,12 @@ from quart_schema import document_request
 from lmx.api.body import receive
 from lmx.api.core.formats import formats
 from lmx.api.core.schemas import DetokenizeRequest, TokenizeRequest
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.hub.library import Entry
 from lmx.serving.models import AnyServed, Models
 
 
-def blueprint(models: Models, settings: Settings) -> Blueprint:
+def blueprint(models: Models, live: Live) -> Blueprint:
     """The routes that tell of ``models`` and their tokens."""
     routes = Blueprint("models", __name__)
 
@@ -33,14 +33,14 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @document_request(TokenizeRequest)
     async def tokenize() -> Response:
         """The token ids of a text, in which special tokens are taken as such, or of a conversation."""
-        _, _, prepared = await receive(TokenizeRequest, models, settings)
+        _, _, prepared = await receive(TokenizeRequest, models, live)
         return Response(prepared.answer, content_type="application/json")
 
     @routes.post("/detokenize")
     @document_request(DetokenizeRequest)
     async def detokenize() -> Response:
         """The text of token ids."""
-        _, _, prepared = await receive(DetokenizeRequest, models, settings)
+        _, _, prepared = await receive(DetokenizeRequest, models, live)
         return Response(prepared.answer, content_type="application/json")
 
     return routes

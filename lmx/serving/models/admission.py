@@ -28,7 +28,7 @@ class Admission:
 
     def __init__(
         self,
-        settings: MemorySettings,
+        settings: Callable[[], MemorySettings],
         memory: Memory,
         slots: Mapping[str, Slot],
         changes: Signal,
@@ -46,7 +46,7 @@ class Admission:
     def check(self, slot: Slot) -> None:
         """Raises InsufficientMemory for what can never be had, or not now where that is the policy."""
         plan = self._plan(slot)
-        if plan.outcome == "never" or (plan.outcome == "after" and self._settings.policy == "refuse"):
+        if plan.outcome == "never" or (plan.outcome == "after" and self._settings().policy == "refuse"):
             raise InsufficientMemory(f"The model {slot.id!r} cannot be loaded. {plan.words}", retry_after_s=LATER_S)
 
     async def admit(self, slot: Slot) -> None:
@@ -58,12 +58,12 @@ class Admission:
         slot.enter("waiting", "for other loads")
         async with self._turn:
             plan = self._plan(slot)
-            with trio.move_on_after(self._settings.wait_s) as limit:
+            with trio.move_on_after(self._settings().wait_s) as limit:
                 asked_at = trio.current_time()
                 while not await self._make_room(slot, plan, asked_at):
                     plan = self._plan(slot)
             if limit.cancelled_caught:
-                waited = f"It waited {self._settings.wait_s:g} s for them."
+                waited = f"It waited {self._settings().wait_s:g} s for them."
                 raise InsufficientMemory(
                     f"The model {slot.id!r} cannot be loaded now. {plan.words} {waited}", retry_after_s=LATER_S
                 )
@@ -90,14 +90,14 @@ class Admission:
                     self._trim(self._slots[model], given)
                 await self._gone(plan.evict, 0.0, slot)
                 return not plan.evict and not plan.trim
-            case "after" if self._settings.policy == "preempt":
-                await self._gone(plan.after, self._settings.drain_s, slot)
-            case "after" if self._settings.policy == "wait":
-                patience = trio.current_time() - asked_at >= PATIENCE_SHARE * self._settings.wait_s
+            case "after" if self._settings().policy == "preempt":
+                await self._gone(plan.after, self._settings().drain_s, slot)
+            case "after" if self._settings().policy == "wait":
+                patience = trio.current_time() - asked_at >= PATIENCE_SHARE * self._settings().wait_s
                 if patience:
-                    await self._gone(plan.after, self._settings.wait_s, slot)
+                    await self._gone(plan.after, self._settings().wait_s, slot)
                 else:
-                    with trio.move_on_at(asked_at + PATIENCE_SHARE * self._settings.wait_s):
+                    with trio.move_on_at(asked_at + PATIENCE_SHARE * self._settings().wait_s):
                         await self._changes.wait()
             case _:
                 self.check(slot)
@@ -114,7 +114,8 @@ class Admission:
 
     def _trim(self, slot: Slot, given: int) -> None:
         assert slot.served is not None
-        slot.served.engine.trim(given)
+        slot.kv_bytes -= given
+        slot.served.engine.trim(slot.kv_bytes)
         self._memory.trimmed(slot.id, given)
 
     def _plan(self, slot: Slot) -> Plan:
@@ -122,8 +123,5 @@ class Admission:
         assert slot.demand is not None
         return self._memory.plan(
             slot.demand.least_bytes,
-            [
-                Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes)
-                for one in holding
-            ],
+            [Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes) for one in holding],
         )

@@ -8,15 +8,17 @@ API face.
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import trio
 
 from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelLoadingFailed, ModelNotFound, ModelOverloaded
 from lmx.hub.conversion import ConversionNeeded
 from lmx.hub.inventory import ModelFolder, find, identify
@@ -89,7 +91,8 @@ class ModelLease:
 class Models:
     """All models. ``run`` it in a nursery."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, live: Live, metrics: Metrics) -> None:
+        settings = live.now
         self.draining = False
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
@@ -98,18 +101,27 @@ class Models:
         """Of any model's state or leases."""
         self.state = State(settings.hub.data_path / "state.sqlite3")
         self.library = Library(settings, self.state)
-        self.memory = Memory.of_system(settings.memory)
-        self._settings = settings
+        self.memory = Memory(
+            settings.memory,
+            total=lambda: int(psutil.virtual_memory().total),
+            available=lambda: int(psutil.virtual_memory().available),
+        )
+        self._live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         """Those that take requests, by id."""
         self._leaving: set[Slot] = set()
         self._failures: dict[str, LmxError] = {}
-        """Why the last try to load a model failed, until the next one."""
-        self._admission = Admission(settings.memory, self.memory, self._slots, self.changes, self._retire)
+        """Why a model that was to stay could not be loaded, until the next try."""
+        self._admission = Admission(lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire)
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
+
+    @property
+    def _settings(self) -> Settings:
+        """Those that hold now."""
+        return self._live.now
 
     # --- the server's life ---------------------------------------------------------------------------
 
@@ -153,10 +165,8 @@ class Models:
         target = self._target(name, kind)
         backend = options_of(self._settings, [target.id, *target.names], LoadOptions(), jit=False).backend
         check = partial(find, target.path, self._settings.model.cache_path, backend)
-        try:
+        with suppress(ConversionNeeded):
             await trio.to_thread.run_sync(check, abandon_on_cancel=True)
-        except ConversionNeeded:
-            pass
         return target
 
     async def _note_uses(self) -> None:
@@ -275,7 +285,7 @@ class Models:
         default = settings.default if kind is Served else settings.embedding
         is_default = is_placeholder if kind is Served else is_embedding_placeholder
         for name in spellings(settings, default if requested is None else requested):
-            found = [slot for slot in self._slots.values() if name in (slot.id, slot.path, *slot.names)]
+            found = [slot for slot in self._slots.values() if slot.is_called(name)]
             if not found and is_default(settings, name):
                 found = self._defaults(default, kind)
             if found:
@@ -283,7 +293,7 @@ class Models:
         return None
 
     def _defaults(self, default: str, kind: type[AnyServed]) -> list[Slot]:
-        named = [slot for slot in self._slots.values() if default in (slot.id, slot.path, *slot.names)]
+        named = [slot for slot in self._slots.values() if slot.is_called(default)]
         same = [slot for slot in self._slots.values() if slot.kind is kind]
         return [slot for slot in named if slot.kind is kind] or (same if kind is ServedEmbedding else [])
 
@@ -296,7 +306,9 @@ class Models:
         if any(name == default or is_default(settings, name) for name in names) or not requested:
             if not default:
                 raise ModelNotFound(
-                    NO_EMBEDDING if kind is ServedEmbedding else "This server has no default model: name one, or set "
+                    NO_EMBEDDING
+                    if kind is ServedEmbedding
+                    else "This server has no default model: name one, or set "
                     f"[model] default in lmx.toml. There are: {self._known()}.",
                     param="model",
                 )
@@ -320,7 +332,9 @@ class Models:
         raise invalid or self._unknown(requested)
 
     def _unknown(self, requested: str) -> ModelNotFound:
-        return ModelNotFound(f"The model {requested[:200]!r} does not exist. There are: {self._known()}.", param="model")
+        return ModelNotFound(
+            f"The model {requested[:200]!r} does not exist. There are: {self._known()}.", param="model"
+        )
 
     def _known(self) -> str:
         names = [slot.id for slot in self._slots.values()] + [entry.id for entry in self.available()]
@@ -402,13 +416,14 @@ class Models:
 
         Raises ModelNotFound when it is not loaded.
         """
-        slot = self._find(name, Served) or next((slot for slot in self._leaving if name in (slot.id, slot.path)), None)
+        slot = self._find(name, Served) or next((slot for slot in self._leaving if slot.is_called(name)), None)
+        if slot is None and self._failures.pop(name, None) is not None:
+            return Unloaded(name, 0, 0.0)
         if slot is None:
             loaded = ", ".join(slot.id for slot in self._slots.values()) or "none"
             raise ModelNotFound(f"The model {name[:200]!r} is not loaded; loaded are: {loaded}.", param="model")
         began, held = trio.current_time(), self.memory.held(slot.id).measured_bytes
         self._retire(slot, self._settings.memory.drain_s if drain_s is None else drain_s, "it is unloaded by hand")
-        self._failures.pop(slot.id, None)
         await slot.gone.wait()
         return Unloaded(slot.id, held, trio.current_time() - began)
 
@@ -417,7 +432,7 @@ class Models:
             entry = self.library.find(name)
         except (ModelNotFound, ModelInvalid):
             return Target(identify(name), name, kind, (name,))
-        return Target(entry.id, str(entry.path), kind, (*entry.aliases, name))
+        return Target(entry.id, entry.loadable, kind, (*entry.aliases, str(entry.path), name))
 
     def _begin(self, target: Target, asked: LoadOptions, *, kept: bool, before: Slot | None = None) -> Slot:
         """A slot for the model, and its owner."""
@@ -442,7 +457,8 @@ class Models:
             with slot.scope:
                 await self._serve(slot)
         except LmxError as error:
-            self._failures[slot.id] = error
+            if slot.kept:
+                self._failures[slot.id] = error
             logger.error("model %s: %s", slot.id, error.message)
             slot.refuse(error)
         except Exception as error:
@@ -470,7 +486,7 @@ class Models:
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
-                read, slot.id, folder, options, self._settings, self._metrics, abandon_on_cancel=True
+                read, slot.id, folder, options, self._live, self._metrics, abandon_on_cancel=True
             )
         )
         assert slot.served is not None

@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 
 from lmx import protocol
 from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel
 from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import ModelInvalid
 from lmx.hub.inventory import ModelFolder
 from lmx.hub.sentence import ENCODERS
@@ -28,8 +28,9 @@ BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 logger = logging.getLogger("lmx")
 
 
-def read_writer(model_id: str, folder: ModelFolder, options: Options, settings: Settings, metrics: Metrics) -> Served:
+def read_writer(model_id: str, folder: ModelFolder, options: Options, live: Live, metrics: Metrics) -> Served:
     """A model that writes. Raises ModelInvalid, ConfigError."""
+    settings = live.now
     _tell(model_id, folder)
     if folder.architecture in ENCODERS:
         raise ModelInvalid(
@@ -64,14 +65,15 @@ def read_writer(model_id: str, folder: ModelFolder, options: Options, settings: 
         prefix_disk_bytes=_prefix_disk_bytes(settings),
         prefix_dir=str(settings.prefix_path),
     )
-    engine = Engine(model_id, load, settings.engine, metrics, _environment(settings))
+    engine = Engine(model_id, load, lambda: live.now.engine, metrics, _environment(settings))
     return Served(model_id, folder, chat, engine, int(time.time()), options.context_length)
 
 
 def read_embedding(
-    model_id: str, folder: ModelFolder, options: Options, settings: Settings, metrics: Metrics
+    model_id: str, folder: ModelFolder, options: Options, live: Live, metrics: Metrics
 ) -> ServedEmbedding:
     """A model that makes vectors. Raises ModelInvalid."""
+    settings = live.now
     _tell(model_id, folder)
     encoder = TextEncoder.load(folder.words)
     load = protocol.Load(
@@ -90,7 +92,7 @@ def read_embedding(
     if folder.architecture in ENCODERS:
         # Each core takes a share of a step, products included; NumPy's BLAS reads this when it is imported.
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
-    engine = Engine(model_id, load, settings.engine, metrics, environment)
+    engine = Engine(model_id, load, lambda: live.now.engine, metrics, environment)
     return ServedEmbedding(model_id, folder, encoder, engine, int(time.time()))
 
 

@@ -106,6 +106,10 @@ class Slot:
     def pinned(self) -> bool:
         return self.options is not None and self.options.pin
 
+    def is_called(self, name: str) -> bool:
+        """In any case; a path is a name, too."""
+        return name.casefold() in (self.id.casefold(), self.path.casefold(), *map(str.casefold, self.names))
+
     @property
     def expires_at(self) -> float:
         """When it goes if nobody comes, on Trio's clock."""
@@ -131,8 +135,11 @@ class Slot:
 
     @property
     def shrinkable_bytes(self) -> int:
-        """What its prefixes hold beyond what it was promised at the least."""
-        return 0
+        """What it can do without: of the KV that it was granted, what is more than the least. llama.cpp's is one
+        buffer, made whole at load."""
+        if self.demand is None or self.served is None or self.served.folder.backend != "mlx" or not self.ready:
+            return 0
+        return max(self.demand.estimate.total(self.kv_bytes) - self.demand.least_bytes, 0)
 
     def reloads_for(self, asked: LoadOptions) -> bool:
         """Whether what is asked for can only be had by loading it anew."""
@@ -159,7 +166,7 @@ class Slot:
         """It will not be served: who waits for it learns why."""
         self.error = self.error or error
         if self.served is not None:
-            self.served.engine.fail_all(error)
+            self.served.engine.close(self.error)
         self.notify()
 
     def hold(self) -> None:
