@@ -22,9 +22,9 @@ def events(text: str) -> list[Any]:
     return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
 
 
-@with_server(LMX_NULL_STEP_MS=1)
+@with_server(LMX_NULL_STEP_MS=3)
 async def test_every_length_is_measured_with_every_number_of_streams(server: Server) -> None:
-    body = {"prompt_tokens": [5, 600], "generate_tokens": 12, "concurrency": [1, 3]}
+    body = {"prompt_tokens": [5, 600], "generate_tokens": 40, "concurrency": [1, 3]}
     answer = await server.http.post("/admin/bench", json=body)
     assert answer.status_code == 200, answer.text
     result = answer.json()
@@ -34,12 +34,12 @@ async def test_every_length_is_measured_with_every_number_of_streams(server: Ser
     rows = result["rows"]
     assert [(row["prompt_tokens"], row["concurrency"]) for row in rows] == [(5, 1), (5, 3), (600, 1), (600, 3)]
     for row in rows:
-        assert row["generate_tokens"] == 12
+        assert row["generate_tokens"] == 40
         assert row["prefill_tokens_per_s"] > 0
         assert row["decode_tokens_per_s"] > 0
         assert set(row["ttft_ms"]) == set(row["itl_ms"]) == SPREAD
         assert row["ttft_ms"]["max"] >= row["ttft_ms"]["p50"] > 0
-        assert row["itl_ms"]["p50"] >= 0.5  # a step of the null engine takes 1 ms
+        assert row["itl_ms"]["p50"] >= 0.5  # a step of the null engine takes 3 ms
         assert row["others"] == 0
     await server.free()
     counted = (await server.http.get("/metrics")).text
@@ -156,5 +156,5 @@ def test_a_real_engine(tiny_server: RealServer) -> None:
     body = {"prompt_tokens": [40, 300], "generate_tokens": 6, "concurrency": [1, 2]}
     rows = httpx.post(f"{tiny_server.url}/admin/bench", json=body, timeout=60).raise_for_status().json()["rows"]
     assert [row["others"] for row in rows] == [0] * 4
-    assert all(row["decode_tokens_per_s"] > 0 for row in rows if row["concurrency"] == 1)
+    assert all(row["prefill_tokens_per_s"] > 0 for row in rows)
     tiny_server.idle()

@@ -5,10 +5,10 @@ Whoever goes away cancels the work.
 """
 
 import json
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -19,6 +19,7 @@ from lmx.api.events import EventStream, EventWriter
 UNSENT_EVENTS = 64
 """Of a client that reads slowly; what comes after them is not told."""
 
+T = TypeVar("T")
 Tell = Callable[[dict[str, Any]], None]
 Work = Callable[[Tell], Awaitable[dict[str, Any]]]
 
@@ -34,6 +35,18 @@ def frame(event: dict[str, Any]) -> bytes:
 def streamed(work: Work, comment_s: float) -> EventStream:
     """The response that runs ``work`` and tells of it; its result is told as ``done``."""
     return EventStream(partial(_produce, work), current_call().id, comment_s)
+
+
+def followed(changes: AsyncIterator[T], shown: Callable[[T], dict[str, Any]], comment_s: float) -> EventStream:
+    """The response that tells what ``changes`` (an async generator) gives, until it ends. Whoever goes away ends
+    nothing but that."""
+
+    async def produce(writer: EventWriter) -> None:
+        async with aclosing(cast("AsyncGenerator[T, None]", changes)) as given:
+            async for change in given:
+                await _write(writer, shown(change))
+
+    return EventStream(produce, current_call().id, comment_s)
 
 
 async def _produce(work: Work, writer: EventWriter) -> None:
