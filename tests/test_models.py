@@ -4,17 +4,20 @@ The manager itself, with engine processes (the null engine: no weights), words a
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmx.errors import InsufficientMemory, LmxError, ModelLoadingFailed, ModelNotFound, ModelOverloaded
 from lmx.hub.inventory import EMBEDDED_ID
 from lmx.serving.models.options import LoadOptions
 from tests.api_server import write_model
-from tests.models_soak import soak
+from tests.models_soak import Act, acts, live
 from tests.models_zoo import (
     ENDLESS,
     NAMES,
@@ -28,7 +31,8 @@ from tests.models_zoo import (
     state,
 )
 
-SOAK = int(os.environ.get("LMX_SOAK_MODELS", "60"))
+SOAK = int(os.environ.get("LMX_SOAK_MODELS", "90"))
+EXAMPLES = max(SOAK // 9, 1)
 
 
 @pytest.fixture(scope="session")
@@ -334,4 +338,19 @@ async def test_a_model_whose_folder_vanishes_goes_on_until_it_is_unloaded(tmp_pa
 
 @pytest.mark.parametrize("policy", ["wait", "preempt", "refuse"])
 def test_random_lives_leave_nothing_behind(zoo: Path, tmp_path: Path, policy: str) -> None:
-    trio.run(soak, zoo, tmp_path, SOAK // 3, 1, policy)
+    told = trio.run(partial(live, zoo, tmp_path, list(acts(1, SOAK // 3)), policy=policy))
+    assert sum(told.values()) == SOAK // 3
+
+
+ACTS = st.builds(
+    Act,
+    st.sampled_from(["ask", "ask", "give up", "load", "unload", "kill", "settle"]),
+    st.sampled_from(NAMES[:3]),
+    st.sampled_from([1, 8, 200]),
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ACTS, max_size=12), st.sampled_from(["wait", "preempt", "refuse"]))
+def test_any_life_leaves_nothing_behind(zoo: Path, wanted: list[Act], policy: str) -> None:
+    trio.run(partial(live, zoo, zoo / "data", wanted, policy=policy))

@@ -25,6 +25,7 @@ from lmx.hub.inventory import ModelFolder, find, identify
 from lmx.hub.library import Entry, Library
 from lmx.hub.state import State
 from lmx.serving.converter import run_converter
+from lmx.serving.jobs import Jobs
 from lmx.serving.memory import Memory
 from lmx.serving.metrics import Metrics
 from lmx.serving.models.admission import Admission
@@ -101,6 +102,7 @@ class Models:
         """Of any model's state or leases."""
         self.state = State(settings.hub.data_path / "state.sqlite3")
         self.library = Library(settings, self.state)
+        self.jobs = Jobs(lambda: live.now.hub, self.state, lambda job: self.library.nudge())
         self.memory = Memory(
             settings.memory,
             total=lambda: int(psutil.virtual_memory().total),
@@ -132,7 +134,6 @@ class Models:
         be served. Cancelled: no process is left when Cancelled leaves.
         """
         try:
-            await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
             wanted = [await self._at_start(name, Served) for name in self._first()]
             if self._settings.model.embedding:
                 wanted.append(await self._at_start(self._settings.model.embedding, ServedEmbedding))
@@ -141,7 +142,9 @@ class Models:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                self._live.watch(self._look_again)
                 nursery.start_soon(self.library.watch, self.changes.send)
+                await nursery.start(self.jobs.run)
                 nursery.start_soon(self._note_uses)
                 slots = [self._begin(target, LoadOptions(), kept=True) for target in wanted]
                 for slot in slots:
@@ -161,13 +164,30 @@ class Models:
         return list(dict.fromkeys(filter(None, (self._settings.model.default, *self._settings.model.preload))))
 
     async def _at_start(self, name: str, kind: type[AnyServed]) -> Target:
-        """Refuses at once what can never be served."""
+        """Refuses at once what can never be served. All disks are looked through only where that takes it."""
+
+        def look() -> Target:
+            try:
+                return self._checked(name, kind)
+            except ModelNotFound:
+                if not self.library.scan():
+                    raise
+                return self._checked(name, kind)
+
+        return await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+
+    def _checked(self, name: str, kind: type[AnyServed]) -> Target:
         target = self._target(name, kind)
         backend = options_of(self._settings, [target.id, *target.names], LoadOptions(), jit=False).backend
-        check = partial(find, target.path, self._settings.model.cache_path, backend)
         with suppress(ConversionNeeded):
-            await trio.to_thread.run_sync(check, abandon_on_cancel=True)
+            find(target.path, self._settings.model.cache_path, backend)
         return target
+
+    def _look_again(self, settings: Settings) -> None:
+        """Other folders may count now."""
+        if self.library.settings.hub != settings.hub or self.library.settings.model != settings.model:
+            self.library.nudge()
+        self.library.settings = settings
 
     async def _note_uses(self) -> None:
         """Remember when each model was last used, also beyond a restart."""
