@@ -5,12 +5,20 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 
 from quart import Blueprint
 
-from lmx.api.admin import watch
+from lmx.api.admin import bench, watch
+from lmx.api.admin import models as model_routes
+from lmx.api.admin.description import Descriptions
 from lmx.config.live import Live
+from lmx.serving.bench import Benches
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
 
 def blueprints(models: Models, live: Live, metrics: Metrics) -> list[Blueprint]:
     """Every group's routes."""
-    return [watch.blueprint(models, metrics)]
+    benches = Benches(models.state)
+    return [
+        watch.blueprint(models, metrics),
+        model_routes.blueprint(models, Descriptions(models, benches, live), live),
+        bench.blueprint(models, benches, live),
+    ]

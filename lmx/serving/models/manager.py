@@ -256,6 +256,10 @@ class Models:
         """Of all that ``states`` tells."""
         return [status_of(slot, self.memory) for slot in self._all()]
 
+    def failure(self, model_id: str) -> LmxError | None:
+        """Why a model that was to stay is not there."""
+        return self._failures.get(model_id)
+
     def status(self, name: str) -> ModelStatus | None:
         """Of a model that is loaded or on its way; None: it is not."""
         slot = self._find(name, Served)
