@@ -7,6 +7,7 @@ API face.
 """
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from copy import copy
@@ -447,7 +448,7 @@ class Models:
         try:
             entry = self._on_disk(name)
         except ModelNotFound:
-            if not Path(name).expanduser().exists():
+            if not os.path.exists(os.path.expanduser(name)):  # pathlib raises on names that cannot be paths
                 raise
             return self._target(name, Served)
         return self._target(entry.id, ServedEmbedding if entry.kind == "embeddings" else Served)
