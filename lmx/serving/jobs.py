@@ -293,6 +293,9 @@ class Jobs:
                 await self._work_until_over(task)
             except OSError as error:
                 self._fail(task, f"The process for it cannot be started: {error}.")
+            except Exception as error:  # of this job alone
+                logger.exception("job %s", task.job.id)
+                self._fail(task, f"lmx failed: {error!r}. The log has more.")
         if task.scope.cancelled_caught:
             await self._discard(task)
             self._end(task, "cancelled", "cancelled; what it had is removed")
@@ -309,8 +312,10 @@ class Jobs:
             if child.done is not None:
                 self._change(task, path=child.done, done_bytes=task.job.total_bytes or task.job.done_bytes)
                 self._end(task, "done", f"in {child.done}")
-                with suppress(Exception):
+                try:
                     self._finished(task.job)
+                except Exception:
+                    logger.exception("after job %s", task.job.id)
                 return
             if child.error is not None:
                 self._fail(task, child.error["message"])
