@@ -137,6 +137,8 @@ class Look:
                 if (listing := self._list(path)) is not None:
                     yield self._folder(path, listing, folder_name(path), ())
             case _:
+                if self._place.source == "folder" and not path.is_dir():
+                    self.problems.append(f"{path}, one of hub.folders, is not there")
                 yield from self._walk(path, ())
 
     def _hub(self) -> Iterator[Found]:
