@@ -88,6 +88,13 @@ class ModelOverloaded(LmxError):
     code = "model_overloaded"
 
 
+class InsufficientMemory(LmxError):
+    """A model does not fit beside what must stay; ``message`` has the numbers."""
+
+    status = 503
+    code = "insufficient_memory"
+
+
 class EngineDied(LmxError):
     """The model's engine process ended under this request; ``message`` says why as far as it is known."""
 

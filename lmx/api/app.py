@@ -25,12 +25,8 @@ from lmx.api.openai import models as model_routes
 from lmx.api.paths import with_normal_paths
 from lmx.config import ServerSettings
 from lmx.config.live import Live
-from lmx.errors import DeadlineExceeded, ModelOverloaded
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
-
-NEED_A_MODEL = ("chat", "completions", "embeddings", "models")
-"""Faces whose requests wait while the words of a model are made, at its first start."""
 
 
 class _App(QuartTrio):  # type: ignore[misc]
@@ -75,13 +71,6 @@ def _add_rules(app: Quart, models: Models, live: Live, metrics: Metrics) -> None
             call.key_name = authorize(settings, request.path, request.headers, call.address)
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
-        if request.blueprint in NEED_A_MODEL and not models.listing():
-            with trio.move_on_at(call.deadline(None, settings)) as limit:
-                await models.settled.wait()
-            if limit.cancelled_caught:
-                raise DeadlineExceeded("The request's time is up, and the model is not there yet.")
-            if not models.listing():
-                raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
 
     @app.after_request
     async def add_headers(response: Response) -> Response:

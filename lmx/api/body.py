@@ -6,19 +6,19 @@ process (``lmx.serving.readers``).
 
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import trio
 from quart import request
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
+from lmx.api.core.call import current_call
 from lmx.api.core.parse import parse_object, validate
 from lmx.api.core.prepare import Prepared, check_length, prepare
 from lmx.api.core.prepare_embeddings import prepare_embeddings
 from lmx.api.core.schemas import Request
 from lmx.config.live import Live
-from lmx.errors import InvalidRequest, LmxError
+from lmx.errors import DeadlineExceeded, InvalidRequest, LmxError
 from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding
 
 SMALL_BYTES = 64 * 1024
@@ -44,16 +44,16 @@ async def receive(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, S
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
-    return await _receive(kind, models, live, lambda name: models.resolve(name or live.now.model.default))
+    return await _receive(kind, models, live, Served)
 
 
 async def receive_embedding(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, ServedEmbedding, Prepared]:
     """As ``receive``, for a model that makes embeddings."""
-    return await _receive(kind, models, live, models.resolve_embedding)
+    return await _receive(kind, models, live, ServedEmbedding)
 
 
 async def _receive(
-    kind: type[Kind], models: Models, live: Live, resolve: Callable[[str | None], Model]
+    kind: type[Kind], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
@@ -63,13 +63,27 @@ async def _receive(
         pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, live.now.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
-            await trio.to_thread.run_sync(_refuse_early, kind, pieces, resolve, abandon_on_cancel=True)
-        return await _receive_large(kind, pieces, models, resolve)
+            await trio.to_thread.run_sync(_refuse_early, kind, pieces, models, served_kind, abandon_on_cancel=True)
+        return await _receive_large(kind, pieces, models, live, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = resolve(body.model)
+    served = await _take(models, live, body.model, served_kind, getattr(body, "timeout", None))
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
+
+
+async def _take(
+    models: Models, live: Live, name: str | None, kind: type[Model], timeout_s: float | None = None
+) -> Model:
+    """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
+    call = current_call()
+    lease = models.take(name, kind)
+    call.releases.append(lease.release)
+    with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
+        served = await lease.served()
+        assert isinstance(served, kind)
+        return served
+    raise DeadlineExceeded(f"The request's time is up, and the model {lease.slot.id!r} is not there yet.")
 
 
 def _prepare(body: Request, given: dict[str, Any], served: AnyServed) -> Prepared:
@@ -105,23 +119,20 @@ def _is_plain(pieces: list[bytes]) -> bool:
     return True
 
 
-def _refuse_early(kind: type[Kind], pieces: list[bytes], resolve: Callable[[str | None], Model]) -> None:
-    """Refuse a plain body for a text that is certainly too long, without a reader. Blocking.
-
-    Raises InvalidRequest, ModelNotFound.
-    """
+def _refuse_early(kind: type[Kind], pieces: list[bytes], models: Models, served_kind: type[Model]) -> None:
+    """Refuse a plain body for a text that is certainly too long, without a reader. Blocking. Raises InvalidRequest."""
     raw = b"".join(pieces)
     outside_strings = raw.split(b'"')[::2]
     if sum(map(len, outside_strings)) <= SMALL_BYTES:
         given = parse_object(raw)
         body = validate(kind, given)
-        served = resolve(body.model)
+        served = models.peek(body.model, served_kind)
         if isinstance(served, Served):
             check_length(body, given, served.chat, served.context_length)
 
 
 async def _receive_large(
-    kind: type[Kind], pieces: list[bytes], models: Models, resolve: Callable[[str | None], Model]
+    kind: type[Kind], pieces: list[bytes], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     served, refusal = None, None
     async with models.readers.reader() as reader:
@@ -131,7 +142,7 @@ async def _receive_large(
         answer = await reader.receive()
         if answer[0] == "model":
             try:
-                served = resolve(answer[1])
+                served = await _take(models, live, answer[1], served_kind)
             except LmxError as error:
                 refusal = error
                 await reader.send(None)

@@ -119,5 +119,6 @@ class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
             else:
                 await self._send_response(send, response)
         finally:
+            call.end()
             log_request(request.method, request.path, call)
         nursery.cancel_scope.cancel()

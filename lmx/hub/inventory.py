@@ -104,6 +104,15 @@ def find(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
     )
 
 
+def identify(name: str) -> str:
+    """The id of the model that ``find`` finds by this name, as far as the name alone can tell."""
+    expanded = os.path.expanduser(name)
+    if name == EMBEDDED_ID or not os.path.exists(expanded):
+        return name
+    path = Path(os.path.abspath(expanded))
+    return printable(model_name(path)) if path.is_file() else _folder_name(path)
+
+
 def _folder_name(path: Path) -> str:
     """Its own, or that of the repository whose snapshot in the Hugging Face cache it is."""
     repository = path.parent.parent.name

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -81,6 +83,8 @@ class Engine:
         self._load_failure: Failure | None = None
         self._last_failure: Failure | None = None
         self._last_tail: tuple[str, ...] = ()
+        self._refusal: LmxError | None = None
+        """It takes nobody any more."""
         self._wanted = trio.Event()
         """A request asks for one more try after the breaker's cool-down."""
         self._state_changed = trio.Event()
@@ -123,6 +127,8 @@ class Engine:
             await self._end_lease(lease, reason)
 
     def _refuse_if_down(self) -> None:
+        if self._refusal is not None:
+            raise copy(self._refusal)
         if self.state == "stopped":
             raise ModelOverloaded(f"The model {self.name!r} was stopped.")
         if self.state == "failed":
@@ -277,6 +283,11 @@ class Engine:
         """End every request with ``error`` now; their tasks give the leases back."""
         self._ledger.fail_all(error)
 
+    def close(self, error: LmxError) -> None:
+        """End every request with ``error``, also those that come from now on, whether it ever ran or not."""
+        self._refusal = error
+        self._ledger.fail_all(error)
+
     def kill(self) -> None:
         """End the process this instant, whatever runs; for a server that must end at once."""
         if self._process is not None:
@@ -286,6 +297,17 @@ class Engine:
         self.state = state
         self._state_changed.set()
         self._state_changed = trio.Event()
+
+    def grant(self, kv_budget_bytes: int) -> None:
+        """Before ``run``: what its KV may take."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+
+    def trim(self, given: int) -> None:
+        """Placeholder of helper mem's."""
+
+    async def change(self) -> None:
+        """Wait for the next change of the state."""
+        await self._state_changed.wait()
 
     async def wait_state(self, *states: str) -> str:
         """Wait until the state is one of ``states``, and return it. Cancelled: nothing changes."""

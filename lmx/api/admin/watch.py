@@ -30,7 +30,7 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
     async def health() -> tuple[dict[str, Any], int]:
         """Liveness: 200 while the server answers. With `?ready`: 503 unless every model takes requests."""
         states = models.states()
-        ready = not models.draining and all(state == "ready" for state in states.values())
+        ready = models.ready
         status = "draining" if models.draining else "ready" if ready else "not ready"
         asks_ready = "ready" in request.args
         return {"status": status if asks_ready else "ok", "models": states}, 503 if asks_ready and not ready else 200

@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 from quart import request
@@ -48,6 +48,14 @@ class Call:
     first_token_at: float | None = None
     """Of all choices, like the next; on Trio's clock."""
     last_token_at: float = 0.0
+
+    releases: list[Callable[[], None]] = field(default_factory=list)
+    """What gives back what the request holds beyond its handler, such as the lease on its model."""
+
+    def end(self) -> None:
+        """It is over, however it ended."""
+        while self.releases:
+            self.releases.pop()()
 
     def took(self, tokens: int, now: float) -> None:
         """A choice got so many tokens."""

@@ -376,7 +376,7 @@ def make_job(
     call.prompt_tokens = sum(map(len, prompts))
     if settings.server.log_prompts:
         call.prompt = lambda: "\n".join(map(served.chat.spelled, prompts))
-    defaults = {**served.folder.sampling, **settings.named((served.id, str(served.folder.source))).sampling}
+    defaults = {**served.folder.sampling, **settings.named(served.names).sampling}
     requests = []
     for prompt in prompts:
         room = _room(served, len(prompt), prompt_param)
