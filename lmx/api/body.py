@@ -57,10 +57,7 @@ async def _receive(
 ) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
-    pieces = await _read(live.now.server.max_body_bytes)
-    encoding = request.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity"):
-        pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, live.now.server.max_body_bytes)
+    pieces = await read_body(live.now.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
             await trio.to_thread.run_sync(_refuse_early, kind, pieces, models, served_kind, abandon_on_cancel=True)
@@ -90,6 +87,18 @@ def _prepare(body: Request, given: dict[str, Any], served: AnyServed) -> Prepare
     if isinstance(served, Served):
         return prepare(body, given, served.chat, served.context_length)
     return prepare_embeddings(body, served.encoder, served.context_length)
+
+
+async def read_body(limit: int) -> list[bytes]:
+    """The current request's body, unpacked, of ``limit`` bytes at most.
+
+    Raises UnsupportedEncoding, InvalidRequest, or Quart's RequestEntityTooLarge and RequestTimeout.
+    """
+    pieces = await _read(limit)
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return pieces
+    return await trio.to_thread.run_sync(_unpack, pieces, encoding, limit)
 
 
 async def _read(limit: int) -> list[bytes]:

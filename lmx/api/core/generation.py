@@ -293,6 +293,7 @@ async def _run_choice(
     task_status: trio.TaskStatus[int],
 ) -> None:
     async with job.served.engine.generate(request) as tokens:
+        job.call.streams.append(tokens)
         task_status.started(tokens.seq)
         await leased.wait()
         while choice.finish is None:
