@@ -1,7 +1,7 @@
 """The models on this machine: what there is, loading and unloading by hand.
 
-Thin over ``lmx.serving.models`` (what is in memory) and ``lmx.hub.library`` (what is on the disk). A client that goes away
-while it waits for a load gives its wait up, and with it the load, if nobody else waits for it.
+Thin over ``lmx.serving.models`` (what is in memory) and ``lmx.hub.library`` (what is on the disk). A client that goes
+away while it waits for a load gives its wait up, and with it the load, if nobody else waits for it.
 """
 
 from collections.abc import Iterator

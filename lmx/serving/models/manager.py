@@ -7,6 +7,7 @@ API face.
 """
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from copy import copy
@@ -115,7 +116,9 @@ class Models:
         self._leaving: set[Slot] = set()
         self._failures: dict[str, LmxError] = {}
         """Why a model that was to stay could not be loaded, until the next try."""
-        self._admission = Admission(lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire)
+        self._admission = Admission(
+            lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire, metrics
+        )
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
@@ -429,7 +432,7 @@ class Models:
         try:
             entry = self._on_disk(name)
         except ModelNotFound:
-            if not Path(name).expanduser().exists():
+            if not os.path.exists(os.path.expanduser(name)):  # pathlib raises on names that cannot be paths
                 raise
             return self._target(name, Served)
         return self._target(entry.id, ServedEmbedding if entry.kind == "embeddings" else Served)
@@ -484,11 +487,14 @@ class Models:
             if slot.kept:
                 self._failures[slot.id] = error
             logger.error("model %s: %s", slot.id, error.message)
+            self._count(slot, "failed")
             slot.refuse(error)
         except Exception as error:
             logger.exception("model %s", slot.id)
+            self._count(slot, "failed")
             slot.refuse(ModelLoadingFailed(f"The model {slot.id!r} cannot be served: {error!r}. The log says more."))
         finally:
+            self._count(slot, "cancelled")
             slot.refuse(ModelOverloaded(f"The model {slot.id!r} was stopped.", retry_after_s=5.0))
             self.memory.release(slot.id)
             self._leaving.discard(slot)
@@ -496,6 +502,12 @@ class Models:
                 del self._slots[slot.id]
             slot.gone.set()
             slot.notify()
+
+    def _count(self, slot: Slot, outcome: str) -> None:
+        """How a load ended; the first word holds."""
+        if not slot.outcome:
+            slot.outcome = outcome
+            self._metrics.loads.labels(slot.id, outcome).inc()
 
     async def _serve(self, slot: Slot) -> None:
         if slot.before is not None:
@@ -545,7 +557,11 @@ class Models:
         while True:
             if engine.state == "ready" and engine.ready is not None and not slot.load_s:
                 slot.load_s = trio.current_time() - began
+                self._count(slot, "ready")
+                self._metrics.load.labels(slot.id).observe(slot.load_s)
                 self._admission.settle(slot)
+            elif engine.state == "failed":
+                self._count(slot, "failed")
             slot.notify()
             await engine.change()
 
