@@ -83,6 +83,8 @@ class Hub:
     """Of a path: how many transfers send other bytes."""
     holds: dict[str, int] = field(default_factory=dict)
     """Of a path: after how many bytes of the file its transfers wait for ``go_on``."""
+    stalled: Counter[str] = field(default_factory=Counter)
+    """Of a path: how many transfers send their headers and then nothing."""
     ranges: bool = True
     page: int = 3
     requests: list[str] = field(default_factory=list)
@@ -239,6 +241,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.damaged[path] > 0:
             self.hub.damaged[path] -= 1
             data = bytes(255 - byte for byte in data)
+        if self.hub.stalled[path] > 0:
+            self.hub.stalled[path] -= 1
+            with self.hub.changed:
+                self.hub.changed.wait_for(lambda: self.hub.going, 60)
+            return
         cuts = self.hub.cuts.get(path) or [len(data)]
         end = min(len(data), start + cuts.pop(0))
         position = start

@@ -93,6 +93,14 @@ async def over(jobs: Jobs, job: Job) -> Job:
     return job
 
 
+async def until(jobs: Jobs, job: Job, found: Callable[[Job], bool]) -> None:
+    async with aclosing(jobs.watch(job.id)) as changes:
+        async for change in changes:
+            if found(change):
+                return
+    raise AssertionError(jobs.get(job.id))
+
+
 async def held(hub: Hub, path: str = LARGE) -> None:
     await trio.to_thread.run_sync(hub.until_held, path)
 
@@ -157,10 +165,7 @@ async def test_the_next_server_goes_on(hub: Hub, tmp_path: Path) -> None:
     hub.holds[LARGE] = HELD_AT
     async with server(tmp_path, downloads=1) as jobs:
         first, second = jobs.download(DownloadWanted("org/one")), jobs.download(DownloadWanted("org/two"))
-        async with aclosing(jobs.watch(first.id)) as changes:
-            async for change in changes:
-                if change.done_bytes == HELD:
-                    break
+        await until(jobs, first, lambda job: job.done_bytes == HELD)
         assert (jobs.get(first.id).state, jobs.get(second.id).state) == ("running", "queued")
     assert children() == []
     hub.add("org/one", {"config.json": b"newer"}, tags=("mlx",))  # the commit that was chosen counts
@@ -238,11 +243,12 @@ async def test_a_killed_child_is_started_again(hub: Hub, tmp_path: Path) -> None
     hub.holds[LARGE] = HELD_AT
     async with server(tmp_path) as jobs:
         job = jobs.download(DownloadWanted("org/one"))
-        async for change in jobs.watch(job.id):
-            if change.done_bytes == HELD and not hub.going:
-                hub.go_on()
-                children()[0].kill()
-        job = jobs.get(job.id)
+        await until(jobs, job, lambda job: job.done_bytes == HELD)
+        hub.held.clear()
+        children()[0].kill()
+        await held(hub)  # by the next one, at the same place
+        hub.go_on()
+        job = await over(jobs, job)
         assert (job.state, whole(Path(job.path))) == ("done", True)
     assert hub.served[LARGE] < len(MLX[LARGE]) + UNREAD
     # One that is killed each time is given up.
@@ -260,11 +266,17 @@ async def test_a_killed_child_is_started_again(hub: Hub, tmp_path: Path) -> None
 
 @in_trio
 async def test_cancelled_jobs_leave_nothing(hub: Hub, tmp_path: Path) -> None:
-    hub.holds[LARGE] = 100_000
-    async with server(tmp_path, downloads=1) as jobs:
-        first, second = jobs.download(DownloadWanted("org/one")), jobs.download(DownloadWanted("org/two"))
-        await held(hub)
-        assert (await jobs.cancel(second.id)).state == "cancelled"
+    hub.holds[LARGE] = HELD_AT
+    async with server(tmp_path, downloads=2) as jobs:
+        first = jobs.download(DownloadWanted("org/one"))
+        await until(jobs, first, lambda job: job.done_bytes == HELD)
+        second, third = jobs.download(DownloadWanted("org/two")), jobs.download(DownloadWanted("org/three"))
+        await until(jobs, second, lambda job: job.chosen is not None)
+        requests = [json.loads(child.cmdline()[-1]) for child in children()]
+        promised = {request["model"]: request["promised_bytes"] for request in requests}
+        assert promised == {"org/one": 0, "org/two": TOTAL - HELD}, "what others will still write"
+        assert (await jobs.cancel(third.id)).message == "cancelled before it began"
+        await jobs.cancel(second.id)
         staging = list((tmp_path / "models" / ".downloads").iterdir())
         assert len(staging) == 1
         async with trio.open_nursery() as nursery:
@@ -285,10 +297,7 @@ async def test_a_conversion_starts_anew_with_the_next_server(tiny_model: Path, t
             jobs.convert(ConvertWanted("maker/tiny", str(tiny_model), bits=9))
         job = jobs.convert(ConvertWanted("maker/tiny", str(tiny_model), group_size=32))
         assert jobs.convert(ConvertWanted("maker/tiny", str(tiny_model), bits=4, group_size=32)) == job
-        async with aclosing(jobs.watch(job.id)) as changes:
-            async for change in changes:
-                if change.state == "running":
-                    break
+        await until(jobs, job, lambda job: job.state == "running")
     async with server(tmp_path) as jobs:
         job = await over(jobs, job)
         assert (job.state, job.kind, job.error) == ("done", "convert", "")

@@ -47,6 +47,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_request_loads_the_model_that_it_names(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
         await state(models, "ant", "ready")
+        await models.looked.wait()
         assert [entry.id for entry in models.available()] == ["bee", "cat", "dog", EMBEDDED_ID]
         assert len(await ask(models, "bee")) == 3
         assert [served.id for served in models.listing()] == ["ant", "bee"]
@@ -63,7 +64,7 @@ async def test_fifty_first_requests_are_one_load(zoo: Path, tmp_path: Path) -> N
             for _ in range(50):
                 nursery.start_soon(ask, models, "bee")
         assert len(engines()) == 2
-        assert models.take("bee").slot.leases == 1
+        assert (await models.take("bee")).slot.leases == 1
 
 
 @in_trio
@@ -132,7 +133,7 @@ async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
         for name in ("cow", "../ant", "ant\0", "x" * 5000, str(zoo / "cow")):
             with pytest.raises((ModelNotFound, LmxError)) as refused:
-                models.take(name)
+                await models.take(name)
             assert refused.value.status == 404, name
         with pytest.raises(ModelNotFound, match="not loaded"):
             await models.unload("bee")
@@ -142,7 +143,7 @@ async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
 async def test_without_jit_only_what_is_loaded_answers(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path, model={"jit": False}) as models:
         with pytest.raises(ModelNotFound):
-            models.take("bee")
+            await models.take("bee")
         assert models.available() == []
         loaded = await models.load("bee", LoadOptions(context_length=512, pin=True))
         assert (loaded.state, loaded.pinned, loaded.kept) == ("ready", True, True)
@@ -333,7 +334,7 @@ async def test_a_model_whose_folder_vanishes_goes_on_until_it_is_unloaded(tmp_pa
         assert len(await ask(models, "bee")) == 3
         await models.unload("bee")
         with pytest.raises(ModelNotFound):
-            models.take("bee")
+            await models.take("bee")
 
 
 @pytest.mark.parametrize("policy", ["wait", "preempt", "refuse"])

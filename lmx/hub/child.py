@@ -143,14 +143,15 @@ def staged(staging: Path, tell: Callable[[str], None]) -> Iterator[None]:
             os.close(held)
 
 
-def check_disk(what: str, needed: int, low_disk_bytes: int, folder: Path) -> None:
-    """Raises DiskTooFull."""
+def check_disk(what: str, needed: int, low_disk_bytes: int, promised_bytes: int, folder: Path) -> None:
+    """``promised_bytes``: what other jobs will still write. Raises DiskTooFull."""
     free = shutil.disk_usage(folder).free
-    if needed > 0 and free < needed + low_disk_bytes:
+    if needed > 0 and free < needed + low_disk_bytes + promised_bytes:
+        others = f" and other jobs will take {_size(promised_bytes)} of that" if promised_bytes else ""
         raise DiskTooFull(
             f"{what} takes {_size(needed)} more, and {_size(low_disk_bytes)} are to stay free (hub.low_disk_bytes), "
-            f"but the disk of {folder} has only {_size(free)}. Free some space (POST /admin/cleanup lists what is "
-            "unused), choose a smaller quantisation, or another hub.models_dir."
+            f"but the disk of {folder} has only {_size(free)}{others}. Free some space (POST /admin/cleanup lists what "
+            "is unused), choose a smaller quantisation, or another hub.models_dir."
         )
 
 

@@ -36,6 +36,7 @@ PUBLISHER = "local"
 """Of what was made of a folder without one."""
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WRITTEN = ("config.json", "*.safetensors.index.json")
+_NOT_CONTENT = ("models_path", "low_disk_bytes", "promised_bytes")
 _NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?", re.ASCII)
 
 
@@ -56,6 +57,8 @@ class Request:
     name: str
     """Of the folder to be made."""
     low_disk_bytes: int
+    promised_bytes: int = 0
+    """What other jobs will still write to the disk."""
 
     @property
     def folder(self) -> Path:
@@ -120,9 +123,7 @@ def quantize(request: Request, voice: "Voice") -> Path:
     from lmx.hub import child
 
     source, folder, staging = Path(request.source), request.folder, request.staging
-    made_of = {
-        name: value for name, value in request.as_json().items() if name not in ("low_disk_bytes", "models_path")
-    }
+    made_of = {name: value for name, value in request.as_json().items() if name not in _NOT_CONTENT}
     try:
         with child.staged(staging, voice.tell):
             if folder.exists():
@@ -190,7 +191,7 @@ def _write_weights(request: Request, staging: Path, voice: "Voice") -> None:
         model, config = quantize_model(model, config, request.group_size, request.bits, mode=request.mode)
     # Nothing is computed yet, but the sizes are known.
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    child.check_disk(request.folder.name, total, request.low_disk_bytes, staging)
+    child.check_disk(request.folder.name, total, request.low_disk_bytes, request.promised_bytes, staging)
     voice.expect(total)
     what = "quantising" if request.bits else "writing"
     voice.tell(what)

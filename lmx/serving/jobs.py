@@ -8,7 +8,6 @@ finished job calls ``finished``, so that the library looks again.
 
 import dataclasses
 import hashlib
-import json
 import logging
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import trio
 
@@ -30,12 +29,13 @@ from lmx.hub.download.names import read_name
 from lmx.hub.download.request import Chosen, staging_folder, staging_root
 from lmx.hub.download.request import Request as DownloadRequest
 from lmx.hub.state import State
+from lmx.serving.job_table import Job, JobState, Kind, Row, Table
 from lmx.serving.worker import signal_name, work
+
+__all__ = ["ConvertWanted", "DownloadWanted", "Job", "JobNotFound", "Jobs"]
 
 logger = logging.getLogger("lmx")
 
-Kind = Literal["download", "convert"]
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 KEPT = 100
 """Jobs that ended."""
 CONVERSIONS = 1
@@ -73,39 +73,6 @@ class ConvertWanted:
     mode: str | None = None
     dtype: str | None = None
     name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    id: str
-    kind: Kind
-    model: str
-    """As it was asked for; of a download the repository, once that is chosen."""
-    state: JobState
-    message: str
-    """What it is doing, or how it ended."""
-    chosen: dict[str, Any] | None
-    """Of a download: repo, revision (the commit), files, total_bytes, format, quantization, why. Of a conversion: bits,
-    group_size, mode, dtype, name."""
-    done_bytes: int
-    total_bytes: int
-    """0: not known yet."""
-    bytes_per_s: float
-    """0 where nothing moves."""
-    eta_s: float | None
-    error: str
-    path: str
-    """The model's folder, once it is done."""
-    created: float
-    started: float | None
-    ended: float | None
-
-    @property
-    def is_over(self) -> bool:
-        return self.ended is not None
-
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 class _Rate:
@@ -152,7 +119,7 @@ class Jobs:
         self, settings: Callable[[], HubSettings], state: State, finished: Callable[[Job], None] = lambda job: None
     ) -> None:
         self._settings = settings
-        self._table = _Table(state)
+        self._table = Table(state)
         self._finished = finished
         self._tasks: dict[str, _Task] = {}
         """In the order in which they were asked for."""
@@ -172,8 +139,8 @@ class Jobs:
         except sqlite3.Error as error:
             logger.warning("the jobs in the state database cannot be read: %s", error)
             kept = []
-        for task in kept:
-            self._tasks[task.job.id] = task
+        for row in kept:
+            task = self._tasks[row.job.id] = _Task(row.job, row.key, row.wanted)
             if task.job.is_over:
                 task.over.set()
             elif task.job.state == "running":
@@ -338,7 +305,7 @@ class Jobs:
         deaths = came_before = 0
         while True:
             child = _Child(self, task)
-            status, tail = await work(module, task.wanted, child.line)
+            status, tail = await work(module, {**task.wanted, "promised_bytes": self._promised(task)}, child.line)
             if child.done is not None:
                 self._change(task, path=child.done, done_bytes=task.job.total_bytes or task.job.done_bytes)
                 self._end(task, "done", f"in {child.done}")
@@ -358,6 +325,11 @@ class Jobs:
             logger.warning(
                 "the process of job %s was ended by %s; it is started again", task.job.id, signal_name(status)
             )
+
+    def _promised(self, task: _Task) -> int:
+        """What the other jobs will still write, as far as that is known."""
+        others = (other.job for other in self._tasks.values() if other is not task and other.job.state == "running")
+        return sum(max(0, job.total_bytes - job.done_bytes) for job in others)
 
     def _fail(self, task: _Task, error: str) -> None:
         logger.warning("job %s (%s) failed: %s", task.job.id, task.job.model, error)
@@ -413,7 +385,7 @@ class Jobs:
 
     async def _save_now(self) -> None:
         saved = self._saved
-        rows = [_row(task) for task in self._unsaved.values()]
+        rows = [Row(task.job, task.key, dict(task.wanted)) for task in self._unsaved.values()]
         dropped, self._dropped, self._unsaved = self._dropped, [], {}
         try:
             await trio.to_thread.run_sync(self._table.save, rows, dropped)
@@ -458,60 +430,3 @@ class _Child:
                 bytes_per_s=round(rate, 1),
                 eta_s=round(left / rate, 1) if rate and left > 0 else None,
             )
-
-
-def _row(task: _Task) -> tuple[Any, ...]:
-    job = task.job
-    kept = ("model", "message", "chosen", "done_bytes", "total_bytes", "path")
-    progress = json.dumps({name: getattr(job, name) for name in kept})
-    wanted = json.dumps(task.wanted)
-    return job.id, job.kind, task.key, wanted, job.state, progress, job.error, job.created, job.started, job.ended
-
-
-def _task(row: Any) -> _Task:
-    id, kind, key, wanted, state, progress, error, created, started, ended = row
-    job = Job(
-        id=id,
-        kind=kind,
-        state=state,
-        bytes_per_s=0.0,
-        eta_s=None,
-        error=error,
-        created=created,
-        started=started,
-        ended=ended,
-        **json.loads(progress),
-    )
-    return _Task(job, key, json.loads(wanted))
-
-
-class _Table:
-    """The jobs in the database. Blocks."""
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def load(self) -> list[_Task]:
-        """In the order in which they were asked for. What an older lmx wrote, and nobody can read, is left out."""
-        with self._state.connection() as db:
-            rows = db.execute(
-                "SELECT id, kind, key, wanted, state, progress, error, created, started, ended FROM jobs ORDER BY rowid"
-            ).fetchall()
-        tasks = []
-        for row in rows:
-            try:
-                tasks.append(_task(row))
-            except (ValueError, TypeError) as error:
-                logger.warning("job %s in the state database cannot be read: %s", row[0], error)
-        return tasks
-
-    def save(self, rows: list[tuple[Any, ...]], dropped: list[str]) -> None:
-        with self._state.connection() as db:
-            db.executemany(
-                "INSERT INTO jobs (id, kind, key, wanted, state, progress, error, created, started, ended) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET wanted = excluded.wanted, "
-                "state = excluded.state, progress = excluded.progress, error = excluded.error, "
-                "started = excluded.started, ended = excluded.ended",
-                rows,
-            )
-            db.executemany("DELETE FROM jobs WHERE id = ?", [(id,) for id in dropped])

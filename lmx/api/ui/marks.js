@@ -47,8 +47,10 @@ export function bar(element, parts, marks = []) {
   );
 }
 
-// Of a model as the status tells it (what a model on the disk needs is told by /admin/models).
+// Of a model, as /admin/status or /admin/models tells it.
 export const engineOf = (model) => model.engine ?? {};
-export const measuredOf = (model) => model.measured_bytes || engineOf(model).engine?.rss_bytes || null;
+export const ownedOf = (model) => model.owned_bytes || model.memory?.owned_bytes || null;
+export const measuredOf = (model) =>
+  model.measured_bytes || model.memory?.measured_bytes || engineOf(model).engine?.rss_bytes || null;
 export const neededOf = (model) => model.needed_bytes || model.memory?.estimate?.total_bytes || null;
 export const requestsOf = (model) => engineOf(model).live_leases ?? model.leases ?? 0;

@@ -1,7 +1,7 @@
 // One panel: where the machine's memory is.
 
 import { byId, el, keyed, say, sayOrHide } from "./dom.js";
-import { bar, colour, measuredOf } from "./marks.js";
+import { bar, colour, measuredOf, ownedOf } from "./marks.js";
 import * as words from "./words.js";
 
 /** The machine's memory: each model, this server, everything else; the budget as a mark. */
@@ -22,7 +22,7 @@ export function memory(status) {
   const total = figures.total_bytes || 1;
   const pieces = status.models.map((model) => ({
     key: model.id,
-    bytes: measuredOf(model) ?? model.owned_bytes ?? 0,
+    bytes: measuredOf(model) ?? ownedOf(model) ?? 0,
     class: `c${colour(model.id)}`,
   }));
   pieces.push({ key: "server", label: "lmx itself", bytes: figures.server_rss_bytes ?? 0, class: "self" });

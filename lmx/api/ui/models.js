@@ -1,7 +1,7 @@
 // Two panels: the models that are loaded or on the way there, and those on the disk. Draws only; `act` (actions.js) does.
 
 import { attribute, busy, byId, el, keyed, say, sayOrHide } from "./dom.js";
-import { bar, colour, engineOf, measuredOf, neededOf, requestsOf, state, tone } from "./marks.js";
+import { bar, colour, engineOf, measuredOf, neededOf, ownedOf, requestsOf, state, tone } from "./marks.js";
 import * as words from "./words.js";
 
 /** Models that are loaded or on the way there. */
@@ -77,7 +77,7 @@ function updateModel(card, model, budget, act) {
   sayOrHide(parts.message, model.error || (model.state === "ready" ? "" : model.message) || engine.last_failure);
   attribute(parts.message, "class", `message ${model.error || engine.last_failure ? "bad" : ""}`);
 
-  const [owned, measured, needed] = [model.owned_bytes, measuredOf(model), neededOf(model)];
+  const [owned, measured, needed] = [ownedOf(model), measuredOf(model), neededOf(model)];
   const fill = owned || measured || (coming && needed) || 0;
   const whole = Math.max(budget ?? 0, fill, measured ?? 0) || 1;
   parts.memory.hidden = !fill;

@@ -268,10 +268,16 @@ def _search(
     hub: HfApi, words: str, tag: str, patience: Patience, rank: Callable[[str], tuple[int, ...] | None]
 ) -> ModelInfo | None:
     """The best of the most used repositories whose names have all ``words``; ``rank`` says None for what is none."""
-    query = _query(words)
-    found = patience.run(lambda: list(hub.list_models(search=query, filter=tag, sort="downloads", limit=SEARCHED)))
-    ranked = [(key, place, info) for place, info in enumerate(found) if (key := rank(info.id)) is not None]
-    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+    for query in dict.fromkeys((words, _query(words))):
+        found = patience.run(functools.partial(_list, hub, query, tag, SEARCHED))
+        ranked = [(key, place, info) for place, info in enumerate(found) if (key := rank(info.id)) is not None]
+        if ranked:
+            return min(ranked, key=lambda entry: entry[:2])[2]
+    return None
+
+
+def _list(hub: HfApi, query: str, tag: str | None, most: int) -> list[ModelInfo]:
+    return list(hub.list_models(search=query, filter=tag, sort="downloads", limit=most))
 
 
 def _query(words: str) -> str:
@@ -313,7 +319,7 @@ def _with_near_names(error: ModelNotFound, hub: HfApi, name: Name, patience: Pat
     if error.param != "model":
         return error
     try:
-        found = list(patience.run(lambda: list(hub.list_models(search=_query(name.name), sort="downloads", limit=5))))
+        found = patience.run(functools.partial(_list, hub, _query(name.name), None, 5))
     except Exception:
         return error  # what went wrong first is what is told
     if not found:

@@ -53,7 +53,9 @@ def fetch(request: Request, voice: Voice) -> Path:
                 voice.tell("it was there already")
                 return folder
             there = sum(path.lstat().st_size for path in staging.rglob("*") if path.is_file())
-            child.check_disk(chosen.repo, chosen.total_bytes - there, request.low_disk_bytes, models)
+            child.check_disk(
+                chosen.repo, chosen.total_bytes - there, request.low_disk_bytes, request.promised_bytes, models
+            )
             _bring(chosen, staging, Patience(request.first_wait_s, request.give_up_s, voice.tell), voice)
             voice.tell("putting it into its place")
             land(staging, folder, chosen, joins=chosen.format == "gguf" or bool(request.allow_patterns))

@@ -28,7 +28,7 @@ def is_there(folder: Path, chosen: Chosen) -> bool:
 def land(staging: Path, folder: Path, chosen: Chosen, *, joins: bool) -> None:
     """``staging`` holds the chosen files, all whole. ``joins``: they are put beside what the folder has; otherwise they
     replace it, but for GGUF files, which are models of their own. Raises OSError; may then be done again."""
-    for extra in (staging / ".xet", *staging.rglob("*.part")):
+    for extra in (*staging.glob(".xet-*"), *staging.rglob("*.part")):
         if extra.is_dir():
             shutil.rmtree(extra)
         else:

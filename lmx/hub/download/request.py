@@ -60,6 +60,8 @@ class Request:
     """Of GGUF files, in the order preferred."""
     models_path: str
     low_disk_bytes: int
+    promised_bytes: int = 0
+    """What other jobs will still write to the disk."""
     chosen: dict[str, Any] | None = None
     """Of an earlier try."""
     first_wait_s: float = 1.0

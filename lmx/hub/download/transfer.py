@@ -92,7 +92,7 @@ class Transfer:
             raise httpx2.ReadError(f"{file.path} ended after {part.size} of {file.size} bytes")
 
     def _through_xet(self, file: File, unfinished: Path) -> None:
-        apart = self.folder / ".xet"
+        apart = self.folder / f".xet-{file.blob}"
         came = 0
 
         class Counter(tqdm):

@@ -82,8 +82,8 @@ def _of_folder(found: Found) -> Facts:
         context, quantization = told.context_length, told.quantization
     except ModelInvalid as error:
         problem = error.message
-    if found.unfinished:
-        problem = _half(found) if problem or found.source != "huggingface" else ""
+    if found.unfinished and (problem or not _are_blobs(found.unfinished)):  # a whole model may have old ones beside it
+        problem = _half(found)
     modules = folder / "modules.json"
     embeds = (
         architecture in ENCODERS
@@ -91,7 +91,7 @@ def _of_folder(found: Found) -> Facts:
         or (modules.is_file() and b".Pooling" in _bytes(modules))
     )  # fmt: skip
     parameters = 0
-    with suppress(ModelInvalid, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
+    with suppress(ModelInvalid, OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
         parameters = read_shape(folder).parameters
     capabilities = ["embedding"] if embeds else _of_template(_templates(folder))
     if any(config.get(name) for name in _VISION):
@@ -108,9 +108,14 @@ def _of_folder(found: Found) -> Facts:
     )
 
 
+def _are_blobs(names: tuple[str, ...]) -> bool:
+    """As huggingface_hub calls what it fetches, which says nothing about the file."""
+    return all(name.endswith(".incomplete") for name in names)
+
+
 def _half(found: Found) -> str:
     files = ", ".join(found.unfinished[:3]) + (", ..." if len(found.unfinished) > 3 else "")
-    if found.source == "huggingface" and all(name.endswith(".incomplete") for name in found.unfinished):
+    if _are_blobs(found.unfinished):
         files = f"{len(found.unfinished)} unfinished file(s)"
     again = (
         f"or fetch it again with `lmx pull {found.repository}`"

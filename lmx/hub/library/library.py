@@ -50,6 +50,7 @@ class Library:
         self._known = self._load()
         self._nudged = trio.Event()
         self.entries: tuple[Entry, ...] = ()
+        self._published: object = None
         self._publish(list(self._known.values()), places(settings, self._embedded), {})
 
     def scan(self) -> bool:
@@ -109,6 +110,10 @@ class Library:
         order = {place.path: number for number, place in reversed(list(enumerate(where)))}
         models.sort(key=lambda model: (order[model[0].place], os.fsencode(model[0].path)))
         called = {twins.get(path, path): name for path, name in named_paths(self.settings).items()}
+        inputs = (models, list(self.settings.hub.quantizations), called, twins)
+        if inputs == self._published:
+            return False
+        self._published = inputs
         entries = assemble(models, self.settings.hub.quantizations, called)
         before, self.entries = self.entries, entries
         self._names = Names(entries, twins)

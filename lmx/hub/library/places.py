@@ -73,18 +73,18 @@ def places(settings: Settings, embedded: Path | None) -> list[Place]:
     """The places to look at, the likeliest first; of two entries for the same files the first one's place counts.
     ``embedded``: the file of the embedded model."""
     hub = settings.hub
-    found = [Place(hub.models_path, "lmx", "publishers")]
+    found = [Place(Path(os.path.abspath(hub.models_path)), "lmx", "publishers")]
     if hub.huggingface:
         from huggingface_hub import constants
 
-        found.append(Place(Path(constants.HF_HUB_CACHE), "huggingface", "hub"))
+        found.append(Place(Path(os.path.abspath(constants.HF_HUB_CACHE)), "huggingface", "hub"))
     if hub.lmstudio:
         found += [Place(path, "lmstudio", "publishers") for path in lmstudio_folders(Path.home())]
     for folder in hub.folders:
         path = Path(os.path.abspath(os.path.expanduser(folder)))
         with suppress(OSError):
             if any(_REPOSITORY.fullmatch(name) for name in os.listdir(path)):
-                found.append(Place(path, "huggingface", "hub"))
+                found.append(Place(path, "folder", "hub"))
                 continue
         found.append(Place(path, "folder", "any"))
     if embedded is not None:
@@ -211,7 +211,7 @@ class Look:
         names = sorted(listing.files)
         for name in names:
             whole = _finished(name)
-            if whole.lower().endswith(".gguf") and not any(word in whole.lower() for word in _NO_MODELS):
+            if is_gguf_model(whole):
                 # What is still written counts as itself, until it has its name.
                 path = folder / (name if name != whole and whole not in listing.files else whole)
                 models.setdefault(part_paths(path)[0], []).append(name)
@@ -309,12 +309,17 @@ class _Listing:
         return sum(status.st_size for status in known), max((status.st_mtime for status in known), default=0.0)
 
 
+def is_gguf_model(name: str) -> bool:
+    """By its name: projectors for images and statistics of quantisers are files for a model."""
+    name = name.lower()
+    return name.endswith(".gguf") and not name.startswith(".") and not any(word in name for word in _NO_MODELS)
+
+
 def _finished(name: str) -> str:
     """A file's name once it is all there."""
-    for suffix in _UNFINISHED:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
+    if not name.endswith(_UNFINISHED):
+        return name
+    return next(name.removesuffix(suffix) for suffix in _UNFINISHED if name.endswith(suffix))
 
 
 def shown(name: str) -> str:

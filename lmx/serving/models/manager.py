@@ -99,6 +99,8 @@ class Models:
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
         """The server may listen: the default model was found, even if it must be converted first."""
+        self.looked = trio.Event()
+        """All disks were looked through since the start."""
         self.changes = Signal()
         """Of any model's state or leases."""
         self.state = State(settings.hub.data_path / "state.sqlite3")
@@ -117,7 +119,7 @@ class Models:
         self._failures: dict[str, LmxError] = {}
         """Why a model that was to stay could not be loaded, until the next try."""
         self._admission = Admission(
-            lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire, metrics
+            lambda: live.now.memory, self.memory, self._all, self.changes, self._retire, metrics
         )
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
@@ -146,7 +148,7 @@ class Models:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._live.watch(self._look_again)
-                nursery.start_soon(self.library.watch, self.changes.send)
+                nursery.start_soon(self._watch_library)
                 await nursery.start(self.jobs.run)
                 nursery.start_soon(self._note_uses)
                 slots = [self._begin(target, LoadOptions(), kept=True) for target in wanted]
@@ -185,6 +187,15 @@ class Models:
         with suppress(ConversionNeeded):
             find(target.path, self._settings.model.cache_path, backend)
         return target
+
+    async def _watch_library(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
+        except Exception:
+            logger.exception("looking for models failed; it is tried again")
+        self.looked.set()
+        self.changes.send()
+        await self.library.watch(self.changes.send)
 
     def _look_again(self, settings: Settings) -> None:
         """Other folders may count now."""
@@ -273,20 +284,25 @@ class Models:
     @asynccontextmanager
     async def use(self, requested: str | None, kind: type[AnyServed] = Served) -> AsyncIterator[AnyServed]:
         """``take``, for those who have a block to hold it in."""
-        lease = self.take(requested, kind)
+        lease = await self.take(requested, kind)
         try:
             yield await lease.served()
         finally:
             lease.release()
 
-    def take(self, requested: str | None, kind: type[AnyServed] = Served, ttl_s: float | None = None) -> ModelLease:
+    async def take(
+        self, requested: str | None, kind: type[AnyServed] = Served, ttl_s: float | None = None
+    ) -> ModelLease:
         """A lease on the model that ``requested`` means: its id, its path, an alias, or a placeholder for the default
         one; None means the default one of its kind. What is on the disk is loaded if need be, for ``ttl_s`` seconds
         without a request.
 
         Raises ModelNotFound, which lists the models, InvalidRequest for a model of the other kind, and ModelOverloaded
-        while the server shuts down.
+        while the server shuts down. Cancelled: there is no lease.
         """
+        await trio.lowlevel.checkpoint()
+        if self._find(requested, kind) is None:
+            await self.looked.wait()  # what is not there may not have been seen yet
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         slot = self._find(requested, kind)
@@ -411,6 +427,8 @@ class Models:
 
     async def begin_load(self, name: str, options: LoadOptions, *, kept: bool = True) -> Slot:
         """As ``load``, but returns at once; ``kept``: the load goes on whether anybody waits or not."""
+        if self._find(name, Served) is None:
+            await self.looked.wait()
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         slot = self._find(name, Served)
@@ -422,7 +440,7 @@ class Models:
         if slot.options is not None and slot.reloads_for(options):
             self._retire(slot, self._settings.memory.drain_s, "it is loaded anew with other settings")
             target = Target(slot.id, slot.path, slot.kind, slot.names)
-            return self._begin(target, options.over(slot.asked), kept=kept or slot.kept, before=slot)
+            return self._begin(target, options.over(slot.asked), kept=kept or slot.kept)
         slot.take_over(options)
         slot.kept = slot.kept or kept
         return slot
@@ -461,17 +479,15 @@ class Models:
             return Target(identify(name), name, kind, (name,))
         return Target(entry.id, entry.loadable, kind, (*entry.aliases, str(entry.path), name))
 
-    def _begin(self, target: Target, asked: LoadOptions, *, kept: bool, before: Slot | None = None) -> Slot:
+    def _begin(self, target: Target, asked: LoadOptions, *, kept: bool) -> Slot:
         """A slot for the model, and its owner."""
         assert self._nursery is not None
         model_id = target.id
         if model_id in self._slots:  # a model that writes, and makes vectors besides
             model_id += "-embedding"
-        leaving = before or next((slot for slot in self._leaving if slot.id == model_id), None)
-        if leaving is not None:
-            asked = asked.over(leaving.asked)
+        before = tuple(slot for slot in self._leaving if slot.id == model_id)
         slot = Slot(
-            model_id, target.path, target.kind, asked, self.changes, kept=kept, names=target.names, before=leaving
+            model_id, target.path, target.kind, asked, self.changes, kept=kept, names=target.names, before=before
         )
         self._slots[model_id] = slot
         self._failures.pop(model_id, None)
@@ -496,7 +512,7 @@ class Models:
         finally:
             self._count(slot, "cancelled")
             slot.refuse(ModelOverloaded(f"The model {slot.id!r} was stopped.", retry_after_s=5.0))
-            self.memory.release(slot.id)
+            self._admission.give_back(slot)
             self._leaving.discard(slot)
             if self._slots.get(slot.id) is slot:
                 del self._slots[slot.id]
@@ -510,9 +526,9 @@ class Models:
             self._metrics.loads.labels(slot.id, outcome).inc()
 
     async def _serve(self, slot: Slot) -> None:
-        if slot.before is not None:
-            await slot.before.gone.wait()
-            slot.before = None
+        for earlier in slot.before:
+            await earlier.gone.wait()
+        slot.before = ()
         options = options_of(self._settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
         slot.options = options
         folder = await self._folder(slot)
