@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 from lmx.config import Settings
 from lmx.errors import ModelInvalid, ModelNotFound
+from lmx.hub.architectures import mlx_architectures, mlx_refusal
 from lmx.hub.inventory import EMBEDDED_ID, find
 from lmx.hub.library import Entry, Library
 from lmx.hub.library.facts import Facts, read_facts
@@ -24,6 +28,7 @@ from lmx.hub.library.library import _identity
 from lmx.hub.library.names import Names, assemble
 from lmx.hub.library.places import Found, Look, Place, lmstudio_folders
 from lmx.hub.state import FILE_NAME, State
+from tests.architectures import modules
 from tests.model_places import COMMIT, OTHER_COMMIT, add_to_hub_cache, settings_in, write_folder, write_gguf
 from tests.models import build_gguf
 
@@ -288,6 +293,33 @@ def test_gguf_metadata(own: Path, tmp_path: Path) -> None:
     assert (found["a/writer"].parameters, found["a/writer"].context_length) == (4 * 256, 2048)
 
 
+def test_architectures_that_nobody_here_runs(own: Path, tmp_path: Path) -> None:
+    """Are told apart before anybody loads one, by mlx-lm's own files; which are the names that it takes."""
+    folder = write_folder(own / "org" / "hears", config={"model_type": "whisper"})
+    entry = only(settings_in(tmp_path))
+    assert entry.problem.startswith(f"{folder} is of the architecture 'whisper', which mlx-lm ")
+    with unittest.mock.patch("resource.setrlimit"):
+        from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
+    known = mlx_architectures()
+    assert known >= {*modules(), *MODEL_REMAPPING, *(name for name, _ in MODEL_ARCHITECTURE_REMAPPING)}
+    assert mlx_refusal({"model_type": "kimi_k2"}) == mlx_refusal({"model_type": "x", "model_file": "x.py"}) == ""
+
+
+def test_nothing_heavy_is_imported(own: Path, tmp_path: Path) -> None:
+    """The server looks for models all the time."""
+    write_folder(own / "org" / "a")
+    write_gguf(own / "org" / "b" / "b.gguf")
+    code = (
+        "import sys; from lmx.config import load_settings; from lmx.hub.library import Library;"
+        "from lmx.hub.state import State;"
+        "library = Library(load_settings(None, {}, {'hub': {'models_dir': sys.argv[1]}}), State(None)); library.scan();"
+        "heavy = ('mlx', 'mlx_lm', 'llama_cpp', 'transformers', 'gguf', 'numpy', 'torch', 'httpx');"
+        "print(library.find('a').problem, library.find('b').problem, [name for name in heavy if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code, str(own)], check=True, capture_output=True, text=True)
+    assert output.stdout.strip() == "[]"
+
+
 # --- what is broken, and what is no model ---------------------------------------------------------------
 
 
@@ -507,7 +539,7 @@ def test_no_file_makes_the_reading_fail(data: st.DataObject, which: int, sound: 
     try:
         path.write_bytes((whole[:at] + junk + whole[at + len(junk) :])[:keep])
         place = Place(sound[0].parent if which == 0 else sound[1].parent.parent, "folder", "any")
-        [found] = Look(place, 1).models()
+        [found] = Look(place, "").models()
         facts = read_facts(found)
         assert facts.problem or not facts.is_model or keep == len(whole)
     finally:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -268,6 +268,8 @@ def _from_cache(entry: Entry, place: Place, needs_force: str) -> Removal:
     cache = place.path.resolve()
     scanned = scan_cache_dir(cache)
     known = next((repo for repo in scanned.repos if repo.repo_path == cache / repository.name), None)
+    # A duplicated repository has the commits of the other, and they are asked for by their hash alone.
+    scanned = replace(scanned, repos=frozenset({known} if known else ()))
     commit = entry.path.relative_to(repository / "snapshots").parts[0]
     snapshot = repository / "snapshots" / commit
     revision = next((r for r in known.revisions if r.commit_hash == commit), None) if known else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from lmx.errors import ModelInvalid
 from lmx.hub import folder as folders
+from lmx.hub.architectures import mlx_lm_version, mlx_refusal
 from lmx.hub.folder import inspect_folder, read_json
 from lmx.hub.gguf.file import GgufFile
 from lmx.hub.gguf.parts import part_paths, quantization_of
@@ -22,7 +23,7 @@ from lmx.hub.library.places import Found
 from lmx.hub.sentence import ENCODERS, ranks
 from lmx.hub.shape import read_shape
 
-VERSION = 1
+_VERSION = 1
 """Raise it when other facts are read from the same files."""
 _GGUF_ENCODERS = (
     *("modern-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert", "gemma-embedding"),
@@ -41,6 +42,11 @@ _REASONS = re.compile(
 )
 _VISION = ("vision_config", "vision_tower", "mm_vision_tower")
 _MOST_JSON = 64 * 1024 * 1024
+
+
+def version() -> str:
+    """Facts of another version are to be read again."""
+    return f"{_VERSION}, mlx-lm {mlx_lm_version()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,8 @@ def _of_folder(found: Found) -> Facts:
     try:
         told = inspect_folder(folder)
         context, quantization = told.context_length, told.quantization
+        if refusal := mlx_refusal(config):
+            problem = f"{folder} {refusal}. Take another model, or a newer lmx."
     except ModelInvalid as error:
         problem = error.message
     if found.unfinished and (problem or not _are_blobs(found.unfinished)):  # a whole model may have old ones beside it

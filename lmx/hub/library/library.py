@@ -22,9 +22,8 @@ import trio
 from lmx.config import Settings
 from lmx.errors import ModelNotFound
 from lmx.hub.inventory import embedded_gguf
-from lmx.hub.library import facts as reading
 from lmx.hub.library.entry import Entry
-from lmx.hub.library.facts import Facts, read_facts
+from lmx.hub.library.facts import Facts, read_facts, version
 from lmx.hub.library.names import Names, assemble
 from lmx.hub.library.places import Found, Look, Place, named_paths, places
 from lmx.hub.state import State
@@ -123,7 +122,7 @@ class Library:
         """What is there, each model's files once; ``twins`` gets other paths of the same."""
         seen: dict[tuple[int, int] | Path, Path] = {}
         for place in where:
-            look = Look(place, reading.VERSION)
+            look = Look(place, version())
             for found in look.models():
                 first = seen.setdefault(_identity(found.path), found.path)
                 if first is found.path:

@@ -119,7 +119,8 @@ def named_paths(settings: Settings) -> dict[Path, str]:
 class Look:
     """One look at a place. Iterate over ``models``; then ``problems`` tells what could not be read."""
 
-    def __init__(self, place: Place, version: int) -> None:
+    def __init__(self, place: Place, version: str) -> None:
+        """``version``: of what is made of the files; stamps of another one are other stamps."""
         self.problems: list[str] = []
         self._place = place
         self._version = version
