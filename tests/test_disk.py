@@ -41,7 +41,7 @@ def library(settings: Settings) -> Library:
 
 def entry_of(settings: Settings, name: str) -> Entry:
     """Also a broken one's."""
-    return next(entry for entry in library(settings).entries if name in (entry.id, *entry.aliases))
+    return library(settings).look_up(name)
 
 
 def ids(settings: Settings) -> set[str]:

@@ -397,6 +397,7 @@ def test_broken_folders(damage: Callable[[Path], None], says: str, own: Path, tm
         library.find("broken")
     assert says in error.value.message
     assert str(folder) in error.value.message
+    assert library.look_up("broken").problem == error.value.message
     assert error.value.message.endswith((".", "?", ")"))
 
     shutil.rmtree(folder)

@@ -147,12 +147,13 @@ class Names:
 
     def find(self, name: str) -> Entry:
         """Raises ModelNotFound, which lists near names, or ModelInvalid with the reason."""
-        entry = self._look_up(name)
+        entry = self.look_up(name)
         if entry.problem:
             raise ModelInvalid(entry.problem, param="model")
         return entry
 
-    def _look_up(self, name: str) -> Entry:
+    def look_up(self, name: str) -> Entry:
+        """Also a broken one. Raises ModelNotFound."""
         if "\0" in name or len(name) > _MOST_NAME:
             raise ModelNotFound(f"No model is called {name[:100]!r}: it has NULs, or is too long.", param="model")
         spellings = [name, name.removesuffix(_LATEST)]
