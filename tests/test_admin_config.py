@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from lmx.config import keys
+from lmx.logs import RECENT_LINES, recent
 from tests.api_server import Server, with_server, write_model
 from tests.server import serve
 
@@ -189,6 +191,25 @@ async def test_bad_bodies_are_told_and_change_nothing(server: Server) -> None:
     assert (await server.http.post("/admin/log", json={"level": "loud"})).status_code == 400
     assert (await server.http.get("/admin/log/lines?n=x")).status_code == 400
     assert (await server.http.get("/admin/config")).json() == before
+
+
+@with_server()
+async def test_who_reads_the_log_slowly_is_told_what_he_lost(server: Server) -> None:
+    client = await server.connect(receive_buffer_bytes=4096)
+    await client.send_all(b"GET /admin/log/lines?n=0&follow=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    text = await client.receive_some(65536)
+    for number in range(3 * RECENT_LINES):
+        recent.add(f"line {number} {'x' * 500}")
+        if number % 100 == 0:
+            await trio.lowlevel.checkpoint()
+    recent.add("the end")
+    while b"the end" not in text:
+        text += await client.receive_some(65536)
+    events = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: ")]
+    lines = [line for event in events for line in event["lines"]]
+    lost = sum(event.get("lost", 0) for event in events)
+    assert lost > 0
+    assert lost + len(lines) == 3 * RECENT_LINES + 1
 
 
 def test_a_server_with_a_file(model_folder: Path, tmp_path: Path) -> None:

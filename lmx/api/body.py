@@ -76,6 +76,7 @@ async def _take(
     call = current_call()
     lease = models.take(name, kind)
     call.releases.append(lease.release)
+    call.model = lease.slot.id
     with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
         served = await lease.served()
         assert isinstance(served, kind)
