@@ -64,6 +64,14 @@ class ModelNotFound(LmxError):
     code = "model_not_found"
 
 
+class Conflict(LmxError):
+    """Not while things are as they are; ``message`` says what must end first."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(LmxError):
     status = 413
     type = "invalid_request_error"

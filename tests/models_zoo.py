@@ -24,7 +24,7 @@ PATIENCE_S = 20  # bounds a failing test only
 NAMES = ("ant", "bee", "cat", "dog")
 
 
-def settings_of(zoo: Path, data: Path, **sections: dict[str, Any]) -> Live:
+def live_of(zoo: Path, data: Path, **sections: dict[str, Any]) -> Live:
     given = {
         "model": {"default": str(zoo / "ant")},
         "engine": {
@@ -41,7 +41,7 @@ def settings_of(zoo: Path, data: Path, **sections: dict[str, Any]) -> Live:
 @asynccontextmanager
 async def managing(zoo: Path, data: Path, **sections: dict[str, Any]) -> AsyncIterator[Models]:
     """Models that run, and that nothing is left of afterwards."""
-    models = Models(settings_of(zoo, data, **sections), Metrics())
+    models = Models(live_of(zoo, data, **sections), Metrics())
     async with trio.open_nursery() as nursery:
         await nursery.start(models.run)
         yield models
@@ -133,7 +133,7 @@ def pid_of(models: Models, name: str) -> int | None:
 
 def limit_for(zoo: Path, models: int) -> int:
     """A budget that so many of the zoo's models fit into, and not one more."""
-    settings = settings_of(zoo, zoo).now
+    settings = live_of(zoo, zoo).now
     options = options_of(settings, ["bee"], LoadOptions(), jit=True)
     need = demand(find(str(zoo / "bee"), settings.model.cache_path), options, settings, embeds=False)
     return int((models + 0.5) * need.least_bytes)

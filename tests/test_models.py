@@ -4,16 +4,20 @@ The manager itself, with engine processes (the null engine: no weights), words a
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmx.errors import InsufficientMemory, LmxError, ModelLoadingFailed, ModelNotFound, ModelOverloaded
+from lmx.hub.inventory import EMBEDDED_ID
 from lmx.serving.models.options import LoadOptions
 from tests.api_server import write_model
-from tests.models_soak import soak
+from tests.models_soak import Act, acts, live
 from tests.models_zoo import (
     ENDLESS,
     NAMES,
@@ -27,7 +31,8 @@ from tests.models_zoo import (
     state,
 )
 
-SOAK = int(os.environ.get("LMX_SOAK_MODELS", "60"))
+SOAK = int(os.environ.get("LMX_SOAK_MODELS", "90"))
+EXAMPLES = max(SOAK // 9, 1)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +47,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_request_loads_the_model_that_it_names(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
         await state(models, "ant", "ready")
-        assert [entry.id for entry in models.available()] == ["bee", "cat", "dog"]
+        await models.looked.wait()
+        assert [entry.id for entry in models.available()] == ["bee", "cat", "dog", EMBEDDED_ID]
         assert len(await ask(models, "bee")) == 3
         assert [served.id for served in models.listing()] == ["ant", "bee"]
         status = models.status("BEE")
@@ -58,7 +64,7 @@ async def test_fifty_first_requests_are_one_load(zoo: Path, tmp_path: Path) -> N
             for _ in range(50):
                 nursery.start_soon(ask, models, "bee")
         assert len(engines()) == 2
-        assert models.take("bee").slot.leases == 1
+        assert (await models.take("bee")).slot.leases == 1
 
 
 @in_trio
@@ -127,7 +133,7 @@ async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path) as models:
         for name in ("cow", "../ant", "ant\0", "x" * 5000, str(zoo / "cow")):
             with pytest.raises((ModelNotFound, LmxError)) as refused:
-                models.take(name)
+                await models.take(name)
             assert refused.value.status == 404, name
         with pytest.raises(ModelNotFound, match="not loaded"):
             await models.unload("bee")
@@ -137,7 +143,7 @@ async def test_what_is_not_there_is_told(zoo: Path, tmp_path: Path) -> None:
 async def test_without_jit_only_what_is_loaded_answers(zoo: Path, tmp_path: Path) -> None:
     async with managing(zoo, tmp_path, model={"jit": False}) as models:
         with pytest.raises(ModelNotFound):
-            models.take("bee")
+            await models.take("bee")
         assert models.available() == []
         loaded = await models.load("bee", LoadOptions(context_length=512, pin=True))
         assert (loaded.state, loaded.pinned, loaded.kept) == ("ready", True, True)
@@ -328,9 +334,24 @@ async def test_a_model_whose_folder_vanishes_goes_on_until_it_is_unloaded(tmp_pa
         assert len(await ask(models, "bee")) == 3
         await models.unload("bee")
         with pytest.raises(ModelNotFound):
-            models.take("bee")
+            await models.take("bee")
 
 
 @pytest.mark.parametrize("policy", ["wait", "preempt", "refuse"])
 def test_random_lives_leave_nothing_behind(zoo: Path, tmp_path: Path, policy: str) -> None:
-    trio.run(soak, zoo, tmp_path, SOAK // 3, 1, policy)
+    told = trio.run(partial(live, zoo, tmp_path, list(acts(1, SOAK // 3)), policy=policy))
+    assert sum(told.values()) == SOAK // 3
+
+
+ACTS = st.builds(
+    Act,
+    st.sampled_from(["ask", "ask", "give up", "load", "unload", "kill", "settle"]),
+    st.sampled_from(NAMES[:3]),
+    st.sampled_from([1, 8, 200]),
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ACTS, max_size=12), st.sampled_from(["wait", "preempt", "refuse"]))
+def test_any_life_leaves_nothing_behind(zoo: Path, wanted: list[Act], policy: str) -> None:
+    trio.run(partial(live, zoo, zoo / "data", wanted, policy=policy))

@@ -26,6 +26,11 @@ def authorize(settings: ServerSettings, path: str, headers: Headers, address: st
     """The name of the key used, "" without one. Raises Unauthorized, Forbidden or ForeignHost."""
     if path in OPEN_PATHS:
         return ""
+    if path == "/ui" or path.startswith("/ui/"):
+        # A browser that opens a page sends no key. The page holds nothing; it asks for the key that its calls need.
+        if not settings.inference_keys:
+            _refuse_foreign(settings, headers)
+        return ""
     admin = path.startswith("/admin/")
     if settings.admin_keys if admin else settings.inference_keys:
         return _key_name(settings, headers, admin=admin)

@@ -15,7 +15,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from lmx import __version__
-from lmx.api import admin, docs, prefix_cache
+from lmx.api import admin, docs, prefix_cache, ui
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.core.call import Call, current_call
 from lmx.api.core.calls import Calls
@@ -59,6 +59,7 @@ def create_app(models: Models, live: Live, metrics: Metrics) -> QuartTrio:
         *admin.blueprints(models, live, metrics, app.calls),
         prefix_cache.blueprint(live),
         docs.blueprint(),
+        ui.blueprint(),
     ):
         app.register_blueprint(routes)
     info = Info("lmx", __version__, description="A headless LLM inference server with OpenAI's API.")
@@ -137,6 +138,6 @@ def _root() -> Blueprint:
     @routes.get("/api/hello")
     async def hello() -> dict[str, Any]:
         """Whether anybody is there."""
-        return {"name": "lmx", "version": __version__, "docs": "/docs", "openapi": "/openapi.json"}
+        return {"name": "lmx", "version": __version__, "docs": "/docs", "openapi": "/openapi.json", "ui": "/ui"}
 
     return routes

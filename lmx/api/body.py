@@ -74,14 +74,14 @@ async def _take(
 ) -> Model:
     """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
     call = current_call()
-    lease = models.take(name, kind)
-    call.releases.append(lease.release)
-    call.model = lease.slot.id
     with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
+        lease = await models.take(name, kind)
+        call.releases.append(lease.release)
+        call.model = lease.slot.id
         served = await lease.served()
         assert isinstance(served, kind)
         return served
-    raise DeadlineExceeded(f"The request's time is up, and the model {lease.slot.id!r} is not there yet.")
+    raise DeadlineExceeded("The request's time is up, and its model is not there yet.")
 
 
 def _prepare(body: Request, given: dict[str, Any], served: AnyServed) -> Prepared:

@@ -12,8 +12,11 @@ import trio
 
 from lmx.api.core.call import Call
 
-WATCHED = frozenset({"/", "/health", "/metrics", "/admin/health", "/admin/metrics", "/admin/status"})
-"""What monitors ask every few seconds: told at level debug while all is well."""
+WATCHED = frozenset(
+    {"/", "/health", "/metrics", "/admin/health", "/admin/metrics"}
+    | {"/admin/status", "/admin/models", "/admin/requests", "/admin/jobs"}
+)
+"""What monitors and the page at /ui ask every few seconds: told at level debug while all is well."""
 GONE = 499
 """The client left before its answer was whole (nginx's word for it; it is never sent)."""
 

@@ -5,6 +5,7 @@ only, also for models of hundreds of gigabytes) and must never import MLX.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _CONTEXT_KEYS = (
     "n_ctx",
     "seq_length",
 )
+_PART = re.compile(r"(?P<stem>model[\w.-]*)-\d{5}-of-(?P<count>0\d{4})\.safetensors", re.ASCII)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
@@ -58,8 +60,8 @@ def inspect_folder(folder: Path) -> FolderFacts:
         )
     return FolderFacts(
         architecture=architecture,
-        context_length=_context_length(config),
-        quantization=_quantization(config, dtypes),
+        context_length=context_length(config),
+        quantization=quantization(config, dtypes),
         size_bytes=sum(shard.stat().st_size for shard in shards),
         sampling=_read_sampling(folder / "generation_config.json"),
     )
@@ -117,6 +119,10 @@ def check_safetensors(path: Path) -> Counter[str]:
 def _shards(folder: Path) -> list[Path]:
     """The weight files. mlx-lm loads every ``model*.safetensors``; an index, when there is one, must be complete."""
     shards = sorted(folder.glob("model*.safetensors"))
+    if gaps := _missing_parts({shard.name for shard in shards}):
+        raise ModelInvalid(
+            f"{folder} lacks {len(gaps)} of its weight files: {_some(gaps)}. The download is incomplete: fetch them."
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index, why="it says which shard holds which weight").get("weight_map")
@@ -125,8 +131,8 @@ def _shards(folder: Path) -> list[Path]:
         missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
         if missing:
             raise ModelInvalid(
-                f"{index} names {len(missing)} weight file(s) that are not there: {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}. The download is incomplete: fetch them into {folder}."
+                f"{index} names {len(missing)} weight file(s) that are not there: {_some(missing)}. "
+                f"The download is incomplete: fetch them into {folder}."
             )
     if not shards:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".gguf", ".npz"})[:5])
@@ -135,13 +141,29 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+def _missing_parts(names: set[str]) -> list[str]:
+    """Of NAME-00001-of-00004.safetensors, where some are there; an index may come last in a download."""
+    found = [match for name in names if (match := _PART.fullmatch(name))]
+    wanted = {
+        f"{match['stem']}-{number:05}-of-{match['count']}.safetensors"
+        for match in found
+        for number in range(1, int(match["count"]) + 1)
+    }
+    return sorted(wanted - names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Multimodal configurations keep the language model's own in ``text_config``."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else {}
 
 
-def _context_length(config: dict[str, Any]) -> int:
+def context_length(config: Mapping[str, Any]) -> int:
+    """0: it names none."""
     for source in (config, _text_config(config)):
         for key in _CONTEXT_KEYS:
             value = source.get(key)
@@ -150,11 +172,15 @@ def _context_length(config: dict[str, Any]) -> int:
     return 0
 
 
-def _quantization(config: dict[str, Any], dtypes: Counter[str]) -> str:
-    """ "4-bit" (or MLX's mode, "mxfp4") for quantised weights, else the dtype that most bytes have."""
-    quantization = config.get("quantization")
-    if isinstance(quantization, dict) and "bits" in quantization:
-        mode = quantization.get("mode", "affine")
-        return f"{quantization['bits']}-bit" if mode == "affine" else str(mode)
+def quantization(config: Mapping[str, Any], dtypes: Counter[str]) -> str:
+    """ "4-bit" (or MLX's mode, "mxfp4") for quantised weights, another program's method ("awq"), else the dtype that
+    most bytes have."""
+    own = config.get("quantization")
+    if isinstance(own, dict) and "bits" in own:
+        mode = own.get("mode", "affine")
+        return f"{own['bits']}-bit" if mode == "affine" else str(mode)
+    others = config.get("quantization_config")
+    if isinstance(others, dict) and others.get("quant_method"):
+        return str(others["quant_method"])
     likeliest = dtypes.most_common(1)[0][0] if dtypes else ""
     return _DTYPE_NAMES.get(likeliest, likeliest.lower())

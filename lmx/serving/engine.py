@@ -88,6 +88,7 @@ class Engine:
         self._wanted = trio.Event()
         """A request asks for one more try after the breaker's cool-down."""
         self._state_changed = trio.Event()
+        self._metrics = metrics
         metrics.watch(name, self.statistics)
 
     # --- leases ----------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ class Engine:
                 self.restarts += 1
         finally:
             self._set_state("stopped")
+            self._metrics.forget(self.name, self.statistics)
             self._ledger.fail_waiting(ModelOverloaded(f"The model {self.name!r} was stopped."))
 
     async def _wait_until_wanted(self, failure: Failure) -> None:

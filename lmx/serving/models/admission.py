@@ -6,7 +6,7 @@ working models are idle (after a while they take no new requests, which then wai
 and end them. Called by the owner of each slot.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
@@ -24,13 +24,13 @@ LATER_S = 10.0
 
 
 class Admission:
-    """``slots``: those that hold or want memory, by id; ``changes`` tells of every change of one."""
+    """``slots``: all that hold or want memory; ``changes`` tells of every change of one."""
 
     def __init__(
         self,
         settings: Callable[[], MemorySettings],
         memory: Memory,
-        slots: Mapping[str, Slot],
+        slots: Callable[[], Iterable[Slot]],
         changes: Signal,
         retire: Retire,
     ) -> None:
@@ -46,7 +46,8 @@ class Admission:
     def check(self, slot: Slot) -> None:
         """Raises InsufficientMemory for what can never be had, or not now where that is the policy."""
         plan = self._plan(slot)
-        if plan.outcome == "never" or (plan.outcome == "after" and self._settings().policy == "refuse"):
+        refuses = self._settings().policy == "refuse" and not any(one.leaving for one in self._named(plan.after))
+        if plan.outcome == "never" or (plan.outcome == "after" and refuses):
             raise InsufficientMemory(f"The model {slot.id!r} cannot be loaded. {plan.words}", retry_after_s=LATER_S)
 
     async def admit(self, slot: Slot) -> None:
@@ -70,6 +71,12 @@ class Admission:
             assert slot.demand is not None
             slot.kv_bytes = slot.demand.kv_bytes(self._memory.room())
             self._memory.reserve(slot.id, slot.demand.estimate.total(slot.kv_bytes))
+            slot.reserved = True
+
+    def give_back(self, slot: Slot) -> None:
+        """Its process is gone."""
+        if slot.reserved:
+            self._memory.release(slot.id)
 
     def settle(self, slot: Slot) -> None:
         """It is loaded: its engine's own numbers hold from now on."""
@@ -87,30 +94,43 @@ class Admission:
         match plan.outcome:
             case "now":
                 for model, given in plan.trim:
-                    self._trim(self._slots[model], given)
-                await self._gone(plan.evict, 0.0, slot)
+                    self._trim(self._named([model])[0], given)
+                await self._gone(self._named(plan.evict), 0.0, slot)
                 return not plan.evict and not plan.trim
-            case "after" if self._settings().policy == "preempt":
-                await self._gone(plan.after, self._settings().drain_s, slot)
-            case "after" if self._settings().policy == "wait":
-                patience = trio.current_time() - asked_at >= PATIENCE_SHARE * self._settings().wait_s
-                if patience:
-                    await self._gone(plan.after, self._settings().wait_s, slot)
-                else:
-                    with trio.move_on_at(asked_at + PATIENCE_SHARE * self._settings().wait_s):
-                        await self._changes.wait()
-            case _:
+            case "after":
+                await self._outlast(slot, self._named(plan.after), asked_at)
+            case "never":
                 self.check(slot)
         return False
 
-    async def _gone(self, models: Sequence[str], drain_s: float, slot: Slot) -> None:
+    async def _outlast(self, slot: Slot, busy: Sequence[Slot], asked_at: float) -> None:
+        """A step towards the memory of models that work, or are on their way out."""
+        settings = self._settings()
+        leaving = [one for one in busy if one.leaving]
+        if leaving:
+            await leaving[0].gone.wait()
+        elif settings.policy == "preempt":
+            await self._gone(busy, settings.drain_s, slot)
+        elif settings.policy == "refuse":
+            self.check(slot)
+        elif trio.current_time() >= asked_at + PATIENCE_SHARE * settings.wait_s:
+            await self._gone(busy, settings.wait_s, slot)
+        else:
+            with trio.move_on_at(asked_at + PATIENCE_SHARE * settings.wait_s):
+                await self._changes.wait()
+
+    async def _gone(self, leaving: Sequence[Slot], drain_s: float, slot: Slot) -> None:
         """Unload them all, and wait until they are."""
-        leaving = [self._slots[model] for model in models if model in self._slots]
         for one in leaving:
             self.evictions += 1
             self._retire(one, drain_s, f"its memory is needed for {slot.id}")
         for one in leaving:
             await one.gone.wait()
+
+    def _named(self, models: Iterable[str]) -> list[Slot]:
+        """Those of ``models`` that hold memory."""
+        wanted = set(models)
+        return [one for one in self._slots() if one.reserved and one.id in wanted]
 
     def _trim(self, slot: Slot, given: int) -> None:
         assert slot.served is not None
@@ -119,9 +139,10 @@ class Admission:
         self._memory.trimmed(slot.id, given)
 
     def _plan(self, slot: Slot) -> Plan:
-        holding = [one for one in self._slots.values() if one is not slot and self._memory.reserved(one.id)]
         assert slot.demand is not None
-        return self._memory.plan(
-            slot.demand.least_bytes,
-            [Loaded(one.id, one.idle_since, one.pinned, one.leases, one.shrinkable_bytes) for one in holding],
-        )
+        holding = [one for one in self._slots() if one.reserved]
+        loaded = [
+            Loaded(one.id, one.idle_since, one.pinned, one.leases or one.leaving, one.shrinkable_bytes)
+            for one in holding
+        ]
+        return self._memory.plan(slot.demand.least_bytes, loaded)

@@ -7,6 +7,7 @@ API face.
 """
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from copy import copy
@@ -26,6 +27,7 @@ from lmx.hub.inventory import ModelFolder, find, identify
 from lmx.hub.library import Entry, Library
 from lmx.hub.state import State
 from lmx.serving.converter import run_converter
+from lmx.serving.jobs import Jobs
 from lmx.serving.memory import Memory
 from lmx.serving.metrics import Metrics
 from lmx.serving.models.admission import Admission
@@ -98,10 +100,13 @@ class Models:
         """The server is about to stop: nothing new is taken."""
         self.presentable = trio.Event()
         """The server may listen: the default model was found, even if it must be converted first."""
+        self.looked = trio.Event()
+        """All disks were looked through since the start."""
         self.changes = Signal()
         """Of any model's state or leases."""
         self.state = State(settings.hub.data_path / "state.sqlite3")
         self.library = Library(settings, self.state)
+        self.jobs = Jobs(lambda: live.now.hub, self.state, lambda job: self.library.nudge())
         self.memory = Memory(
             settings.memory,
             total=lambda: int(psutil.virtual_memory().total),
@@ -114,7 +119,7 @@ class Models:
         self._leaving: set[Slot] = set()
         self._failures: dict[str, LmxError] = {}
         """Why a model that was to stay could not be loaded, until the next try."""
-        self._admission = Admission(lambda: live.now.memory, self.memory, self._slots, self.changes, self._retire)
+        self._admission = Admission(lambda: live.now.memory, self.memory, self._all, self.changes, self._retire)
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
@@ -126,6 +131,8 @@ class Models:
 
     def _follow_settings(self, settings: Settings) -> None:
         """What those hold who do not ask each time."""
+        if self.library.settings.hub != settings.hub:
+            self.library.nudge()
         self.library.settings = settings
         self.memory.settings = settings.memory
         for slot in self._slots.values():
@@ -147,7 +154,6 @@ class Models:
         be served. Cancelled: no process is left when Cancelled leaves.
         """
         try:
-            await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
             wanted = [await self._at_start(name, Served) for name in self._first()]
             if self._settings.model.embedding:
                 wanted.append(await self._at_start(self._settings.model.embedding, ServedEmbedding))
@@ -156,7 +162,8 @@ class Models:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self.library.watch, self.changes.send)
+                nursery.start_soon(self._watch_library)
+                await nursery.start(self.jobs.run)
                 nursery.start_soon(self._note_uses)
                 slots = [self._begin(target, LoadOptions(), kept=True) for target in wanted]
                 for slot in slots:
@@ -176,13 +183,33 @@ class Models:
         return list(dict.fromkeys(filter(None, (self._settings.model.default, *self._settings.model.preload))))
 
     async def _at_start(self, name: str, kind: type[AnyServed]) -> Target:
-        """Refuses at once what can never be served."""
+        """Refuses at once what can never be served. All disks are looked through only where that takes it."""
+
+        def look() -> Target:
+            try:
+                return self._checked(name, kind)
+            except ModelNotFound:
+                if not self.library.scan():
+                    raise
+                return self._checked(name, kind)
+
+        return await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+
+    def _checked(self, name: str, kind: type[AnyServed]) -> Target:
         target = self._target(name, kind)
         backend = options_of(self._settings, [target.id, *target.names], LoadOptions(), jit=False).backend
-        check = partial(find, target.path, self._settings.model.cache_path, backend)
         with suppress(ConversionNeeded):
-            await trio.to_thread.run_sync(check, abandon_on_cancel=True)
+            find(target.path, self._settings.model.cache_path, backend)
         return target
+
+    async def _watch_library(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
+        except Exception:
+            logger.exception("looking for models failed; it is tried again")
+        self.looked.set()
+        self.changes.send()
+        await self.library.watch(self.changes.send)
 
     async def _note_uses(self) -> None:
         """Remember when each model was last used, also beyond a restart."""
@@ -240,6 +267,10 @@ class Models:
         """Of all that ``states`` tells."""
         return [status_of(slot, self.memory) for slot in self._all()]
 
+    def failure(self, model_id: str) -> LmxError | None:
+        """Why a model that was to stay is not there."""
+        return self._failures.get(model_id)
+
     def status(self, name: str) -> ModelStatus | None:
         """Of a model that is loaded or on its way; None: it is not."""
         slot = self._find(name, Served)
@@ -261,20 +292,25 @@ class Models:
     @asynccontextmanager
     async def use(self, requested: str | None, kind: type[AnyServed] = Served) -> AsyncIterator[AnyServed]:
         """``take``, for those who have a block to hold it in."""
-        lease = self.take(requested, kind)
+        lease = await self.take(requested, kind)
         try:
             yield await lease.served()
         finally:
             lease.release()
 
-    def take(self, requested: str | None, kind: type[AnyServed] = Served, ttl_s: float | None = None) -> ModelLease:
+    async def take(
+        self, requested: str | None, kind: type[AnyServed] = Served, ttl_s: float | None = None
+    ) -> ModelLease:
         """A lease on the model that ``requested`` means: its id, its path, an alias, or a placeholder for the default
         one; None means the default one of its kind. What is on the disk is loaded if need be, for ``ttl_s`` seconds
         without a request.
 
         Raises ModelNotFound, which lists the models, InvalidRequest for a model of the other kind, and ModelOverloaded
-        while the server shuts down.
+        while the server shuts down. Cancelled: there is no lease.
         """
+        await trio.lowlevel.checkpoint()
+        if self._find(requested, kind) is None:
+            await self.looked.wait()  # what is not there may not have been seen yet
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         slot = self._find(requested, kind)
@@ -399,6 +435,8 @@ class Models:
 
     async def begin_load(self, name: str, options: LoadOptions, *, kept: bool = True) -> Slot:
         """As ``load``, but returns at once; ``kept``: the load goes on whether anybody waits or not."""
+        if self._find(name, Served) is None:
+            await self.looked.wait()
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         slot = self._find(name, Served)
@@ -410,7 +448,7 @@ class Models:
         if slot.options is not None and slot.reloads_for(options):
             self._retire(slot, self._settings.memory.drain_s, "it is loaded anew with other settings")
             target = Target(slot.id, slot.path, slot.kind, slot.names)
-            return self._begin(target, options.over(slot.asked), kept=kept or slot.kept, before=slot)
+            return self._begin(target, options.over(slot.asked), kept=kept or slot.kept)
         slot.take_over(options)
         slot.kept = slot.kept or kept
         return slot
@@ -420,7 +458,7 @@ class Models:
         try:
             entry = self._on_disk(name)
         except ModelNotFound:
-            if not Path(name).expanduser().exists():
+            if not os.path.exists(os.path.expanduser(name)):  # pathlib raises on names that cannot be paths
                 raise
             return self._target(name, Served)
         return self._target(entry.id, ServedEmbedding if entry.kind == "embeddings" else Served)
@@ -447,19 +485,17 @@ class Models:
             entry = self.library.find(name)
         except (ModelNotFound, ModelInvalid):
             return Target(identify(name), name, kind, (name,))
-        return Target(entry.id, str(entry.path), kind, (*entry.aliases, name))
+        return Target(entry.id, entry.loadable, kind, (*entry.aliases, str(entry.path), name))
 
-    def _begin(self, target: Target, asked: LoadOptions, *, kept: bool, before: Slot | None = None) -> Slot:
+    def _begin(self, target: Target, asked: LoadOptions, *, kept: bool) -> Slot:
         """A slot for the model, and its owner."""
         assert self._nursery is not None
         model_id = target.id
         if model_id in self._slots:  # a model that writes, and makes vectors besides
             model_id += "-embedding"
-        leaving = before or next((slot for slot in self._leaving if slot.id == model_id), None)
-        if leaving is not None:
-            asked = asked.over(leaving.asked)
+        before = tuple(slot for slot in self._leaving if slot.id == model_id)
         slot = Slot(
-            model_id, target.path, target.kind, asked, self.changes, kept=kept, names=target.names, before=leaving
+            model_id, target.path, target.kind, asked, self.changes, kept=kept, names=target.names, before=before
         )
         self._slots[model_id] = slot
         self._failures.pop(model_id, None)
@@ -481,7 +517,7 @@ class Models:
             slot.refuse(ModelLoadingFailed(f"The model {slot.id!r} cannot be served: {error!r}. The log says more."))
         finally:
             slot.refuse(ModelOverloaded(f"The model {slot.id!r} was stopped.", retry_after_s=5.0))
-            self.memory.release(slot.id)
+            self._admission.give_back(slot)
             self._leaving.discard(slot)
             if self._slots.get(slot.id) is slot:
                 del self._slots[slot.id]
@@ -489,9 +525,9 @@ class Models:
             slot.notify()
 
     async def _serve(self, slot: Slot) -> None:
-        if slot.before is not None:
-            await slot.before.gone.wait()
-            slot.before = None
+        for earlier in slot.before:
+            await earlier.gone.wait()
+        slot.before = ()
         options = options_of(self._settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
         slot.options = options
         folder = await self._folder(slot)

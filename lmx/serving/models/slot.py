@@ -45,7 +45,7 @@ class Slot:
         *,
         kept: bool,
         names: tuple[str, ...] = (),
-        before: "Slot | None" = None,
+        before: tuple["Slot", ...] = (),
     ) -> None:
         self.id = model_id
         self.path = path
@@ -57,10 +57,12 @@ class Slot:
         self.kept = kept
         """It was asked for by hand or by the settings: it stays, whether anybody waits for it or not."""
         self.before = before
-        """An earlier stay of the same model, which must end first."""
+        """Earlier stays of the same model, which must end first."""
         self.options: Options | None = None
         self.served: AnyServed | None = None
         self.demand: Demand | None = None
+        self.reserved = False
+        """It has its memory."""
         self.kv_bytes = 0
         """What its engine was granted."""
         self.load_s = 0.0
