@@ -45,12 +45,13 @@ class Descriptions:
 
     async def all(self) -> list[dict[str, Any]]:
         """Every model; those that are loaded, or on their way in or out, first."""
-        statuses = {status.id: status for status in self._models.statuses()}
+        # Of two of the same id, one leaves and is told last.
+        statuses = {status.id: status for status in reversed(self._models.statuses())}
         entries = {entry.id: entry for entry in self._models.library.entries}
         served = {served.id: served for served in self._models.listing()}
         uses = await trio.to_thread.run_sync(self._models.state.last_uses)
         self._previews = {entry: self._previews[entry] for entry in entries.values() if entry in self._previews}
-        names = dict.fromkeys((*statuses, *entries))
+        names = dict.fromkeys((*reversed(statuses), *entries))
         return [
             await self._object(name, entries.get(name), statuses.get(name), served.get(name), uses.get(name))
             for name in names

@@ -13,14 +13,16 @@ import psutil
 from quart import Blueprint, Response, request
 
 from lmx import __version__
+from lmx.api.admin.description import status_object
 from lmx.api.core.formats import formats
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
 
-def blueprint(models: Models, metrics: Metrics) -> Blueprint:
+def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
     """The admin face's reading half."""
     routes = Blueprint("admin", __name__)
     started = time.monotonic()
@@ -43,8 +45,9 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
 
     @routes.get("/admin/status")
     async def status() -> dict[str, Any]:
-        """The server, its memory, and each model's engine, leases and KV."""
-        memory, process = psutil.virtual_memory(), psutil.Process()
+        """The server, its memory and disk, its jobs, and each model's stay in memory: state, engine, leases, KV."""
+        report = models.memory.report()
+        served = {one.id: one for one in models.listing()}
         return {
             "version": __version__,
             "versions": {name: _version(name) for name in PACKAGES},
@@ -53,12 +56,21 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
             "uptime_s": round(time.monotonic() - started, 3),
             "draining": models.draining,
             "memory": {
-                "total_bytes": memory.total,
-                "available_bytes": memory.available,
-                "server_rss_bytes": process.memory_info().rss,
+                "total_bytes": report.total_bytes,
+                "available_bytes": report.available_bytes,
+                "server_rss_bytes": psutil.Process().memory_info().rss,
+                "budget_bytes": report.budget_bytes,
+                "reserved_bytes": report.reserved_bytes,
+                "owned_bytes": report.owned_bytes,
+                "measured_bytes": report.measured_bytes,
+                "difference_bytes": report.difference_bytes,
+                "alarm": report.alarm,
             },
-            "models": [_model_status(served) for served in models.listing()]
-            or [{"id": name, "state": state} for name, state in models.states().items()],
+            "jobs": sum(not job.is_over for job in models.jobs.list()),
+            "models": [
+                _served(served.get(one.id)) | status_object(one) | {"estimate": one.estimate and asdict(one.estimate)}
+                for one in models.statuses()
+            ],
         }
 
     return routes
@@ -71,12 +83,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _model_status(served: AnyServed) -> dict[str, Any]:
+def _served(served: AnyServed | None) -> dict[str, Any]:
+    """What its words and its engine tell; nothing, while there are none."""
+    if served is None:
+        return {"ready": None, "engine": None}
     folder, engine = served.folder, served.engine
     return {
-        "id": served.id,
         "type": served.kind,
-        "state": engine.state,
         "format": folder.format,
         "backend": folder.backend,
         "backend_reason": folder.backend_reason,

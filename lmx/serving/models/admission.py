@@ -13,6 +13,7 @@ import trio
 from lmx.config import MemorySettings
 from lmx.errors import InsufficientMemory
 from lmx.serving.memory import Loaded, Memory, Plan
+from lmx.serving.metrics import Metrics
 from lmx.serving.models.slot import Signal, Slot
 
 Retire = Callable[[Slot, float, str], None]
@@ -33,6 +34,7 @@ class Admission:
         slots: Callable[[], Iterable[Slot]],
         changes: Signal,
         retire: Retire,
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._memory = memory
@@ -40,8 +42,7 @@ class Admission:
         self._changes = changes
         self._retire = retire
         self._turn = trio.Lock()  # Trio's is fair
-        self.evictions = 0
-        """Models that gave way to another one."""
+        self._evictions = metrics.evictions
 
     def check(self, slot: Slot) -> None:
         """Raises InsufficientMemory for what can never be had, or not now where that is the policy."""
@@ -122,7 +123,7 @@ class Admission:
     async def _gone(self, leaving: Sequence[Slot], drain_s: float, slot: Slot) -> None:
         """Unload them all, and wait until they are."""
         for one in leaving:
-            self.evictions += 1
+            self._evictions.labels(one.id).inc()
             self._retire(one, drain_s, f"its memory is needed for {slot.id}")
         for one in leaving:
             await one.gone.wait()

@@ -119,7 +119,9 @@ class Models:
         self._leaving: set[Slot] = set()
         self._failures: dict[str, LmxError] = {}
         """Why a model that was to stay could not be loaded, until the next try."""
-        self._admission = Admission(lambda: live.now.memory, self.memory, self._all, self.changes, self._retire)
+        self._admission = Admission(
+            lambda: live.now.memory, self.memory, self._all, self.changes, self._retire, metrics
+        )
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
@@ -511,11 +513,14 @@ class Models:
             if slot.kept:
                 self._failures[slot.id] = error
             logger.error("model %s: %s", slot.id, error.message)
+            self._count(slot, "failed")
             slot.refuse(error)
         except Exception as error:
             logger.exception("model %s", slot.id)
+            self._count(slot, "failed")
             slot.refuse(ModelLoadingFailed(f"The model {slot.id!r} cannot be served: {error!r}. The log says more."))
         finally:
+            self._count(slot, "cancelled")
             slot.refuse(ModelOverloaded(f"The model {slot.id!r} was stopped.", retry_after_s=5.0))
             self._admission.give_back(slot)
             self._leaving.discard(slot)
@@ -523,6 +528,12 @@ class Models:
                 del self._slots[slot.id]
             slot.gone.set()
             slot.notify()
+
+    def _count(self, slot: Slot, outcome: str) -> None:
+        """How a load ended; the first word holds."""
+        if not slot.outcome:
+            slot.outcome = outcome
+            self._metrics.loads.labels(slot.id, outcome).inc()
 
     async def _serve(self, slot: Slot) -> None:
         for earlier in slot.before:
@@ -572,7 +583,11 @@ class Models:
         while True:
             if engine.state == "ready" and engine.ready is not None and not slot.load_s:
                 slot.load_s = trio.current_time() - began
+                self._count(slot, "ready")
+                self._metrics.load.labels(slot.id).observe(slot.load_s)
                 self._admission.settle(slot)
+            elif engine.state == "failed":
+                self._count(slot, "failed")
             slot.notify()
             await engine.change()
 

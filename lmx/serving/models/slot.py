@@ -66,6 +66,8 @@ class Slot:
         self.kv_bytes = 0
         """What its engine was granted."""
         self.load_s = 0.0
+        self.outcome = ""
+        """How its load ended, once it has: "ready", "failed" or "cancelled"."""
         self.error: LmxError | None = None
         """Why it could not be served."""
         self.message = ""
