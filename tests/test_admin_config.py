@@ -255,6 +255,8 @@ def test_a_server_with_a_file(model_folder: Path, tmp_path: Path) -> None:
             assert (line["set"]["server.drain_s"], line["set"]["server.admin_keys"]) == (2, "***")
             line = json.loads(server.line('.*"status": ?403.*"lmx.audit".*|.*"lmx.audit".*"status": ?403.*')[0])
             assert (line["who"], line["outcome"]) == ("root", "refused")
+            assert client.post("/admin/cache/clear").status_code == 200
+            server.line(".*lmx.audit.*cache/clear.*|.*cache/clear.*lmx.audit.*")
             assert not [one for one in server.lines if "sk-1" in one]
 
             assert client.post("/admin/log", json={"level": "debug"}).json() == {"level": "debug"}
