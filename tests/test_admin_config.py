@@ -80,6 +80,23 @@ async def test_what_requests_depend_on_changes_at_once(server: Server) -> None:
 
 
 @with_server()
+async def test_folders_and_a_model_s_own_settings_change_at_once(server: Server) -> None:
+    told = (await server.http.get("/admin/config")).json()["settings"]
+    more = Path(told["model"]["default"]).parent / "more"
+    await trio.to_thread.run_sync(lambda: (more.mkdir(), write_model(more / "second")))
+    await changed(server, {"hub.folders": [str(more)]})
+    while "second" not in (await server.http.get("/v1/models")).text:
+        pass
+    await changed(server, {"model.jit": False})
+    assert "second" not in (await server.http.get("/v1/models")).text
+    assert (await server.http.post(COMPLETIONS, json=ASK | {"model": "second"})).status_code == 404
+    await changed(server, {"hub.folders": None, "models.tiny": {"ttl_s": 12, "pin": True, "kv_bits": 8}})
+    settings = (await server.http.get("/admin/models/tiny")).json()["settings"]
+    applied = {name: (settings[name]["value"], settings[name]["source"]) for name in ("ttl_s", "pin", "kv_bits")}
+    assert applied == {"ttl_s": (12, "model"), "pin": (True, "model"), "kv_bits": (16, "default")}
+
+
+@with_server()
 async def test_a_model_s_sampling_comes_between_the_request_and_its_makers(server: Server) -> None:
     def last() -> dict[str, Any]:
         sampling: dict[str, Any] = server.submits()[-1]["sampling"]
