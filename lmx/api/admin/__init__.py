@@ -5,7 +5,7 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 
 from quart import Blueprint
 
-from lmx.api.admin import bench, jobs, watch
+from lmx.api.admin import bench, jobs, removal, watch
 from lmx.api.admin import models as model_routes
 from lmx.api.admin.description import Descriptions
 from lmx.config.live import Live
@@ -13,6 +13,7 @@ from lmx.serving.bench import Benches
 from lmx.serving.gauges import ModelGauges
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
+from lmx.serving.removal import Removals
 
 
 def blueprints(models: Models, live: Live, metrics: Metrics) -> list[Blueprint]:
@@ -23,6 +24,7 @@ def blueprints(models: Models, live: Live, metrics: Metrics) -> list[Blueprint]:
     return [
         watch.blueprint(models, live, metrics),
         model_routes.blueprint(models, descriptions, live),
+        removal.blueprint(descriptions, Removals(models, live), live),
         jobs.blueprint(models.jobs, descriptions, live),
         bench.blueprint(models, benches, live),
     ]

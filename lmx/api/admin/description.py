@@ -10,7 +10,7 @@ import trio
 
 from lmx.config import Settings
 from lmx.config.live import Live
-from lmx.errors import ModelInvalid
+from lmx.errors import ModelInvalid, ModelNotFound
 from lmx.hub.estimate import Estimate
 from lmx.hub.library import Entry
 from lmx.serving.bench import Benches
@@ -81,7 +81,12 @@ class Descriptions:
             raise
         if isinstance(found, Entry):
             return found
-        return next(entry for entry in entries if entry.id == found.id)
+        for entry in entries:
+            if entry.id == found.id:
+                return entry
+        raise ModelNotFound(
+            f"{found.id} ({found.folder.source}) is in none of the folders that are looked through.", param="model"
+        )
 
     async def _object(
         self,
