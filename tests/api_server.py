@@ -87,8 +87,11 @@ class Server:
 
     def grammars(self) -> list[str]:
         """Of every request so far, as the engine got them."""
-        lines = Path(os.environ["LMX_NULL_SUBMITS"]).read_text().splitlines()
-        return [json.loads(line)["grammar"] for line in lines]
+        return [submit["grammar"] for submit in self.submits()]
+
+    def submits(self) -> list[dict[str, Any]]:
+        """Every request so far, as the engine got it: grammar and sampling."""
+        return [json.loads(line) for line in Path(os.environ["LMX_NULL_SUBMITS"]).read_text().splitlines()]
 
     async def connect(self, receive_buffer_bytes: int | None = None) -> trio.SocketStream:
         sock = trio.socket.socket()

@@ -11,8 +11,8 @@ import psutil
 import trio
 
 from lmx import protocol
+from lmx.config import Sources
 from lmx.config.live import Live
-from lmx.config.sources import Sources
 from lmx.hub.inventory import find
 from lmx.serving.engine import GenerateRequest
 from lmx.serving.metrics import Metrics

@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
 @in_trio
 async def test_a_model_is_removed_from_the_disk(own: Path, tmp_path: Path) -> None:
     async with face(own, tmp_path, hub=ALONE) as server:
-        await server.until("org/ant", "ready")
+        await server.until("ant", "ready")
         planned = await server.delete("models/org/bee?dry_run=true")
         assert planned["id"] == "org/bee"
         assert planned["paths"] == [str(own / "bee")]
@@ -59,7 +59,7 @@ async def test_what_is_in_memory_goes_with_force_only(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with face(own, tmp_path, hub=ALONE) as server:
-        await server.until("org/ant", "ready")
+        await server.until("ant", "ready")
         error = await server.delete("models/ant", 409)
         assert "force=true" in error["message"]
         assert (await server.delete("models/ant?force=false&dry_run"))["id"] == "org/ant"
@@ -130,7 +130,7 @@ async def test_unused_models_are_cleaned_up(own: Path, tmp_path: Path, monkeypat
     now = time.time() + 10 * DAY_S
     monkeypatch.setattr("lmx.hub.disk.time", SimpleNamespace(time=lambda: now))
     async with face(own, tmp_path, hub=ALONE, models={"cat": {"pin": True}}) as server:
-        await server.until("org/ant", "ready")
+        await server.until("ant", "ready")
         server.models.state.note_uses({"org/bee": now - DAY_S, "org/dog": now - 8 * DAY_S})
         assert (await server.post("cleanup", days=11))["models"] == []
         planned = await server.post("cleanup", days=5)

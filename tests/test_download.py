@@ -17,9 +17,9 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from lmx.errors import LmxError
-from lmx.hub.download.choose import choose, gguf_quantization
+from lmx.hub.download.choose import choose
 from lmx.hub.download.hub import Patience
-from lmx.hub.download.names import read_name
+from lmx.hub.download.names import gguf_quantization, read_name
 from lmx.hub.download.request import Chosen, Request
 from tests.hub_server import Hub, hub_server
 
@@ -131,7 +131,8 @@ def test_names() -> None:
         "hf://org/name@refs/pr/1": ("org", "name", "refs/pr/1", ""),
         "https://huggingface.co/org/name": ("org", "name", "", ""),
         "https://huggingface.co/org/name/tree/abc123": ("org", "name", "abc123", ""),
-        "https://hf.co/org/name/blob/main/a/b.gguf": ("org", "name", "main", ""),
+        "https://hf.co/org/name/blob/main/a/b-Q5_K_M.gguf": ("org", "name", "main", "Q5_K_M"),
+        "https://hf.co/org/name/resolve/main/config.json?download=true": ("org", "name", "main", ""),
         "Qwen3-4B": ("", "Qwen3-4B", "", ""),
         "Qwen3-4B:8bit": ("", "Qwen3-4B", "", "8bit"),
         "qwen3:0.6b": ("", "qwen3-0.6b", "", ""),
@@ -254,7 +255,11 @@ def test_a_name_without_publisher_is_looked_for(hub: Hub, ask: Callable[..., Cho
     hub.add("someone/Gamma-4bit-mlx", MLX, tags=("mlx",), downloads=1)
     hub.add("other/Delta-GGUF", {"d-Q8_0.gguf": b"1"}, tags=("gguf",), downloads=5)
     hub.add("other/Delta-Large-GGUF", {"d-Q8_0.gguf": b"1"}, tags=("gguf",), downloads=50)
+    for name in ("Llama-3.2-3B-4bit", "Llama-3.2-3B-Instruct-4bit", "Llama-3.2-13B-Instruct-4bit"):
+        hub.add(f"mlx-community/{name}", MLX, tags=("mlx",))
     found = {
+        "llama3.2:3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
+        "Llama-3.2-3B": "mlx-community/Llama-3.2-3B-4bit",
         "Alpha": "mlx-community/Alpha-4bit",
         "Alpha:8bit": "mlx-community/Alpha-8bit",
         "Alpha-8bit": "mlx-community/Alpha-8bit",

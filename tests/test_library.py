@@ -169,7 +169,7 @@ def test_lmstudios_pointer_may_say_nonsense(pointer: bytes, tmp_path: Path) -> N
     assert lmstudio_folders(tmp_path) == [tmp_path / ".lmstudio/models", tmp_path / ".cache/lm-studio/models"]
 
 
-def test_listed_folders(tmp_path: Path) -> None:
+def test_listed_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At any depth that a person would make, by folders' and files' own names."""
     write_folder(tmp_path / "disk" / "a" / "b" / "Deep")
     write_folder(tmp_path / "disk" / "Shallow")
@@ -179,6 +179,7 @@ def test_listed_folders(tmp_path: Path) -> None:
     found = look(settings_in(tmp_path, folders=[str(tmp_path / "disk"), str(tmp_path / "Itself"), "/nowhere/at/all"]))
     assert found.keys() == {"Deep", "Shallow", "Loose.Q8_0", "Itself"}
     assert {entry.source for entry in found.values()} == {"folder"}
+    assert "/nowhere/at/all, one of hub.folders, is not there" in caplog.text
     assert found["Deep"].aliases == ("a/b/Deep",)
 
 
@@ -687,6 +688,20 @@ def test_two_processes_with_other_folders_share_a_state(tmp_path: Path, reads: l
             assert {entry.id for entry in library.entries} == {name, EMBEDDED_ID}
     assert len(reads) == 4  # each also the embedded one, which the other has read but not told
     assert {e.id for e in Library(libraries[0].settings, state).entries} == {"a", EMBEDDED_ID}
+
+
+def test_a_disk_that_comes_back_is_still_known(tmp_path: Path, reads: list[Path]) -> None:
+    write_folder(tmp_path / "disk" / "a")
+    library = Library(settings_in(tmp_path, folders=[str(tmp_path / "disk")]), State(None))
+    library.scan()
+    (tmp_path / "disk").rename(tmp_path / "away")
+    assert library.scan()
+    assert [entry.id for entry in library.entries] == [EMBEDDED_ID]
+    (tmp_path / "away").rename(tmp_path / "disk")
+    del reads[:]
+    assert library.scan()
+    assert library.find("a").problem == ""
+    assert reads == []
 
 
 def test_a_state_of_another_version_is_read_anew(own: Path, tmp_path: Path, reads: list[Path]) -> None:

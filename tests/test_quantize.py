@@ -91,6 +91,7 @@ def test_options() -> None:
     assert check("m", mode="mxfp4") == {**default, "group_size": 32, "mode": "mxfp4", "name": "m-mxfp4"}
     assert check("m", dtype="bfloat16") == {**default, "bits": 0, "dtype": "bfloat16", "name": "m-bf16"}
     assert check("m", dtype="float16", bits=4, name="x") == {**default, "dtype": "float16", "name": "x"}
+    assert check("org/M-BF16@lmstudio")["name"] == check("M-f32:x")["name"] == "M-4bit"
     wrong: list[dict[str, Any]] = [
         {"bits": 7},
         {"bits": 0},

@@ -18,6 +18,7 @@ from lmx import __version__
 from lmx.api import admin, docs, prefix_cache, ui
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.core.call import Call, current_call
+from lmx.api.core.calls import Calls
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
 from lmx.api.events import EventStream, HTTPConnection
 from lmx.api.openai import chat, completions, embeddings
@@ -30,15 +31,19 @@ from lmx.serving.models import Models
 
 
 class _App(QuartTrio):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__("lmx.api", static_folder=None)
+        self.calls = Calls()
+
     async def dispatch_request(self, request_context: Any = None) -> Any:
         """The handler's whole work but a stream's, which ``EventStream`` contains."""
-        with contained():
+        with current_call().cancellable(), contained():
             return await super().dispatch_request(request_context)
 
 
 def create_app(models: Models, live: Live, metrics: Metrics) -> QuartTrio:
     """The whole HTTP face over ``models``, under the settings that hold at each request."""
-    app = _App("lmx.api", static_folder=None)
+    app = _App()
     app.asgi_http_class = HTTPConnection
     app.asgi_app = with_normal_paths(app.asgi_app)
     live.watch(lambda settings: app.config.update(MAX_CONTENT_LENGTH=settings.server.max_body_bytes))
@@ -51,7 +56,7 @@ def create_app(models: Models, live: Live, metrics: Metrics) -> QuartTrio:
         completions.blueprint(models, live),
         embeddings.blueprint(models, live),
         model_routes.blueprint(models, live),
-        *admin.blueprints(models, live, metrics),
+        *admin.blueprints(models, live, metrics, app.calls),
         prefix_cache.blueprint(live),
         docs.blueprint(),
         ui.blueprint(),
@@ -70,6 +75,8 @@ def _add_rules(app: Quart, models: Models, live: Live, metrics: Metrics) -> None
         call, settings = current_call(), live.now.server
         if not _is_preflight(settings):
             call.key_name = authorize(settings, request.path, request.headers, call.address)
+        if request.method == "POST" and not request.path.startswith("/admin/"):
+            call.face = request.blueprint or ""
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
 

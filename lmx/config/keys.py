@@ -97,7 +97,8 @@ def suggestion(part: str, known: Iterable[str]) -> str:
 
 
 def _unknown(key: str, hint: str) -> ConfigError:
-    return ConfigError(f"There is no setting {key[:200]!r}: {hint}.", param=key[:200])
+    end = "" if hint.endswith("?") else "."
+    return ConfigError(f"There is no setting {key[:200]!r}: {hint}{end}", param=key[:200])
 
 
 def field_of(path: Path) -> FieldInfo:

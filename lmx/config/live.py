@@ -292,6 +292,19 @@ def _value(settings: Settings, path: keys.Path) -> Any:
     return value
 
 
+def masked(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, without its secrets, for the log. Of what is no setting nobody knows whether it is one."""
+    return {key: value if _is_open(key) else MASK for key, value in wanted.items()}
+
+
+def _is_open(key: str) -> bool:
+    try:
+        path = keys.parse_key(key)
+    except ConfigError:
+        return False
+    return path[0] == MODELS or not keys.is_secret(path)
+
+
 def _masked(path: keys.Path, value: Any) -> Any:
     if not keys.is_secret(path) or value is None:
         return value

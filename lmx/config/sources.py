@@ -70,8 +70,9 @@ class Sources:
             raise ConfigError(f"{' '.join(told)}{more} lmx.toml lists every setting.", param=param) from None
 
     def source(self, path: keys.Path) -> Source:
-        """Whose value of ``path`` holds."""
-        return next((name for name, layer in reversed(self._layers()) if path in layer), "default")
+        """Whose value of ``path`` holds; of a model's section, or a part of it."""
+        layers = reversed(self._layers())
+        return next((name for name, layer in layers if any(own[: len(path)] == path for own in layer)), "default")
 
     def told(self, path: keys.Path) -> str:
         """The same for people."""
@@ -96,11 +97,12 @@ class Sources:
 
     def _problem(self, error: Mapping[str, Any]) -> tuple[str, str]:
         """In words, and the key that it is about."""
-        path = tuple(str(part) for part in error["loc"] if part != "[key]")
+        is_name = error["loc"][-1] == "[key]"  # of a table's entry, or a model
+        path = tuple(str(part) for part in (error["loc"][:-1] if is_name else error["loc"]))
         given = error["input"]
         if error["type"] == "extra_forbidden":
             what = f"there is no such setting ({_meant(path, given)})"
-        elif path[0] == MODELS and len(path) == 2 and not isinstance(given, Mapping):
+        elif path[0] == MODELS and len(path) == 2 and not is_name and not isinstance(given, Mapping):
             name = dotted(path)
             what = f"a model has a section of its own, [{name}] (got {_short(given)})"
         elif keys.is_secret(path[:2]) if path[0] != MODELS else False:

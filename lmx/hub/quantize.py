@@ -110,12 +110,18 @@ def check(
         )
     if name is None:
         ending = (dtype or "").replace("bfloat", "bf").replace("float", "f") if whole else f"{bits}bit"
-        name = f"{model.rpartition('/')[2]}-{ending if mode == 'affine' else mode}"
+        name = f"{_plain_name(model)}-{ending if mode == 'affine' else mode}"
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
             f"name {name[:100]!r} is no name for a folder: letters, digits, '.', '_', '-'.", param="name"
         )
     return {"bits": bits, "group_size": group_size, "mode": mode, "dtype": dtype or "", "name": name}
+
+
+def _plain_name(model: str) -> str:
+    """Of an id, what a folder may be called: without publisher, place ("@lmstudio") and the type of its numbers."""
+    name = re.split(r"[@:]", model)[0].rpartition("/")[2]
+    return re.sub(r"[-_.](bf16|fp?16|fp?32)$", "", re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII), flags=re.IGNORECASE)
 
 
 def quantize(request: Request, voice: "Voice") -> Path:

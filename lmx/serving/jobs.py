@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,12 +133,12 @@ class Jobs:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take up what the last server left, then work until cancelled. Cancelled: all children have ended, and their
         jobs are in the database as running, for the next server."""
-        asked_meanwhile, self._tasks = self._tasks, {}
         try:
             kept = await trio.to_thread.run_sync(self._table.load)
         except sqlite3.Error as error:
             logger.warning("the jobs in the state database cannot be read: %s", error)
             kept = []
+        asked_meanwhile, self._tasks = self._tasks, {}
         for row in kept:
             task = self._tasks[row.job.id] = _Task(row.job, row.key, row.wanted)
             if task.job.is_over:
@@ -146,7 +146,8 @@ class Jobs:
             elif task.job.state == "running":
                 self._change(task, state="queued", message="taken up again after the server's restart")
         self._tasks |= asked_meanwhile
-        await trio.to_thread.run_sync(self._sweep)
+        used = {task.staging for task in self._tasks.values() if not task.job.is_over}
+        await trio.to_thread.run_sync(_sweep, staging_root(self._settings().models_path), used)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_saving)
@@ -293,6 +294,9 @@ class Jobs:
                 await self._work_until_over(task)
             except OSError as error:
                 self._fail(task, f"The process for it cannot be started: {error}.")
+            except Exception as error:  # of this job alone
+                logger.exception("job %s", task.job.id)
+                self._fail(task, f"lmx failed: {error!r}. The log has more.")
         if task.scope.cancelled_caught:
             await self._discard(task)
             self._end(task, "cancelled", "cancelled; what it had is removed")
@@ -309,8 +313,10 @@ class Jobs:
             if child.done is not None:
                 self._change(task, path=child.done, done_bytes=task.job.total_bytes or task.job.done_bytes)
                 self._end(task, "done", f"in {child.done}")
-                with suppress(Exception):
+                try:
                     self._finished(task.job)
+                except Exception:
+                    logger.exception("after job %s", task.job.id)
                 return
             if child.error is not None:
                 self._fail(task, child.error["message"])
@@ -360,16 +366,6 @@ class Jobs:
             return
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(lambda: shutil.rmtree(staging, ignore_errors=True))
-
-    def _sweep(self) -> None:
-        """Remove what no job will take up any more."""
-        root = staging_root(self._settings().models_path)
-        used = {task.staging for task in self._tasks.values() if not task.job.is_over}
-        with suppress(OSError):
-            for folder in root.iterdir():
-                newest = max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
-                if folder not in used and newest < time.time() - STAGING_DAYS * 86_400:
-                    shutil.rmtree(folder, ignore_errors=True)
 
     def _mark_unsaved(self, task: _Task) -> None:
         self._unsaved[task.job.id] = task
@@ -430,3 +426,12 @@ class _Child:
                 bytes_per_s=round(rate, 1),
                 eta_s=round(left / rate, 1) if rate and left > 0 else None,
             )
+
+
+def _sweep(root: Path, used: Collection[Path | None]) -> None:
+    """Remove what no job will take up any more."""
+    with suppress(OSError):
+        for folder in root.iterdir():
+            newest = max((path.lstat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
+            if folder not in used and newest < time.time() - STAGING_DAYS * 86_400:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -323,6 +323,9 @@ class Ledger:
                     self.submitted[seq].prompt_logprobs += logprobs
             case protocol.Running(seqs=seqs):
                 self._in_forward = frozenset(seqs)
+                for seq in seqs:
+                    if seq in self.submitted:
+                        self.submitted[seq].forwarded = True
             case protocol.Freed():
                 self._freed(message)
             case protocol.Failed():

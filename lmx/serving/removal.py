@@ -14,7 +14,6 @@ from lmx.hub import disk
 from lmx.hub.disk import Removal
 from lmx.hub.library import Entry
 from lmx.serving.models import Models
-from lmx.serving.models.options import named_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +81,7 @@ class Removals:
 
     def _loaded(self, entry: Entry) -> str | None:
         """Under which id it is in memory, or on its way in or out."""
-        ids = {status.id for status in self._models.statuses()}
-        return next((name for name in (entry.id, f"{entry.id}-embedding") if name in ids), None)
+        return next((status.id for status in self._models.statuses() if status.is_of(entry)), None)
 
     def _refuse_converting(self, entry: Entry) -> None:
         for job in self._models.jobs.list():
@@ -92,9 +90,10 @@ class Removals:
 
     def _needed(self) -> set[str]:
         """The ids of what is loaded, pinned, or named in the settings."""
-        settings, needed = self._live.now, set(self._models.states())
+        settings = self._live.now
+        needed: set[str] = set()
         for entry in self._models.library.entries:
-            if named_settings(settings, (entry.id, *entry.aliases)).pin:
+            if self._loaded(entry) or settings.named([entry.id, *entry.aliases]).pin:
                 needed.add(entry.id)
         for name in (settings.model.default, settings.model.embedding, *settings.model.preload):
             try:

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from lmx.api.body import read_body
+from lmx.api.core.call import current_call
 from lmx.api.core.parse import parse_object, validate
 from lmx.errors import BodyTooLarge
 
@@ -25,7 +26,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def receive(kind: type[Body]) -> Body:
-    """The current request's body; none is an empty object.
+    """The current request's body; none is an empty object. The model that it names is in the audit's line.
 
     Raises InvalidRequest, BodyTooLarge, UnsupportedEncoding, or Quart's RequestTimeout. Cancelled: nothing is kept.
     """
@@ -33,4 +34,7 @@ async def receive(kind: type[Body]) -> Body:
         raw = b"".join(await read_body(MOST_BYTES))
     except RequestEntityTooLarge:
         raise BodyTooLarge(f"The body of a request to /admin has {MOST_BYTES} bytes at most.") from None
-    return validate(kind, parse_object(raw) if raw else {})
+    body = validate(kind, parse_object(raw) if raw else {})
+    if model := getattr(body, "model", None):
+        current_call().audit["model"] = model
+    return body

@@ -11,6 +11,7 @@ from quart_schema import document_querystring, document_request
 from lmx.api.admin.bodies import AdminRequest, receive
 from lmx.api.admin.description import Descriptions
 from lmx.api.admin.queries import switch
+from lmx.api.core.call import current_call
 from lmx.config.live import Live
 from lmx.errors import InvalidRequest
 from lmx.serving.removal import Removals
@@ -38,6 +39,7 @@ def blueprint(descriptions: Descriptions, removals: Removals, live: Live) -> Blu
         """Remove a model from the disk, whole or broken."""
         force, dry_run = switch("force"), switch("dry_run")
         entry = descriptions.on_disk(name)
+        current_call().audit |= {"model": entry.id, "force": force, "dry_run": dry_run}
         removed = await (removals.plan(entry) if dry_run else removals.remove(entry, force=force))
         return {"id": removed.id, "freed_bytes": removed.freed_bytes, "paths": [str(path) for path in removed.paths]}
 

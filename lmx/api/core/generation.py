@@ -293,6 +293,7 @@ async def _run_choice(
     task_status: trio.TaskStatus[int],
 ) -> None:
     async with job.served.engine.generate(request) as tokens:
+        job.call.streams.append(tokens)
         task_status.started(tokens.seq)
         await leased.wait()
         while choice.finish is None:
@@ -376,7 +377,7 @@ def make_job(
     call.prompt_tokens = sum(map(len, prompts))
     if settings.server.log_prompts:
         call.prompt = lambda: "\n".join(map(served.chat.spelled, prompts))
-    defaults = {**served.folder.sampling, **settings.named((served.id, str(served.folder.source))).sampling}
+    defaults = {**served.folder.sampling, **settings.named(served.names).sampling}
     requests = []
     for prompt in prompts:
         room = _room(served, len(prompt), prompt_param)

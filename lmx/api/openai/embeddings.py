@@ -87,6 +87,7 @@ def blueprint(models: Models, live: Live) -> Blueprint:
         )
         with trio.CancelScope(deadline=deadline) as limit:
             async with served.engine.embed(request) as vectors:
+                call.streams.append(vectors)
                 pieces = await vectors.receive()
         if limit.cancelled_caught:
             raise DeadlineExceeded(

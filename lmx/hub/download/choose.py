@@ -17,18 +17,15 @@ from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from lmx.errors import LmxError, ModelInvalid, ModelNotFound
 from lmx.hub.download.hub import Patience, explain
-from lmx.hub.download.names import Name, is_quantization, mlx_suffix
+from lmx.hub.download.names import Name, gguf_quantization, is_quantization, mlx_suffix
 from lmx.hub.download.request import Chosen, File
 
 MLX_PUBLISHER = "mlx-community"
 MLX_QUANTIZATIONS = ("4bit", "mxfp4", "5bit", "6bit", "8bit", "3bit", "bf16")
 """In the order preferred where a name leaves it open."""
 SEARCHED = 50
+_CHATS = ("instruct", "it", "chat")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-_GGUF_QUANTIZATION = re.compile(
-    r"(?:^|[-_./])((?:UD-)?(?:I?Q\d(?:_[0-9A-Z]+)*|TQ\d_\d|BF16|FP?16|FP?32|MXFP4(?:_[A-Z]+)?|NVFP4))(?=$|[-_./])",
-    re.ASCII | re.IGNORECASE,
-)
 _NEEDED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors")
 _NOT_NEEDED = ("*.bin.index.json", "*.onnx*.json", "trainer_state.json", "training_args.json")
 _OTHER_FOLDERS = ("original", "onnx", "openvino", "metal", "coreml", "tflite", "flax", "runs", "logs")
@@ -129,12 +126,6 @@ def is_mlx(info: ModelInfo) -> bool:
         or info.id.startswith(f"{MLX_PUBLISHER}/")
         or ("group_size" in quantization and "bits" in quantization and "quant_method" not in quantization)
     )
-
-
-def gguf_quantization(path: str) -> str:
-    """Of a file's name, or of the folder that holds the parts of a split one; the last such word counts."""
-    found = _GGUF_QUANTIZATION.findall(path.removesuffix(".gguf"))
-    return found[-1].upper() if found else ""
 
 
 def _quantization(info: ModelInfo) -> str:
@@ -250,7 +241,7 @@ def _look_for(hub: HfApi, name: Name, quantizations: Sequence[str], patience: Pa
                 f"the most used MLX weights that a search for {name.name!r} finds"
             )
     if not suffix:
-        found = _search(hub, name.name, "gguf", patience, lambda repo: _length_rank(repo, name.name))
+        found = _search(hub, name.name, "gguf", patience, lambda repo: _gguf_rank(repo, name.name))
         if found is not None:
             return _info(hub, found.id, name.revision, patience), (
                 f"no MLX weights; the most used GGUF repository that a search for {name.name!r} finds"
@@ -280,22 +271,29 @@ def _list(hub: HfApi, query: str, tag: str | None, most: int) -> list[ModelInfo]
     return list(hub.list_models(search=query, filter=tag, sort="downloads", limit=most))
 
 
-def _query(words: str) -> str:
-    return " ".join(re.split(r"[-_. ]+", words))
-
-
-def _words(name: str) -> list[str]:
-    return re.split(r"[-_. ]+", name.lower())
+def _query(name: str) -> str:
+    """Word by word, and "llama3.2" as "llama 3.2", since the Hub looks for each in a repository's name."""
+    return " ".join(re.split(r"[-_ ]+", re.sub(r"(?<=[a-z]{2})(?=\d)", " ", name.lower())))
 
 
 def _rest(repo: str, name: str) -> list[str] | None:
     """The words of a repository's name beyond those asked for; None if it lacks one of these."""
-    words = _words(repo.rpartition("/")[2])
-    for word in _words(name):
-        if word not in words:
-            return None
-        words.remove(word)
-    return words
+    found = repo.rpartition("/")[2].lower()
+    words = _words(found)
+    asked = _words(name)
+    if all(words.count(word) >= asked.count(word) for word in asked):
+        for word in asked:
+            words.remove(word)
+        return words
+    # "llama3.2-3b" is "Llama-3.2-3B", but "qwen3-4b" is not "Qwen3-14B".
+    parts = re.findall(r"[a-z]+|\d+", name.lower())
+    spelled = re.compile(r"(?<![a-z0-9])" + r"[-_. ]*".join(parts) + r"(?![a-z0-9])")
+    rest, matches = spelled.subn(" ", found, 1)
+    return _words(rest) if matches else None
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[-_. ]+", name.lower()) if word]
 
 
 def _mlx_rank(repo: str, name: str, suffix: str) -> tuple[int, ...] | None:
@@ -305,14 +303,21 @@ def _mlx_rank(repo: str, name: str, suffix: str) -> tuple[int, ...] | None:
     found = next((mlx_suffix(word) for word in words if mlx_suffix(word)), "")
     if suffix and found != suffix:
         return None
-    own = [word for word in words if not is_quantization(word) and word not in ("mlx", "dwq")]
+    own = [word for word in words if not is_quantization(word) and word not in ("mlx", "dwq", *_CHATS)]
     preference = MLX_QUANTIZATIONS.index(found) if found in MLX_QUANTIZATIONS else len(MLX_QUANTIZATIONS)
-    return len(own), int(not repo.startswith(f"{MLX_PUBLISHER}/")), preference
+    return len(own), int(not repo.startswith(f"{MLX_PUBLISHER}/")), _no_chat(words), preference
 
 
-def _length_rank(repo: str, name: str) -> tuple[int, ...] | None:
+def _gguf_rank(repo: str, name: str) -> tuple[int, ...] | None:
     words = _rest(repo, name)
-    return None if words is None else (len([word for word in words if word not in ("gguf", "i1")]),)
+    if words is None:
+        return None
+    return len([word for word in words if word not in ("gguf", "i1", *_CHATS)]), _no_chat(words)
+
+
+def _no_chat(words: Sequence[str]) -> int:
+    """A bot wants to be answered: of a base model and its instructed one the latter."""
+    return int(not any(word in _CHATS for word in words))
 
 
 def _with_near_names(error: ModelNotFound, hub: HfApi, name: Name, patience: Patience) -> ModelNotFound:

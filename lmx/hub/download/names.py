@@ -21,6 +21,10 @@ _TAG = re.compile(r"[\w.-]{1,96}", re.ASCII)
 _GGUF = re.compile(
     r"(?:UD-)?(?:I?Q\d(?:_\w+)?|TQ\d_\d|BF16|FP?16|FP?32|MXFP4(?:_\w+)?|NVFP4)", re.ASCII | re.IGNORECASE
 )
+_GGUF_QUANTIZATION = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:I?Q\d(?:_[0-9A-Z]+)*|TQ\d_\d|BF16|FP?16|FP?32|MXFP4(?:_[A-Z]+)?|NVFP4))(?=$|[-_./])",
+    re.ASCII | re.IGNORECASE,
+)
 _BITS = re.compile(r"(\d{1,2})-?bits?", re.ASCII | re.IGNORECASE)
 _OTHER_MLX = re.compile(r"bf16|fp16|f16|mxfp[48]|nvfp4", re.ASCII | re.IGNORECASE)
 
@@ -49,7 +53,7 @@ def read_name(written: str, *, revision: str = "", quantization: str = "") -> Na
     text = written.strip()
     if not text or len(text) > 500 or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
         raise _refusal(written, "it is empty, too long, or has control characters")
-    text, found_revision = _without_address(text, written)
+    text, found_revision, file = _without_address(text, written)
     text, _, after = text.partition("@")
     if after:
         after, _, tag = after.partition(":")
@@ -72,11 +76,17 @@ def read_name(written: str, *, revision: str = "", quantization: str = "") -> Na
         if publisher:
             raise _refusal(written, f"{tag!r} is no quantisation such as Q4_K_M, Q8_0 or 4bit", "quantization")
         name, tag = f"{name}-{tag}", ""  # Ollama's sizes: "qwen3:0.6b"
-    return Name(publisher, name, revision, quantization or tag)
+    return Name(publisher, name, revision, quantization or tag or gguf_quantization(file))
 
 
 def is_quantization(word: str) -> bool:
     return bool(_GGUF.fullmatch(word) or _BITS.fullmatch(word) or _OTHER_MLX.fullmatch(word))
+
+
+def gguf_quantization(path: str) -> str:
+    """Of a file's name, or of the folder that holds the parts of a split one; the last such word counts."""
+    found = _GGUF_QUANTIZATION.findall(path.removesuffix(".gguf"))
+    return found[-1].upper() if found else ""
 
 
 def mlx_suffix(quantization: str) -> str:
@@ -91,15 +101,15 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT).rstrip("/")
 
 
-def _without_address(text: str, written: str) -> tuple[str, str]:
-    """Path and revision of an address; what is none comes back as it is."""
+def _without_address(text: str, written: str) -> tuple[str, str, str]:
+    """Path, revision and file of an address; what is none comes back as it is."""
     if text.startswith("hf://"):
-        return text.removeprefix("hf://").removeprefix("models/"), ""
+        return text.removeprefix("hf://").removeprefix("models/"), "", ""
     own = urlsplit(endpoint()).netloc
     if "://" not in text:
         host, slash, rest = text.partition("/")
         if not slash or host.lower() not in (*_HOSTS, own):
-            return text, ""
+            return text, "", ""
         text = f"https://{host}/{rest}"
     address = urlsplit(text)
     if address.scheme not in ("http", "https") or address.netloc.lower() not in (*_HOSTS, own):
@@ -107,11 +117,11 @@ def _without_address(text: str, written: str) -> tuple[str, str]:
     parts = [unquote(part) for part in address.path.split("/") if part]
     if parts and parts[0] in ("datasets", "spaces", "collections", "papers"):
         raise _refusal(written, f"it is an address of {parts[0]}, not of a model")
-    revision = ""
+    revision = file = ""
     if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):
         # A branch's own slashes cannot be told from a folder; they are given as `revision`.
-        revision, parts = parts[3], parts[:2]
-    return "/".join(parts), revision
+        revision, file, parts = parts[3], "/".join(parts[4:]), parts[:2]
+    return "/".join(parts), revision, file
 
 
 def _refusal(written: str, why: str, param: str = "model") -> InvalidRequest:

@@ -74,7 +74,7 @@ class Library:
                     self._keep(fresh)
                     fresh = []
             there = {found.path for found, _ in models}
-            roots = {place.path for place in where}
+            roots = {place.path for place in where if place.path.exists()}  # a disk may come back
             gone = [path for path, (found, _) in self._known.items() if path not in there and found.place in roots]
             self._keep(fresh, gone)
             return self._publish(models, where, twins)

@@ -4,6 +4,7 @@ An id is where the model lies; ``assemble`` makes ids unique and gives out the o
 """
 
 import difflib
+import heapq
 import os
 import re
 from collections import Counter, defaultdict
@@ -22,6 +23,8 @@ _FORMATS = re.compile(r"-(?:GGUF|MLX)$", re.IGNORECASE)
 _LATEST = ":latest"
 """Ollama's word for whichever is preferred."""
 _MOST_NAME = 1000
+_LIKELY = 20
+"""So many names are looked at closely for one that was misspelt."""
 
 
 def assemble(
@@ -137,6 +140,7 @@ class Names:
         for entry in entries:
             for name in {name.casefold() for name in (entry.id, *entry.aliases)}:
                 self._any_case[name].append(entry)
+        self._grams = {name: _grams(name) for name in self._any_case}
         paths = {entry.path: entry for entry in entries}
         self._paths = {str(path): entry for path, entry in paths.items()}
         self._paths |= {str(path): paths[first] for path, first in twins.items() if first in paths}
@@ -171,12 +175,19 @@ class Names:
         raise ModelNotFound(f"There is no model {name[:200]!r} on this machine.{self._near(name)}", param="model")
 
     def _near(self, name: str) -> str:
-        ids = {known: entries[0].id for known, entries in self._any_case.items()}
-        near = difflib.get_close_matches(name[:200].casefold(), ids, 3, cutoff=0.5)
+        wanted = name[:200].casefold()
+        grams = _grams(wanted)
+        # difflib takes 0.1 ms for each, and the event loop asks.
+        likely = heapq.nlargest(_LIKELY, self._grams, key=lambda known: len(grams & self._grams[known]))
+        near = difflib.get_close_matches(wanted, likely, 3, cutoff=0.5)
         if near:
-            return f" Did you mean {' or '.join(dict.fromkeys(ids[known] for known in near))}?"
+            return f" Did you mean {' or '.join(dict.fromkeys(self._any_case[known][0].id for known in near))}?"
         some = sorted({entry.id for entry in self._exact.values()})
         return f" There are: {', '.join(some[:10])}{', ...' if len(some) > 10 else ''}." if some else " There is none."
+
+
+def _grams(name: str) -> set[str]:
+    return {name[start : start + 3] for start in range(len(name) - 2)}
 
 
 def _absolute(name: str) -> str:

@@ -137,6 +137,8 @@ class Look:
                 if (listing := self._list(path)) is not None:
                     yield self._folder(path, listing, folder_name(path), ())
             case _:
+                if self._place.source == "folder" and not path.is_dir():
+                    self.problems.append(f"{path}, one of hub.folders, is not there")
                 yield from self._walk(path, ())
 
     def _hub(self) -> Iterator[Found]:
@@ -183,9 +185,12 @@ class Look:
         self, folder: Path, listing: "_Listing", repository: str, unfinished: tuple[str, ...], also: str = ""
     ) -> Found:
         sizes, times = listing.sums(listing.files)
-        needed = [name for name in listing.files if _finished(name).endswith(_NEEDED)]
-        missing = [name for name in needed if listing.files[name] is None]
-        missing += [name for name in needed if name.endswith(_UNFINISHED) and _finished(name) not in listing.files]
+        missing = [
+            name
+            for name, status in listing.files.items()
+            if (status is None or (name.endswith(_UNFINISHED) and _finished(name) not in listing.files))
+            and _finished(name).endswith(_NEEDED)
+        ]
         return Found(
             path=folder,
             place=self._place.path,
@@ -237,12 +242,11 @@ class Look:
             )
 
     def _stamp(self, listing: "_Listing", names: Iterable[str], more: bool) -> bytes:
-        digest = hashlib.blake2b(f"{self._version} {more}".encode(), digest_size=16)
+        about = [f"{self._version} {more}"]
         for name in sorted(names):
             status = listing.files[name]
-            about = f"{status.st_mtime_ns} {status.st_size}" if status else "gone"
-            digest.update(b"\0" + os.fsencode(name) + b"\0" + about.encode())
-        return digest.digest()
+            about.append(f"{name}\0{status.st_mtime_ns} {status.st_size}" if status else name)
+        return hashlib.blake2b(os.fsencode("\0\0".join(about)), digest_size=16).digest()
 
     def _names(self, folder: Path, *, quiet: bool = False) -> list[str]:
         try:

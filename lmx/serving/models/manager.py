@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -124,11 +125,27 @@ class Models:
         self._nursery: trio.Nursery | None = None
         self.readers = Readers(lambda: [served.source for served in self.listing() if isinstance(served, Served)])
         """Processes for large request bodies."""
+        live.watch(self._follow_settings)
 
     @property
     def _settings(self) -> Settings:
-        """Those that hold now."""
         return self._live.now
+
+    def _follow_settings(self, settings: Settings) -> None:
+        """What those hold who do not ask each time."""
+        if self.library.settings.hub != settings.hub:
+            self.library.nudge()
+        self.library.settings = settings
+        self.memory.settings = settings.memory
+        for slot in self._slots.values():
+            if slot.options is not None:
+                new = options_of(settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
+                applied = {name: new.applied[name] for name in ("ttl_s", "pin")}
+                slot.options = replace(
+                    slot.options, ttl_s=new.ttl_s, pin=new.pin, applied={**slot.options.applied, **applied}
+                )
+                slot.notify()
+        self.changes.send()
 
     # --- the server's life ---------------------------------------------------------------------------
 
@@ -147,7 +164,6 @@ class Models:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._live.watch(self._look_again)
                 nursery.start_soon(self._watch_library)
                 await nursery.start(self.jobs.run)
                 nursery.start_soon(self._note_uses)
@@ -196,12 +212,6 @@ class Models:
         self.looked.set()
         self.changes.send()
         await self.library.watch(self.changes.send)
-
-    def _look_again(self, settings: Settings) -> None:
-        """Other folders may count now."""
-        if self.library.settings.hub != settings.hub or self.library.settings.model != settings.model:
-            self.library.nudge()
-        self.library.settings = settings
 
     async def _note_uses(self) -> None:
         """Remember when each model was last used, also beyond a restart."""

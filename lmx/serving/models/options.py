@@ -1,10 +1,10 @@
 """How a model is loaded: what a request asked for, before what ``[models."name"]`` says, before what holds for all."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from lmx.config import BackendName, NamedModelSettings, Settings
+from lmx.config import BackendName, Settings
 
 Source = Literal["request", "model", "default"]
 
@@ -54,18 +54,13 @@ class Options:
     reasoning_format: str
     applied: Mapping[str, Applied]
     """All of the above, with their sources."""
-
-
-def named_settings(settings: Settings, names: Iterable[str]) -> NamedModelSettings:
-    """The section of the model that has these names; in the order of ``names``, whatever their case."""
-    sections = {name.casefold(): section for name, section in settings.models.items()}
-    found = (sections.get(name.casefold()) for name in names)
-    return next((section for section in found if section is not None), NamedModelSettings())
+    names: tuple[str, ...]
+    """The model's, by any of which ``[models."name"]`` may call it."""
 
 
 def options_of(settings: Settings, names: list[str], given: LoadOptions, *, jit: bool) -> Options:
     """For the model called ``names``. ``jit``: a request for an answer loads it, so that it goes when it is idle."""
-    section, asked = named_settings(settings, names), given.given()
+    section, asked = settings.named(names), given.given()
     model = settings.model
     backend = next((model.backends[name] for name in names if name in model.backends), model.backend)
     defaults = {
@@ -91,4 +86,4 @@ def options_of(settings: Settings, names: list[str], given: LoadOptions, *, jit:
                 yield name, Applied(default, "default")
 
     applied = dict(choose())
-    return Options(**{name: value for name, (value, _) in applied.items()}, applied=applied)
+    return Options(**{name: value for name, (value, _) in applied.items()}, applied=applied, names=tuple(names))

@@ -66,7 +66,7 @@ def read_writer(model_id: str, folder: ModelFolder, options: Options, live: Live
         prefix_dir=str(settings.prefix_path),
     )
     engine = Engine(model_id, load, lambda: live.now.engine, metrics, _environment(settings))
-    return Served(model_id, folder, chat, engine, int(time.time()), options.context_length)
+    return Served(model_id, folder, chat, engine, int(time.time()), options.context_length, options.names)
 
 
 def read_embedding(

@@ -21,6 +21,8 @@ class Served:
     """Unix time of its start."""
     asked_context: int = 0
     """What its settings limit the context to; 0: nothing."""
+    names: tuple[str, ...] = ()
+    """By any of which the settings may call it."""
     kind: ClassVar = "llm"
 
     @property
