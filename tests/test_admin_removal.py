@@ -131,7 +131,7 @@ async def test_unused_models_are_cleaned_up(own: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("lmx.hub.disk.time", SimpleNamespace(time=lambda: now))
     async with face(own, tmp_path, hub=ALONE, models={"cat": {"pin": True}}) as server:
         await server.until("ant", "ready")
-        server.models.state.note_uses({"org/bee": now - DAY_S, "org/dog": now - 8 * DAY_S})
+        server.models.state.note_uses({"org/bee": now - 2 * DAY_S, "org/dog": now - 8 * DAY_S})
         assert (await server.post("cleanup", days=11))["models"] == []
         planned = await server.post("cleanup", days=5)
         [model] = planned["models"]
