@@ -172,7 +172,7 @@ def test_an_operator_loads_cancels_unloads_and_deletes(browser: Browser, server:
 
     page.run("document.querySelector('#models [aria-label=\"Unload second\"]').focus()")
     page.press("Enter")
-    page.until("document.querySelector('.notice.good').innerText.includes('is unloaded')")
+    page.until("document.querySelector('#notices').innerText.includes('is unloaded')")
     page.until(on_disk)
 
     page.click('#disk [aria-label^="Delete second"]')
