@@ -33,11 +33,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With two models: one that is loaded, whose name is markup, and one on the disk, as /models/lab/second."""
+    """With two models in lmx's own folder: one that is loaded, whose name is markup, and lab/second."""
     folder = tmp_path_factory.mktemp("ui")
     for name in (MARKUP, "second"):
         shutil.copytree(tiny_model, folder / "models" / "lab" / name)
-    hub = {"data_dir": str(folder / "data"), "folders": [str(folder / "models")], "huggingface": False}
+    hub = {"data_dir": str(folder / "data"), "models_dir": str(folder / "models"), "huggingface": False}
     settings = {"hub": hub | {"lmstudio": False}}
     with serve(folder, "--model", str(folder / "models" / "lab" / MARKUP), settings=settings) as server:
         server.line(r"lmx: model .+ ready")
@@ -154,14 +154,14 @@ def test_an_operator_loads_cancels_unloads_and_deletes(browser: Browser, server:
     if "/admin/requests" not in paths or "delete" not in paths.get("/admin/models/{name}", {}):
         pytest.skip("the admin face is not whole yet")
     page = browser.open(f"{server.url}/ui")
-    on_disk = "document.querySelector('#disk [aria-label=\"Load second\"]')"
+    on_disk = "document.querySelector('#disk [aria-label=\"Load lab/second\"]')"
     page.until(on_disk)
 
-    page.click('#disk [aria-label="Load second"]')
+    page.click('#disk [aria-label="Load lab/second"]')
     page.until("document.querySelectorAll('#models .state.good').length === 2")
     page.until(f"!{on_disk}")
 
-    body = {"model": "second", "prompt": "Once", "max_tokens": 8000, "stream": True, "ignore_eos": True}
+    body = {"model": "lab/second", "prompt": "Once", "max_tokens": 8000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
         chunks = stream.iter_text()
         next(chunks)
@@ -170,19 +170,19 @@ def test_an_operator_loads_cancels_unloads_and_deletes(browser: Browser, server:
         assert '"error"' in "".join(chunks)
     page.until("!document.querySelector('#requests .row')")
 
-    page.run("document.querySelector('#models [aria-label=\"Unload second\"]').focus()")
+    page.run("document.querySelector('#models [aria-label=\"Unload lab/second\"]').focus()")
     page.press("Enter")
     page.until("document.querySelector('#notices').innerText.includes('is unloaded')")
     page.until(on_disk)
 
-    page.click('#disk [aria-label^="Delete second"]')
+    page.click('#disk [aria-label^="Delete lab/second"]')
     page.until("document.querySelector('#confirm').open")
     folder = Path(page.text("#confirm-list"))
     assert folder.name == "second"
     page.press("Escape")
     page.until("!document.querySelector('#confirm').open")
     assert folder.exists()
-    page.click('#disk [aria-label^="Delete second"]')
+    page.click('#disk [aria-label^="Delete lab/second"]')
     page.click("#confirm-yes")
     page.until(f"!{on_disk}")
     assert not folder.exists()
