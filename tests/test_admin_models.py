@@ -280,6 +280,7 @@ async def test_openapi_has_every_route(zoo: Path, tmp_path: Path) -> None:
 @in_trio
 async def test_loads_are_counted(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with face(zoo, tmp_path / "data", memory={"limit_bytes": limit_for(zoo, 1)}) as server:
+        await server.until("ant", "ready")
         await server.post("load", model="bee")  # ant gives way
         monkeypatch.setenv("LMX_NULL_LOAD", "model_invalid")
         await server.post("load", 503, model="cat")

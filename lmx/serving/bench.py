@@ -190,10 +190,13 @@ class Benches:
                 (result["model"], KEPT),
             )
 
-    def of(self, model: str) -> list[dict[str, Any]]:
-        """Its results, the last one first. Blocking."""
+    def of(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The results of the model that has these names, the last one first. Blocking."""
+        marks = ", ".join("?" * len(names))
         with self._state.connection() as db:
-            found = db.execute("SELECT result FROM benches WHERE model = ? ORDER BY at DESC", (model,)).fetchall()
+            found = db.execute(
+                f"SELECT result FROM benches WHERE model IN ({marks}) ORDER BY at DESC", tuple(names)
+            ).fetchall()
         return [json.loads(result) for (result,) in found]
 
 

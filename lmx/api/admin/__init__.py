@@ -5,7 +5,7 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 
 from quart import Blueprint
 
-from lmx.api.admin import bench, config, jobs, log, requests, watch
+from lmx.api.admin import bench, config, jobs, log, removal, requests, watch
 from lmx.api.admin import models as model_routes
 from lmx.api.admin.description import Descriptions
 from lmx.api.core.calls import Calls
@@ -14,6 +14,7 @@ from lmx.serving.bench import Benches
 from lmx.serving.gauges import ModelGauges
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
+from lmx.serving.removal import Removals
 
 
 def blueprints(models: Models, live: Live, metrics: Metrics, calls: Calls) -> list[Blueprint]:
@@ -24,6 +25,7 @@ def blueprints(models: Models, live: Live, metrics: Metrics, calls: Calls) -> li
     return [
         watch.blueprint(models, live, metrics),
         model_routes.blueprint(models, descriptions, live),
+        removal.blueprint(descriptions, Removals(models, live), live),
         jobs.blueprint(models.jobs, descriptions, live),
         bench.blueprint(models, benches, live),
         config.blueprint(live),

@@ -10,7 +10,7 @@ import trio
 
 from lmx.config import Settings
 from lmx.config.live import Live
-from lmx.errors import ModelInvalid
+from lmx.errors import ModelInvalid, ModelNotFound
 from lmx.hub.estimate import Estimate
 from lmx.hub.library import Entry
 from lmx.serving.bench import Benches
@@ -18,6 +18,7 @@ from lmx.serving.models import AnyServed, Models
 from lmx.serving.models.preview import Preview, preview
 from lmx.serving.models.status import ModelStatus
 
+_ELSEWHERE = ("path", "estimate", "owned_bytes", "measured_bytes")
 _NOT_LOADED: dict[str, Any] = {
     "message": "",
     "since": None,
@@ -45,32 +46,44 @@ class Descriptions:
 
     async def all(self) -> list[dict[str, Any]]:
         """Every model; those that are loaded, or on their way in or out, first."""
-        # Of two of the same id, one leaves and is told last.
-        statuses = {status.id: status for status in reversed(self._models.statuses())}
-        entries = {entry.id: entry for entry in self._models.library.entries}
-        served = {served.id: served for served in self._models.listing()}
-        uses = await trio.to_thread.run_sync(self._models.state.last_uses)
-        self._previews = {entry: self._previews[entry] for entry in entries.values() if entry in self._previews}
-        names = dict.fromkeys((*reversed(statuses), *entries))
-        return [
-            await self._object(name, entries.get(name), statuses.get(name), served.get(name), uses.get(name))
-            for name in names
-        ]
+        models = self._models
+        statuses, entries = models.statuses(), models.library.entries
+        uses = await trio.to_thread.run_sync(models.state.last_uses)
+        self._previews = {entry: self._previews[entry] for entry in entries if entry in self._previews}
+        told = []
+        for number, status in enumerate(statuses):
+            if status.id not in {other.id for other in statuses[:number]}:  # of two, one leaves and is told last
+                told.append(self._in_memory(status))
+        for entry in entries:
+            if not any(status.is_of(entry) for status in statuses):
+                told.append(await self._on_disk(entry, uses.get(entry.id)))
+        return told
 
     async def of(self, name: str) -> dict[str, Any]:
         """One model, under any of its names, with its benches. Raises ModelNotFound, which lists the models."""
-        models, status = self._models, self._models.status(name)
-        model_id = status.id if status is not None else self.on_disk(name).id
-        status = status or next((one for one in models.statuses() if one.id == model_id), None)
-        entry = next((one for one in models.library.entries if one.id == model_id), None)
-        served = next((one for one in models.listing() if one.id == model_id), None)
-        uses = await trio.to_thread.run_sync(models.state.last_uses)
-        benches = await trio.to_thread.run_sync(self._benches.of, model_id)
-        return await self._object(model_id, entry, status, served, uses.get(model_id)) | {"benches": benches}
+        models = self._models
+        status = models.status(name)
+        if status is None:
+            entry = self.on_disk(name)
+            status = next((one for one in models.statuses() if one.is_of(entry)), None)
+        if status is not None:
+            told = self._in_memory(status)
+        else:
+            uses = await trio.to_thread.run_sync(models.state.last_uses)
+            told = await self._on_disk(entry, uses.get(entry.id))
+        return told | {"benches": await trio.to_thread.run_sync(self._benches.of, (told["id"], *told["aliases"]))}
 
     def on_disk(self, name: str) -> Entry:
-        """The model that is not loaded and has this name, whole or broken. Raises ModelNotFound."""
+        """The files of the model that has this name, whole or broken. Raises ModelNotFound."""
         entries = self._models.library.entries
+        status = self._models.status(name)
+        if status is not None:
+            for entry in entries:
+                if status.is_of(entry):
+                    return entry
+            raise ModelNotFound(
+                f"{status.id} ({status.path}) is in none of the folders that are looked through.", param="model"
+            )
         try:
             found = self._models.look_up(name)
         except ModelInvalid:
@@ -79,29 +92,33 @@ class Descriptions:
                 if entry.problem and called in map(str.casefold, (entry.id, str(entry.path), *entry.aliases)):
                     return entry
             raise
-        if isinstance(found, Entry):
-            return found
-        return next(entry for entry in entries if entry.id == found.id)
+        assert isinstance(found, Entry)
+        return found
 
-    async def _object(
-        self,
-        model_id: str,
-        entry: Entry | None,
-        status: ModelStatus | None,
-        served: AnyServed | None,
-        last_used: float | None,
-    ) -> dict[str, Any]:
-        told = _entry(model_id, entry, served)
-        if status is not None:
-            told |= _status(status)
-            told |= {"backend": None, "backend_reason": ""}
-            if served is not None:
-                told |= {"backend": served.folder.backend, "backend_reason": served.folder.backend_reason}
-            return told
-        assert entry is not None
+    def _in_memory(self, status: ModelStatus) -> dict[str, Any]:
+        entry = next((entry for entry in self._models.library.entries if status.is_of(entry)), None)
+        served = next((served for served in self._models.listing() if served.id == status.id), None)
+        told = _entry(entry) if entry is not None else _outside(status, served)
+        names = [name for name in (told["id"], *told["aliases"]) if name != status.id]
+        estimate = _estimate(status.estimate, status.reserved_bytes or status.needed_bytes)
+        return told | {
+            **status_object(status),
+            "id": status.id,
+            "aliases": names,
+            "path": told["path"],
+            "backend": served.folder.backend if served is not None else None,
+            "backend_reason": served.folder.backend_reason if served is not None else "",
+            "memory": {
+                "estimate": estimate,
+                "owned_bytes": status.owned_bytes,
+                "measured_bytes": status.measured_bytes,
+            },
+        }
+
+    async def _on_disk(self, entry: Entry, last_used: float | None) -> dict[str, Any]:
         found = await self._preview(entry)
         failure = self._models.failure(entry.id)
-        return told | {
+        return _entry(entry) | {
             **_NOT_LOADED,
             "state": "on disk" if failure is None else "failed",
             "error": None if failure is None else failure.message,
@@ -127,45 +144,36 @@ class Descriptions:
         return found
 
 
-def _entry(model_id: str, entry: Entry | None, served: AnyServed | None) -> dict[str, Any]:
-    """What its files say. One that was named by its path is in no folder that is looked through."""
-    if entry is not None:
-        return asdict(entry) | {"path": str(entry.path)}
+def _entry(entry: Entry) -> dict[str, Any]:
+    """What its files say."""
+    return asdict(entry) | {"aliases": list(entry.aliases), "path": str(entry.path)}
+
+
+def _outside(status: ModelStatus, served: AnyServed | None) -> dict[str, Any]:
+    """The same of a model that was named by its path, and is in no folder that is looked through."""
     folder = served.folder if served is not None else None
     kind = served.kind if served is not None else None
     return {
-        "id": model_id,
+        "id": status.id,
         "aliases": [],
-        "path": str(folder.source) if folder is not None else None,
+        "path": status.path if folder is None else str(folder.source),
         "source": "folder",
-        "format": folder.format if folder is not None else None,
+        "format": folder and folder.format,
         "kind": kind,
-        "architecture": folder.architecture if folder is not None else None,
-        "quantization": folder.quantization if folder is not None else None,
+        "architecture": folder and folder.architecture,
+        "quantization": folder and folder.quantization,
         "parameters": None,
-        "size_bytes": folder.size_bytes if folder is not None else None,
-        "context_length": folder.context_length if folder is not None else None,
+        "size_bytes": folder and folder.size_bytes,
+        "context_length": folder and folder.context_length,
         "capabilities": ["embedding"] if kind == "embeddings" else [],
         "modified": None,
         "problem": "",
     }
 
 
-def _status(status: ModelStatus) -> dict[str, Any]:
-    told = status_object(status)
-    estimate = _estimate(status.estimate, status.reserved_bytes or status.needed_bytes)
-    return told | {
-        "memory": {
-            "estimate": estimate,
-            "owned_bytes": told.pop("owned_bytes"),
-            "measured_bytes": told.pop("measured_bytes"),
-        }
-    }
-
-
 def status_object(status: ModelStatus) -> dict[str, Any]:
-    """Its stay in memory, without the estimate."""
-    told = {field.name: getattr(status, field.name) for field in fields(status) if field.name != "estimate"}
+    """Its stay in memory; the figures of its memory stand elsewhere."""
+    told = {field.name: getattr(status, field.name) for field in fields(status) if field.name not in _ELSEWHERE}
     return told | {
         "settings": {name: {"value": value, "source": source} for name, (value, source) in status.settings.items()}
     }

@@ -18,6 +18,7 @@ from lmx.api.core.formats import formats
 from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
+from lmx.serving.models.status import ModelStatus
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
@@ -67,10 +68,7 @@ def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
                 "alarm": report.alarm,
             },
             "jobs": sum(not job.is_over for job in models.jobs.list()),
-            "models": [
-                _served(served.get(one.id)) | status_object(one) | {"estimate": one.estimate and asdict(one.estimate)}
-                for one in models.statuses()
-            ],
+            "models": [_served(served.get(one.id)) | status_object(one) | _memory(one) for one in models.statuses()],
         }
 
     return routes
@@ -81,6 +79,14 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # an extra
         return None
+
+
+def _memory(status: ModelStatus) -> dict[str, Any]:
+    return {
+        "estimate": asdict(status.estimate) if status.estimate is not None else None,
+        "owned_bytes": status.owned_bytes,
+        "measured_bytes": status.measured_bytes,
+    }
 
 
 def _served(served: AnyServed | None) -> dict[str, Any]:

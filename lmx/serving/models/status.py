@@ -1,11 +1,13 @@
 """What is told of a model that is loaded, or on its way in or out."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import trio
 
 from lmx.hub.estimate import Estimate
+from lmx.hub.library import Entry
 from lmx.serving.memory import Memory
 from lmx.serving.models.options import Applied
 from lmx.serving.models.slot import Slot
@@ -14,6 +16,8 @@ from lmx.serving.models.slot import Slot
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     id: str
+    path: str
+    """What ``lmx.hub.inventory.find`` finds it by: its folder or file, mostly."""
     state: str
     message: str
     """Why it is in it."""
@@ -42,6 +46,10 @@ class ModelStatus:
     load_s: float
     error: str | None
 
+    def is_of(self, entry: Entry) -> bool:
+        """It is this model on the disk, whatever it was called."""
+        return self.path == entry.loadable or os.path.abspath(os.path.expanduser(self.path)) == str(entry.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
@@ -56,6 +64,7 @@ def status_of(slot: Slot, memory: Memory) -> ModelStatus:
     held = memory.held(slot.id)
     return ModelStatus(
         id=slot.id,
+        path=slot.path,
         state=slot.state,
         message=slot.message,
         since=slot.since,
