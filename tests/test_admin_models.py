@@ -324,3 +324,4 @@ async def test_status_tells_of_memory_disk_and_every_stay(
         assert memory["budget_bytes"] > memory["reserved_bytes"] >= bee["needed_bytes"] > 0
         assert memory["alarm"] is False
         assert status["jobs"] == 0
+        assert 0 < status["disk"]["free_bytes"] <= status["disk"]["total_bytes"]
