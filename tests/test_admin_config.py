@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from lmx.config import keys
+from lmx.logs import RECENT_LINES, recent
 from tests.api_server import Server, with_server, write_model
 from tests.server import serve
 
@@ -75,6 +77,23 @@ async def test_what_requests_depend_on_changes_at_once(server: Server) -> None:
 
     await changed(server, {"engine.max_unread_tokens": 1, "engine.max_queue": 1, "memory.policy": "refuse"})
     assert server.models.memory.settings.policy == "refuse"
+
+
+@with_server()
+async def test_folders_and_a_model_s_own_settings_change_at_once(server: Server) -> None:
+    told = (await server.http.get("/admin/config")).json()["settings"]
+    more = Path(told["model"]["default"]).parent / "more"
+    await trio.to_thread.run_sync(lambda: (more.mkdir(), write_model(more / "second")))
+    await changed(server, {"hub.folders": [str(more)]})
+    while "second" not in (await server.http.get("/v1/models")).text:
+        pass
+    await changed(server, {"model.jit": False})
+    assert "second" not in (await server.http.get("/v1/models")).text
+    assert (await server.http.post(COMPLETIONS, json=ASK | {"model": "second"})).status_code == 404
+    await changed(server, {"hub.folders": None, "models.tiny": {"ttl_s": 12, "pin": True, "kv_bits": 8}})
+    settings = (await server.http.get("/admin/models/tiny")).json()["settings"]
+    applied = {name: (settings[name]["value"], settings[name]["source"]) for name in ("ttl_s", "pin", "kv_bits")}
+    assert applied == {"ttl_s": (12, "model"), "pin": (True, "model"), "kv_bits": (16, "default")}
 
 
 @with_server()
@@ -191,6 +210,25 @@ async def test_bad_bodies_are_told_and_change_nothing(server: Server) -> None:
     assert (await server.http.get("/admin/config")).json() == before
 
 
+@with_server()
+async def test_who_reads_the_log_slowly_is_told_what_he_lost(server: Server) -> None:
+    client = await server.connect(receive_buffer_bytes=4096)
+    await client.send_all(b"GET /admin/log/lines?n=0&follow=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    text = await client.receive_some(65536)
+    for number in range(3 * RECENT_LINES):
+        recent.add(f"line {number} {'x' * 500}")
+        if number % 100 == 0:
+            await trio.lowlevel.checkpoint()
+    recent.add("the end")
+    while b"the end" not in text:
+        text += await client.receive_some(65536)
+    events = [json.loads(line[6:]) for line in text.decode().splitlines() if line.startswith("data: ")]
+    lines = [line for event in events for line in event["lines"]]
+    lost = sum(event.get("lost", 0) for event in events)
+    assert lost > 0
+    assert lost + len(lines) == 3 * RECENT_LINES + 1
+
+
 def test_a_server_with_a_file(model_folder: Path, tmp_path: Path) -> None:
     """What is persisted, what is logged and by whom, and the log itself, over HTTP."""
     settings: dict[str, Any] = {"server": {"log_format": "json", "drain_s": 1}, "models": {"a.b/c": {"pin": True}}}
@@ -234,6 +272,8 @@ def test_a_server_with_a_file(model_folder: Path, tmp_path: Path) -> None:
             assert (line["set"]["server.drain_s"], line["set"]["server.admin_keys"]) == (2, "***")
             line = json.loads(server.line('.*"status": ?403.*"lmx.audit".*|.*"lmx.audit".*"status": ?403.*')[0])
             assert (line["who"], line["outcome"]) == ("root", "refused")
+            assert client.post("/admin/cache/clear").status_code == 200
+            server.line(".*lmx.audit.*cache/clear.*|.*cache/clear.*lmx.audit.*")
             assert not [one for one in server.lines if "sk-1" in one]
 
             assert client.post("/admin/log", json={"level": "debug"}).json() == {"level": "debug"}

@@ -41,7 +41,7 @@ def library(settings: Settings) -> Library:
 
 def entry_of(settings: Settings, name: str) -> Entry:
     """Also a broken one's."""
-    return next(entry for entry in library(settings).entries if name in (entry.id, *entry.aliases))
+    return library(settings).look_up(name)
 
 
 def ids(settings: Settings) -> set[str]:
@@ -230,6 +230,9 @@ def test_what_is_in_no_folder_of_models_stays(tmp_path: Path) -> None:
     settings = settings.model_copy(update={"model": model})
     with pytest.raises(Forbidden, match="in no folder of models"):
         plan(settings, "Named")
+    listed = settings_in(tmp_path, folders=[str(folder)])
+    with pytest.raises(Forbidden, match="in no folder of models"):  # it is one itself
+        plan(listed, "Named")
     outside = replace(entry_of(settings, "Named"), source="lmx", path=Path("/etc"))
     with pytest.raises(Forbidden):
         removal(outside, settings)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -370,9 +371,21 @@ def nest_deeply(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' * 100_000)
 
 
+def pipe_for_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+def pipe_for_weights(folder: Path) -> None:
+    (folder / "model-00001-of-00003.safetensors").unlink()
+    os.mkfifo(folder / "model-00001-of-00003.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (pipe_for_config, "config.json is no file"),
+        (pipe_for_weights, "model-00001-of-00003.safetensors is no file"),
         (drop_shard, "lacks 1 of its weight files: model-00002-of-00003.safetensors"),
         (drop_shard_and_index, "lacks 1 of its weight files: model-00002-of-00003.safetensors"),
         (truncate, "model-00003-of-00003.safetensors is truncated"),
@@ -397,6 +410,7 @@ def test_broken_folders(damage: Callable[[Path], None], says: str, own: Path, tm
         library.find("broken")
     assert says in error.value.message
     assert str(folder) in error.value.message
+    assert library.look_up("broken").problem == error.value.message
     assert error.value.message.endswith((".", "?", ")"))
 
     shutil.rmtree(folder)
@@ -429,6 +443,25 @@ def test_broken_gguf_files(own: Path, tmp_path: Path) -> None:
     assert "is no GGUF file" in problems["org/other"]
     assert "half-downloaded (x-Q4_K_M.gguf.part)" in problems["org/comes"]
     assert "no vocabulary" in problems["org/mute"]
+
+
+def test_a_gguf_file_of_false_numbers_is_not_read_for_hours(own: Path, tmp_path: Path) -> None:
+    """Nor one that is a pipe."""
+    (own / "org" / "a").mkdir(parents=True)
+    os.mkfifo(own / "org" / "a" / "a.gguf")
+    heads = {
+        "fields": struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**60),
+        "tensors": struct.pack("<4sIQQ", b"GGUF", 3, 2**60, 0),
+        "list": struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**60),
+    }
+    for name, head in heads.items():
+        with (own / "org" / f"{name}.gguf").open("wb") as file:
+            file.write(head)
+            file.truncate(2**34)
+    problems = {name: entry.problem for name, entry in look(settings_in(tmp_path)).items()}
+    assert "a.gguf is no file" in problems.pop("org/a")
+    assert len(problems) == 3
+    assert all("is truncated or damaged" in problem for problem in problems.values())
 
 
 def test_a_download_into_the_hugging_face_cache(hub_cache: Path, tmp_path: Path) -> None:
@@ -488,6 +521,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     found = {entry.id for entry in library.entries if entry.source == "folder"}
     assert found == {"a�b", "�[31mred", "��", "ünï", "with space"}
     assert all(not entry.problem for entry in library.entries)
+    assert library.find("u\u0308ni\u0308").id == "ünï"
     json.dumps([entry.id for entry in library.entries]).encode()
     assert Library(library.settings, library._state).entries == library.entries
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmx.config import Settings, Sources, keys
@@ -294,6 +294,7 @@ CHANGES = st.dictionaries(PATHS, st.none(), max_size=5).flatmap(
 )
 
 
+@settings(max_examples=40)
 @given(
     changes=st.lists(CHANGES, min_size=1, max_size=3),
     text=st.sampled_from([WRITTEN, "", LMX_TOML.read_text(encoding="utf-8")]),

@@ -77,6 +77,7 @@ async def _take(
     with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
         lease = await models.take(name, kind)
         call.releases.append(lease.release)
+        call.model = lease.slot.id
         served = await lease.served()
         assert isinstance(served, kind)
         return served

@@ -38,7 +38,6 @@ class EventWriter:
 
     async def start(self) -> None:
         """Send the headers and a first comment. Cancelled: the connection is of no more use."""
-        self._sent_at = trio.current_time()  # or a comment might go before the headers
         self.started = True
         self._writing += 1  # no comment before the headers
         try:

@@ -108,7 +108,10 @@ class Live:
             step = await trio.to_thread.run_sync(self._prepare, given, check, persisted)
             before, self._now, self._sources, self._pending = self._now, step.now, step.sources, step.pending
             for watcher in self._watchers:
-                watcher(self._now)
+                try:
+                    watcher(self._now)
+                except Exception:  # the settings hold all the same, and the others must hear of them
+                    logger.exception("a change of the settings was not taken up everywhere")
         return Changed(
             applied={dotted(path): _masked(path, _value(self._now, path)) for path in given if not _at_start(path)},
             needs_restart=tuple(dotted(path) for path in given if path in self._pending),

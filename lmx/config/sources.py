@@ -70,13 +70,13 @@ class Sources:
             raise ConfigError(f"{' '.join(told)}{more} lmx.toml lists every setting.", param=param) from None
 
     def source(self, path: keys.Path) -> Source:
-        """Whose value of ``path`` holds; of a model's section, or a part of it."""
-        layers = reversed(self._layers())
-        return next((name for name, layer in layers if any(own[: len(path)] == path for own in layer)), "default")
+        """Whose value of ``path`` holds."""
+        return next((name for name, layer in reversed(self._layers()) if path in layer), "default")
 
-    def told(self, path: keys.Path) -> str:
-        """The same for people."""
-        match self.source(path):
+    def _told(self, path: keys.Path) -> str:
+        """The same for people, of a part or the whole of a setting."""
+        layers = reversed(self._layers())
+        match next((name for name, layer in layers if any(_overlap(path, own) for own in layer)), "default"):
             case "file":
                 return str(self.path)
             case "variable":
@@ -109,8 +109,11 @@ class Sources:
             what = f"{error['msg']} (a key is not shown)"
         else:
             what = f"{error['msg']} (got {_short(given)})"
-        at = next((path[:end] for end in (3, 2) if self.source(path[:end]) != "default"), path[:2])
-        return f"{shown(path)}: {what}; it is set in {self.told(at)}.", dotted(path)
+        return f"{shown(path)}: {what}; it is set in {self._told(path)}.", dotted(path)
+
+
+def _overlap(one: keys.Path, other: keys.Path) -> bool:
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 def _meant(path: keys.Path, given: object) -> str:

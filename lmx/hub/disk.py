@@ -161,7 +161,8 @@ def _came(entry: Entry) -> float:
 def _place_of(entry: Entry, settings: Settings) -> Place:
     """The folder of models that it is in."""
     for place in places(settings, None):
-        if place.source == entry.source and place.layout != "itself" and entry.path.is_relative_to(place.path):
+        inside = entry.path != place.path and entry.path.is_relative_to(place.path)
+        if inside and place.source == entry.source and place.layout != "itself":
             return place
     raise Forbidden(
         f"{entry.path} is in no folder of models (lmx's own is {settings.hub.models_path}; hub.folders lists others). "

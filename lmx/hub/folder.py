@@ -6,6 +6,7 @@ only, also for models of hundreds of gigabytes) and must never import MLX.
 
 import json
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from lmx.errors import ModelInvalid
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
+_MAX_JSON_BYTES = 64 * 1024 * 1024
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "max_sequence_length",
@@ -76,6 +78,8 @@ def _read_sampling(path: Path) -> dict[str, float]:
 def read_json(path: Path, *, why: str) -> dict[str, Any]:
     """A JSON object from a file of the model. ``why`` tells the reader of the error what the file is for."""
     try:
+        if (size := file_size(path)) > _MAX_JSON_BYTES:
+            raise ModelInvalid(f"{path} has {size} bytes; such a file ({why}) has thousands. Download the file again.")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelInvalid(f"{path} does not exist ({why}).") from None
@@ -88,11 +92,19 @@ def read_json(path: Path, *, why: str) -> dict[str, Any]:
     return value
 
 
+def file_size(path: Path) -> int:
+    """Raises OSError, or ModelInvalid for what is no file, since who opens a pipe may wait forever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelInvalid(f"{path} is no file. Put the model's own there.")
+    return status.st_size
+
+
 def check_safetensors(path: Path) -> Counter[str]:
     """Compare a safetensors header with the file's size; bytes for each dtype. Raises ModelInvalid."""
     again = "Download the file again."
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):

@@ -13,9 +13,8 @@ from quart_schema import document_request
 from werkzeug.datastructures import Headers
 
 from lmx.api.access import authorize, is_loopback
-from lmx.api.admin.bodies import receive
+from lmx.api.admin.bodies import AdminRequest, receive
 from lmx.api.core.call import current_call
-from lmx.api.core.schemas import Request
 from lmx.config import ServerSettings, Settings
 from lmx.config.keys import parse_key
 from lmx.config.live import Live, masked
@@ -36,7 +35,7 @@ class LockedOut(Forbidden):
     code = "would_lock_out"
 
 
-class ConfigRequest(Request):
+class ConfigRequest(AdminRequest):
     set: dict[str, Any] = Field(
         min_length=1,
         max_length=1000,

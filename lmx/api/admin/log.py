@@ -10,10 +10,9 @@ from pydantic import BaseModel, Field
 from quart import Blueprint, Response, request
 from quart_schema import document_querystring, document_request
 
-from lmx.api.admin.bodies import receive
+from lmx.api.admin.bodies import AdminRequest, receive
 from lmx.api.core.call import current_call
 from lmx.api.core.parse import validate
-from lmx.api.core.schemas import Request
 from lmx.api.events import EventStream, EventWriter
 from lmx.config.live import Live
 from lmx.logs import RECENT_LINES, recent
@@ -22,7 +21,7 @@ MOST_AT_ONCE = 100
 """Lines in an event."""
 
 
-class LogRequest(Request):
+class LogRequest(AdminRequest):
     level: Literal["debug", "info", "warning", "error"]
 
 
@@ -73,10 +72,9 @@ async def _follow(count: int, writer: EventWriter) -> None:
         with suppress(trio.RunFinishedError):
             token.run_sync_soon(wake, idempotent=True)
 
-    await writer.start()
-    lines, following = recent.last(count)
-    lost = 0
+    lost, (lines, following) = 0, recent.last(count)
     with recent.listening(listener):
+        await writer.start()
         while True:
             for begin in range(0, max(len(lines), bool(lost)), MOST_AT_ONCE):
                 event: dict[str, Any] = {"lines": lines[begin : begin + MOST_AT_ONCE]}

@@ -93,6 +93,7 @@ class Call:
         if self._scope is not None:
             self._scope.cancel()
             await self._unwound.wait()
+        self.end()  # before its client has read why
 
     @property
     def state(self) -> State:

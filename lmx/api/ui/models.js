@@ -209,7 +209,7 @@ function updateDisk(row, model, act) {
   parts.load.hidden = !act.canLoad || !!model.problem;
   busy(parts.load, act.working("load", model.id), "Load", "Loading …");
   attribute(parts.load, "aria-label", `Load ${model.id}`);
-  parts.remove.hidden = !act.canLoad;
+  parts.remove.hidden = !act.canLoad || model.source === "embedded";
   busy(parts.remove, act.working("remove", model.id), "Delete", "Deleting …");
   attribute(parts.remove, "aria-label", `Delete ${model.id} from the disk`);
 }

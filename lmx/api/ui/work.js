@@ -143,7 +143,11 @@ function updateJob(row, job, act) {
           job.eta_s ? `${words.seconds(job.eta_s)} left` : "",
           job.message,
         )
-      : words.list(job.kind, job.total_bytes ? words.bytes(job.total_bytes) : "", job.message),
+      : words.list(
+          job.kind,
+          job.total_bytes ? words.bytes(job.total_bytes) : "",
+          job.message === job.state ? "" : job.message,
+        ),
   );
   sayOrHide(parts.why, live ? job.chosen?.why : "");
   sayOrHide(parts.error, typeof job.error === "string" ? job.error : job.error?.message);

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lmx.errors import ModelInvalid
+from lmx.hub.folder import file_size
 from lmx.hub.gguf.kinds import BLOCKS, Kind
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # ggml's
+# A file of zeros behind a few false numbers is otherwise read for hours.
+_MOST_TENSORS, _MOST_FIELDS, _MOST_ITEMS = 2**20, 2**16, 2**26
 _WORDS = "tokenizer."
 _ALIGNMENT = 32
 """Where the file names none."""
@@ -51,7 +54,7 @@ def read_header(path: Path, *, words: bool = True) -> Header:
     """Without ``words`` the lists of the vocabulary are passed over, which are most of a header; they are empty then.
 
     Raises OSError, or ModelInvalid if the file is no GGUF file, of a version nobody reads any more, or not whole."""
-    size = path.stat().st_size
+    size = file_size(path)
     with path.open("rb") as file:
         magic = file.read(4)
         if magic != b"GGUF":
@@ -88,6 +91,8 @@ class _Cursor:
                 "make one with llama.cpp's convert_hf_to_gguf.py."
             )
         tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
+        if tensor_count > _MOST_TENSORS or field_count > _MOST_FIELDS:
+            raise ValueError(f"{tensor_count} tensors and {field_count} fields")
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             [key] = self._strings(1)
@@ -133,6 +138,8 @@ class _Cursor:
         if kind != _ARRAY:
             raise ValueError(f"metadata of the kind {kind}")
         kind, count = self._scalar("I"), self._scalar("Q")
+        if count > _MOST_ITEMS:
+            raise ValueError(f"a list of {count}")
         if kind == _STRING:
             return self._pass_strings(count) if passed else self._strings(count)
         if kind in _SCALARS:

@@ -78,14 +78,20 @@ def _of_folder(found: Found) -> Facts:
     folder = found.path
     config: dict[str, Any] = {}
     with suppress(ModelInvalid):
-        config = _json(folder / "config.json")
-    problem, context, quantization = "", folders.context_length(config), folders.quantization(config, Counter())
+        config = read_json(folder / "config.json", why="it describes the model")
+    problem, parameters, context, quantization = (
+        "",
+        0,
+        folders.context_length(config),
+        folders.quantization(config, Counter()),
+    )
     architecture = str(config.get("model_type") or "")
     if not architecture and (folder / "config.json").is_file() and not any(folder.glob("model*.safetensors*")):
         return Facts(is_model=False)
     try:
         told = inspect_folder(folder)
         context, quantization = told.context_length, told.quantization
+        parameters = _parameters(folder)
         if refusal := mlx_refusal(config):
             problem = f"{folder} {refusal}. Take another model, or a newer lmx."
     except ModelInvalid as error:
@@ -98,9 +104,6 @@ def _of_folder(found: Found) -> Facts:
         or ranks(config)
         or (modules.is_file() and b".Pooling" in _bytes(modules))
     )  # fmt: skip
-    parameters = 0
-    with suppress(ModelInvalid, OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
-        parameters = read_shape(folder).parameters
     capabilities = ["embedding"] if embeds else _of_template(_templates(folder))
     if any(config.get(name) for name in _VISION):
         capabilities.append("vision")
@@ -114,6 +117,13 @@ def _of_folder(found: Found) -> Facts:
         capabilities=tuple(capabilities),
         problem=problem,
     )
+
+
+def _parameters(folder: Path) -> int:
+    """0: its configuration is one that nobody can count by."""
+    with suppress(ModelInvalid, OSError, LookupError, ValueError, TypeError, ArithmeticError, AttributeError):
+        return read_shape(folder).parameters
+    return 0
 
 
 def _are_blobs(names: tuple[str, ...]) -> bool:
@@ -138,7 +148,7 @@ def _is_mlx(folder: Path, config: dict[str, Any]) -> bool:
     quantization = config.get("quantization")
     if isinstance(quantization, dict) and "bits" in quantization:
         return True
-    for shard in sorted(folder.glob("model*.safetensors"))[:1]:
+    for shard in sorted(path for path in folder.glob("model*.safetensors") if path.is_file())[:1]:
         with suppress(OSError, ValueError, AttributeError), shard.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             metadata = json.loads(file.read(min(size, _MOST_JSON))).get("__metadata__")
@@ -151,7 +161,9 @@ def _templates(folder: Path) -> str:
     texts = [_bytes(path).decode(errors="replace") for path in _template_files(folder)]
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         with suppress(ModelInvalid):
-            texts.append(json.dumps(_json(folder / name).get("chat_template"), ensure_ascii=False))
+            texts.append(
+                json.dumps(read_json(folder / name, why="it has templates").get("chat_template"), ensure_ascii=False)
+            )
     return "\n".join(texts)
 
 
@@ -174,8 +186,8 @@ def _of_gguf(found: Found) -> Facts:
     if found.unfinished:
         return Facts("gguf", quantization=name, problem=_half(found))
     parts = part_paths(found.path)
-    missing = [path.name for path in parts if not path.is_file()]
-    if missing:
+    missing = [path.name for path in parts if not path.exists()]
+    if missing and len(parts) > 1:
         return Facts(
             "gguf",
             quantization=name,
@@ -210,13 +222,6 @@ def _of_gguf(found: Found) -> Facts:
         capabilities=tuple(capabilities),
         problem=problem,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Raises ModelInvalid."""
-    if path.is_file() and path.stat().st_size > _MOST_JSON:
-        raise ModelInvalid(f"{path} is too large to be what it says.")
-    return read_json(path, why="it describes the model")
 
 
 def _bytes(path: Path) -> bytes:

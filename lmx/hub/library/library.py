@@ -86,6 +86,10 @@ class Library:
         """
         return self._names.find(name)
 
+    def look_up(self, name: str) -> Entry:
+        """As ``find``, but also a broken model: to be shown, or removed. Raises ModelNotFound."""
+        return self._names.look_up(name)
+
     def nudge(self) -> None:
         """Something was changed: look now. From the event loop's thread."""
         self._nudged.set()

@@ -7,6 +7,7 @@ import difflib
 import heapq
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ _HUBS = ("https://huggingface.co/", "huggingface.co/", "https://hf.co/", "hf.co/
 _FORMATS = re.compile(r"-(?:GGUF|MLX)$", re.IGNORECASE)
 _LATEST = ":latest"
 """Ollama's word for whichever is preferred."""
-_MOST_NAME = 1000
+_MOST_NAME, _MOST_WORD = 1000, 100
 _LIKELY = 20
 """So many names are looked at closely for one that was misspelt."""
 
@@ -61,8 +62,8 @@ def assemble(
             source=found.source,
             format=facts.format,
             kind=facts.kind,
-            architecture=facts.architecture,
-            quantization=facts.quantization,
+            architecture=harmless(facts.architecture)[:_MOST_WORD],
+            quantization=harmless(facts.quantization)[:_MOST_WORD],
             parameters=facts.parameters,
             size_bytes=found.size_bytes,
             context_length=facts.context_length,
@@ -116,16 +117,16 @@ def _rank(found: Found, facts: Facts, quantizations: Sequence[str]) -> tuple[obj
 def _share_out(ids: Sequence[str], wanted: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Each one's other names: those that only models of the same id before "@" want; the first of these has it."""
     bases = [model_id.rpartition("@")[0] or model_id for model_id in ids]
-    known = {model_id.casefold() for model_id in ids}
+    known = {_key(model_id) for model_id in ids}
     owners: dict[str, list[int]] = defaultdict(list)
     for number, names in enumerate(wanted):
-        for name in {name.casefold() for name in names} - known:
+        for name in {_key(name) for name in names} - known:
             owners[name].append(number)
     own = {name: numbers[0] for name, numbers in owners.items() if len({bases[number] for number in numbers}) == 1}
     shared = []
     for number, names in enumerate(wanted):
-        mine = {name.casefold(): name for name in reversed(names) if own.get(name.casefold()) == number}
-        shared.append(tuple(name for name in dict.fromkeys(names) if mine.get(name.casefold()) == name))
+        mine = {_key(name): name for name in reversed(names) if own.get(_key(name)) == number}
+        shared.append(tuple(name for name in dict.fromkeys(names) if mine.get(_key(name)) == name))
     return shared
 
 
@@ -138,7 +139,7 @@ class Names:
         self._exact |= {entry.id: entry for entry in entries}
         self._any_case: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
-            for name in {name.casefold() for name in (entry.id, *entry.aliases)}:
+            for name in {_key(name) for name in (entry.id, *entry.aliases)}:
                 self._any_case[name].append(entry)
         self._grams = {name: _grams(name) for name in self._any_case}
         paths = {entry.path: entry for entry in entries}
@@ -147,12 +148,13 @@ class Names:
 
     def find(self, name: str) -> Entry:
         """Raises ModelNotFound, which lists near names, or ModelInvalid with the reason."""
-        entry = self._look_up(name)
+        entry = self.look_up(name)
         if entry.problem:
             raise ModelInvalid(entry.problem, param="model")
         return entry
 
-    def _look_up(self, name: str) -> Entry:
+    def look_up(self, name: str) -> Entry:
+        """Also a broken one. Raises ModelNotFound."""
         if "\0" in name or len(name) > _MOST_NAME:
             raise ModelNotFound(f"No model is called {name[:100]!r}: it has NULs, or is too long.", param="model")
         spellings = [name, name.removesuffix(_LATEST)]
@@ -160,7 +162,7 @@ class Names:
         for spelt in spellings:
             if (entry := self._exact.get(spelt)) is not None:
                 return entry
-            found = self._any_case.get(spelt.casefold(), [])
+            found = self._any_case.get(_key(spelt), [])
             if len(found) == 1:
                 return found[0]
             if found:
@@ -175,7 +177,7 @@ class Names:
         raise ModelNotFound(f"There is no model {name[:200]!r} on this machine.{self._near(name)}", param="model")
 
     def _near(self, name: str) -> str:
-        wanted = name[:200].casefold()
+        wanted = _key(name[:200])
         grams = _grams(wanted)
         # difflib takes 0.1 ms for each, and the event loop asks.
         likely = heapq.nlargest(_LIKELY, self._grams, key=lambda known: len(grams & self._grams[known]))
@@ -184,6 +186,11 @@ class Names:
             return f" Did you mean {' or '.join(dict.fromkeys(self._any_case[known][0].id for known in near))}?"
         some = sorted({entry.id for entry in self._exact.values()})
         return f" There are: {', '.join(some[:10])}{', ...' if len(some) > 10 else ''}." if some else " There is none."
+
+
+def _key(name: str) -> str:
+    """The same for all spellings: file systems differ in how they write an ü."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _grams(name: str) -> set[str]:
