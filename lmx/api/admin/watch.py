@@ -7,6 +7,7 @@ import platform
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,6 +81,7 @@ def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
     return routes
 
 
+@cache  # reading it takes the event loop a millisecond
 def _version(package: str) -> str | None:
     try:
         return version(package)
