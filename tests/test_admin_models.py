@@ -9,6 +9,7 @@ import trio
 from tests.admin_server import face
 from tests.api_server import write_model
 from tests.models_zoo import NAMES, in_trio, limit_for
+from tests.server import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -260,21 +261,26 @@ async def test_the_operators_only(zoo: Path, tmp_path: Path) -> None:
 
 
 @in_trio
-async def test_openapi_has_every_route(zoo: Path, tmp_path: Path) -> None:
+async def test_every_route_is_documented(zoo: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "admin.md").read_text(encoding="utf-8")
     async with face(zoo, tmp_path) as server:
         paths = (await server.http.get("/openapi.json")).json()["paths"]
-        for path, method in (
-            ("/admin/models", "get"),
-            ("/admin/models/{name}", "get"),
-            ("/admin/load", "post"),
-            ("/admin/unload", "post"),
-            ("/admin/bench", "post"),
-        ):
-            operation = paths[path][method]
+        routes = {
+            (method, path): operation
+            for path, operations in paths.items()
+            if path.startswith("/admin")
+            for method, operation in operations.items()
+            if method in ("get", "post", "delete")
+        }
+        assert len(routes) >= 24
+        for (method, path), operation in routes.items():
             assert operation["summary"], path
-            if method == "post":
-                fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-                assert fields, path
+            assert path.replace("{id}", "").rstrip("/") in page, path
+            if method == "post" and not path.endswith(("/cancel", "/clear")):
+                content = operation["requestBody"]["content"]["application/json"]["schema"]
+                assert content["properties"], path
+        query = {parameter["name"] for parameter in paths["/admin/models/{name}"]["delete"]["parameters"]}
+        assert query == {"name", "force", "dry_run"}
 
 
 @in_trio
@@ -324,3 +330,4 @@ async def test_status_tells_of_memory_disk_and_every_stay(
         assert memory["budget_bytes"] > memory["reserved_bytes"] >= bee["needed_bytes"] > 0
         assert memory["alarm"] is False
         assert status["jobs"] == 0
+        assert 0 < status["disk"]["free_bytes"] <= status["disk"]["total_bytes"]

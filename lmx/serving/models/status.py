@@ -47,8 +47,10 @@ class ModelStatus:
     error: str | None
 
     def is_of(self, entry: Entry) -> bool:
-        """It is this model on the disk, whatever it was called."""
-        return self.path == entry.loadable or os.path.abspath(os.path.expanduser(self.path)) == str(entry.path)
+        """It is this model on the disk, whatever it was called. Asks no disk: the model may be gone."""
+        if self.path in (entry.loadable, entry.id) or self.path in entry.aliases:
+            return True
+        return os.path.abspath(os.path.expanduser(self.path)) == entry.loadable
 
 
 @dataclass(frozen=True, slots=True)
