@@ -22,7 +22,7 @@ Environment, all optional:
     LMX_NULL_KEEP_TOKEN=10       such a sequence is never freed
     LMX_NULL_SCRIPT=PATH         what each sequence that comes from now on says, while PATH exists: {"steps": [[5, 6],
                                  [7]], "finish": "stop"}, the tokens of each step and how it ends ("stop": with an EOS)
-    LMX_NULL_SUBMITS=PATH        each Submit adds a line of JSON to it: its grammar
+    LMX_NULL_SUBMITS=PATH        each Submit adds a line of JSON to it: its grammar and sampling
 """
 
 import argparse
@@ -34,7 +34,7 @@ import socket
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lmx import protocol
@@ -191,7 +191,8 @@ class NullEngine:
         """What the test has written down for it, and what it asks for."""
         if submits := os.environ.get("LMX_NULL_SUBMITS"):
             with open(submits, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"grammar": row.submit.grammar}) + "\n")
+                told = {"grammar": row.submit.grammar, "sampling": asdict(row.submit.sampling)}
+                file.write(json.dumps(told) + "\n")
         path = Path(os.environ.get("LMX_NULL_SCRIPT", "/nonexistent"))
         if path.exists():
             told = json.loads(path.read_text())

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmx.config import Settings, load_settings
+from lmx.config import Sources
+from lmx.config.live import Live
 from lmx.errors import LmxError
 from lmx.logs import Log, log_to_stderr
 from lmx.prefix_disk.report import add_command as add_cache_command
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, log: Log) -> int:
     try:
-        settings = _settings(options)
+        live = _settings(options)
+        settings = live.now
         log.use(settings.server.log_format)
         logger.setLevel(settings.server.log_level.upper())
         if options.command == "cache":
@@ -38,7 +40,7 @@ def _run(options: argparse.Namespace, log: Log) -> int:
                 cache_command(options.action, options.models, settings.prefix_path, settings.engine.prefix_disk_bytes)
             )
             return 0
-        return serve(settings)
+        return serve(live, log)
     except LmxError as error:
         logger.error("%s", error.message)
         return 2
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(options: argparse.Namespace) -> Live:
     given: dict[str, dict[str, Any]] = {}
     if options.command == "serve":
         given = {"server": {"host": options.host, "port": options.port}, "model": {"default": options.model}}
@@ -68,4 +70,4 @@ def _settings(options: argparse.Namespace) -> Settings:
         section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
     }
     path = options.config or (CONFIG if CONFIG.exists() else None)
-    return load_settings(path, os.environ, overrides)
+    return Live(Sources.read(path, os.environ, overrides), options.config or CONFIG)

@@ -64,6 +64,14 @@ class ModelNotFound(LmxError):
     code = "model_not_found"
 
 
+class Conflict(LmxError):
+    """Not while things are as they are; ``message`` says what must end first."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(LmxError):
     status = 413
     type = "invalid_request_error"
@@ -86,6 +94,13 @@ class ModelOverloaded(LmxError):
 
     status = 503
     code = "model_overloaded"
+
+
+class InsufficientMemory(LmxError):
+    """A model does not fit beside what must stay; ``message`` has the numbers."""
+
+    status = 503
+    code = "insufficient_memory"
 
 
 class EngineDied(LmxError):

@@ -10,8 +10,10 @@ import copy
 import logging
 import os
 import select
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
@@ -24,6 +26,9 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 QUEUE_RECORDS = 10_000
+RECENT_LINES = 2_000
+RECENT_CHARACTERS = 4_096
+"""Of each of those."""
 LAST_WORDS_S = 1.0
 """At the end: how long the log may wait for a reader."""
 _LOOK_S = 0.1
@@ -71,6 +76,54 @@ def _as_line(logger: WrappedLogger, name: str, event: EventDict) -> str:
     return f"{text} {_as_fields(logger, name, event)}" if event else text
 
 
+class Recent:
+    """The last lines of the log, for those who do not read standard error. They are numbered from 0 on."""
+
+    def __init__(self, most: int = RECENT_LINES) -> None:
+        self._lines: deque[str] = deque(maxlen=most)
+        self._written = 0
+        self._lock = threading.Lock()
+        self._listeners: set[Callable[[], None]] = set()
+
+    def add(self, line: str) -> None:
+        """For the log's thread."""
+        if len(line) > RECENT_CHARACTERS:
+            line = f"{line[:RECENT_CHARACTERS]}…"
+        with self._lock:
+            self._lines.append(line)
+            self._written += 1
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def last(self, count: int) -> tuple[list[str], int]:
+        """So many lines, and the number of the next one."""
+        with self._lock:
+            return list(self._lines)[-count:] if count else [], self._written
+
+    def since(self, number: int) -> tuple[list[str], int, int]:
+        """The lines from ``number`` on, how many of them are lost, and the number of the next one."""
+        with self._lock:
+            wanted = self._written - number
+            lines = list(self._lines)[-wanted:] if wanted else []
+            return lines, wanted - len(lines), self._written
+
+    @contextmanager
+    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Inside the block ``listener`` is called after each line, by the log's thread."""
+        with self._lock:
+            self._listeners.add(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.discard(listener)
+
+
+recent = Recent()
+"""Of this process's log."""
+
+
 class _Writer(logging.Handler):
     """Runs in the listener's thread only, and is never inside a write that can block: ``logging`` and the interpreter
     wait for such a thread at their end."""
@@ -85,7 +138,9 @@ class _Writer(logging.Handler):
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        line = self.format(record)
+        recent.add(line)
+        data = f"{line}\n".encode(errors="backslashreplace")
         try:
             while data and time.monotonic() < self.deadline:
                 _, writable, _ = select.select([], [self._descriptor], [], _LOOK_S)

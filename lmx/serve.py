@@ -21,8 +21,9 @@ from lmx.api.app import create_app
 from lmx.api.errors import expected
 from lmx.api.transport.http import BACKLOG, serve_http
 from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
-from lmx.logs import flush
+from lmx.logs import Log, flush
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
@@ -33,10 +34,16 @@ LAST_WORDS_S = 2.0
 logger = logging.getLogger("lmx")
 
 
-def serve(settings: Settings) -> int:
+def serve(live: Live, log: Log) -> int:
     """Serve until a signal; the exit code. Raises ConfigError where nothing can be started."""
+    live.watch(partial(_use_log, log))
     _raise_open_files()
-    return trio.run(_Server(settings, _bind(settings.server.host, settings.server.port)).run)
+    return trio.run(_Server(live, _bind(live.now.server.host, live.now.server.port)).run)
+
+
+def _use_log(log: Log, settings: Settings) -> None:
+    log.use(settings.server.log_format)
+    logger.setLevel(settings.server.log_level.upper())
 
 
 def _raise_open_files() -> None:
@@ -88,8 +95,8 @@ def _bind_error(error: OSError, host: str, port: int) -> ConfigError:
 class _Server:
     """One run of ``lmx serve``."""
 
-    def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
-        self._settings = settings
+    def __init__(self, live: Live, sockets: list[socket.socket]) -> None:
+        self._live = live
         self._sockets = sockets
         self._metrics = Metrics()
         self._models: Models | None = None
@@ -105,7 +112,7 @@ class _Server:
         return code
 
     async def _serve(self) -> int:
-        models = self._models = Models(self._settings, self._metrics)
+        models = self._models = Models(self._live, self._metrics)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(models.run)
@@ -114,7 +121,7 @@ class _Server:
                 await models.presentable.wait()
                 if not self._shutdown.is_set():
                     with self._serving:
-                        await self._serve_http(create_app(models, self._settings, self._metrics))
+                        await self._serve_http(create_app(models, self._live, self._metrics))
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             if group.subgroup(LmxError) is None:
@@ -128,7 +135,7 @@ class _Server:
         # What was made up to here stays: a full collection that looks at it would hold the event loop for 80 ms.
         gc.collect()
         gc.freeze()
-        serve = partial(serve_http, app, self._sockets, self._settings, shutdown=self._shutdown)
+        serve = partial(serve_http, app, self._sockets, self._live, shutdown=self._shutdown)
         async with trio.open_nursery() as nursery:
             await nursery.start(serve)
             for sock in self._sockets:
@@ -139,7 +146,7 @@ class _Server:
         """After the first signal: refuse what is new, let what runs finish in time, end the rest with a clear error."""
         await self._shutdown.wait()
         models.draining = True
-        drain_s = self._settings.server.drain_s
+        drain_s = self._live.now.server.drain_s
         if not models.listing():
             logger.info("stopping; the model that was being read is given up")
             models.stop_loading()

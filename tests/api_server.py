@@ -25,7 +25,8 @@ from safetensors.numpy import save_file
 from lmx.api.app import create_app
 from lmx.api.transport.http import serve_http
 from lmx.chat.pieces import read_pieces
-from lmx.config import EngineSettings, ModelSettings, load_settings
+from lmx.config import EngineSettings, ModelSettings, Sources
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 from tests.models import train_tokenizer, write_tokenizer
@@ -40,6 +41,8 @@ def write_model(folder: Path) -> Path:
     folder.mkdir()
     vocab_size = train_tokenizer().get_vocab_size()
     config = {"model_type": "llama", "vocab_size": vocab_size, "max_position_embeddings": CONTEXT, "eos_token_id": 2}
+    # By which its KV is as large as the null engine's: 1,024 bytes a token.
+    config |= {"num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
     write_tokenizer(folder)
@@ -84,8 +87,11 @@ class Server:
 
     def grammars(self) -> list[str]:
         """Of every request so far, as the engine got them."""
-        lines = Path(os.environ["LMX_NULL_SUBMITS"]).read_text().splitlines()
-        return [json.loads(line)["grammar"] for line in lines]
+        return [submit["grammar"] for submit in self.submits()]
+
+    def submits(self) -> list[dict[str, Any]]:
+        """Every request so far, as the engine got it: grammar and sampling."""
+        return [json.loads(line) for line in Path(os.environ["LMX_NULL_SUBMITS"]).read_text().splitlines()]
 
     async def connect(self, receive_buffer_bytes: int | None = None) -> trio.SocketStream:
         sock = trio.socket.socket()
@@ -121,7 +127,7 @@ class Server:
 async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncIterator[Server]:
     engine = {key: options.pop(key) for key in list(options) if key in EngineSettings.model_fields}
     model = {key: options.pop(key) for key in list(options) if key in ModelSettings.model_fields}
-    settings = load_settings(
+    sources = Sources.read(
         environ={},
         overrides={
             "server": options,
@@ -130,18 +136,19 @@ async def serving(folder: Path, *, ready: bool = True, **options: Any) -> AsyncI
         },
     )
     metrics = Metrics()
-    models = Models(settings, metrics)
+    live = Live(sources, folder / "lmx.toml")
+    models = Models(live, metrics)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     async with trio.open_nursery() as engines:
         await engines.start(models.run)
         started = Server(sock.getsockname()[1], models, trio.Event())
         async with trio.open_nursery() as nursery:
-            app = create_app(models, settings, metrics)
+            app = create_app(models, live, metrics)
 
             async def serve(task_status: trio.TaskStatus[None]) -> None:
                 with started.serving:
-                    await serve_http(app, [sock], settings, shutdown=started.shutdown, task_status=task_status)
+                    await serve_http(app, [sock], live, shutdown=started.shutdown, task_status=task_status)
 
             await nursery.start(serve)
             if ready:

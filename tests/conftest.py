@@ -1,7 +1,10 @@
 """Fixtures that more than one test file uses: models, and servers that are started once for a whole run."""
 
+import atexit
 import importlib.metadata
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,10 @@ import pytest
 from tests.backends import BACKENDS
 from tests.models import GEMMA_PACKAGES, MINILM_PACKAGE, assemble_gemma, build_model, unpack_minilm
 from tests.server import Server, serve
+
+# What servers remember, and download, stays out of the home of whoever runs the tests.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="lmx-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import h2.config
@@ -15,7 +16,9 @@ import trio
 
 from lmx.api.transport import stream as stream_module
 from lmx.api.transport.http import serve_http
-from lmx.config import ServerSettings, Settings
+from lmx.config import Sources
+from lmx.config.keys import flat
+from lmx.config.live import Live
 
 HANG = b"GET /hang HTTP/1.1\r\nHost: localhost\r\n\r\n"
 OK = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -80,7 +83,7 @@ async def serving(**settings: Any) -> AsyncIterator[Service]:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     service = Service(sock.getsockname()[1])
-    configured = Settings(server=ServerSettings(**settings))
+    configured = Live(Sources(command_line=flat({"server": settings})), Path("lmx.toml"))
     async with trio.open_nursery() as nursery:
 
         async def run(task_status: trio.TaskStatus[None]) -> None:

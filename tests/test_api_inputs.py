@@ -506,11 +506,11 @@ NAMES = {
     200: (
         "tiny mine lmstudio/tiny openai/tiny lmstudio/mine default auto local-model model-placeholder gpt-3.5-turbo "
         "gpt-4 gpt-4o gpt-4o-mini gpt-4.1-nano gpt-4-0613 gpt-5 gpt-5-mini gpt-5.1 openai/gpt-4o o1 o1-mini o3 o3-pro "
-        "o4-mini claude-3-5-sonnet-20241022 claude-sonnet-4-5 chatgpt-4o-latest"
+        "TINY o4-mini claude-3-5-sonnet-20241022 claude-sonnet-4-5 chatgpt-4o-latest"
     ),
     404: (
         "gpt-oss-120b gpt-oss:20b openai/gpt-oss-20b gpt-2 gpt-j-6b gpt-neo gpt4all gpt-4all o1js o3x claude tiny2 tin "
-        "lmstudio/ openai/x lmstudio/openai x/tiny tiny/ TINY openchat gpt- gpt"
+        "lmstudio/ openai/x lmstudio/openai x/tiny tiny/ openchat gpt- gpt"
     ),
 }
 

@@ -32,10 +32,6 @@ class Seen:
         self.completion_tokens = len(self.event_times)
 
 
-def seen(*streams: Seen) -> list[Stream]:
-    return cast(list[Stream], list(streams))
-
-
 def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "lmx.bench", *arguments], capture_output=True, text=True, timeout=60, check=False
@@ -111,7 +107,7 @@ def test_end_in_the_middle_is_an_error() -> None:
 
 
 def test_figures_of_two_streams() -> None:
-    streams = seen(Seen(0.0, [1.0, 2.0, 3.0]), Seen(0.5, [2.0, 3.0, 4.0, 5.0]))
+    streams = [Seen(0.0, [1.0, 2.0, 3.0]), Seen(0.5, [2.0, 3.0, 4.0, 5.0])]
     found = figures(streams, 2)
     assert found.wall_s == 5.0
     assert found.generation_tokens_per_s == pytest.approx(7 / 5)
@@ -123,12 +119,12 @@ def test_figures_of_two_streams() -> None:
 
 
 def test_streams_that_never_decode_together_have_no_decode_figure() -> None:
-    assert decode_tokens_per_s(seen(Seen(0.0, [1.0, 2.0]), Seen(2.0, [3.0, 4.0])), 2) is None
+    assert decode_tokens_per_s([Seen(0.0, [1.0, 2.0]), Seen(2.0, [3.0, 4.0])], 2) is None
 
 
 def test_a_stream_without_text_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match="no text"):
-        figures(seen(Seen(0.0, [])), 1)
+        figures([Seen(0.0, [])], 1)
 
 
 def test_spread_is_nearest_rank() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmx.config import Settings, load_settings
+from lmx.config import NamedModelSettings, Settings, load_settings
 from lmx.errors import ConfigError
 
 LMX_TOML = Path(__file__).parents[1] / "lmx.toml"
@@ -61,7 +61,7 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         ("[sever]\nport = 1", {}, ["[sever]", "[server]", "[engine]"]),
         ("port = 1", {}, ["[port]", "[server]"]),
         ("[server]\nprot = 1", {}, ["[server] prot", "no such setting", "did you mean port?"]),
-        ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "LMX_SERVER_PORT"]),
+        ("[server]\nport = 'high'", {}, ["[server] port", "'high'", "lmx.toml"]),
         ("[engine]\nmax_rows = 0", {}, ["[engine] max_rows", "greater than or equal to 1"]),
         ("[engine]\nmax_chunk_tokens = 100", {}, ["[engine] max_chunk_tokens", "multiple of 32"]),
         (
@@ -72,6 +72,14 @@ def test_variables_hold_lists_and_tables_as_toml() -> None:
         ("[model]\nkv_bits = 5", {}, ["[model] kv_bits", "16, 8 or 4", "5"]),
         ("[model]\nbackend = 'mlc'", {}, ["[model] backend", "'mlc'", "'llama'"]),
         ("", {"LMX_SERVER_PORT": "70000"}, ["[server] port", "70000", "LMX_SERVER_PORT"]),
+        ("[models.a]\npim = 1", {}, ["[models.a] pim", "did you mean pin?", "lmx.toml"]),
+        ("[models.'org/a']\nmax_rows = 0", {}, ['[models."org/a"] max_rows', "greater than or equal to 1", "got 0"]),
+        ("[models.qwen2.5-7b]\npin = true", {}, ["dots", '[models."qwen2.5-7b"]']),
+        ("[models]\na = 5", {}, ["[models] a", "[models.a]", "got 5"]),
+        ("[engine]\nmax_rows = true", {}, ["[engine] max_rows", "no boolean", "True"]),
+        ("[server]\ndrain_s = inf", {}, ["[server] drain_s", "finite", "inf"]),
+        ("[server]\nadmin_keys = 'sk-1'", {}, ["[server] admin_keys", "dictionary", "not shown"]),
+        ("[server]\nport = -1\ndrain_s = -1", {}, ["[server] port", "[server] drain_s"]),
         ("", {"LMX_SERVER_CORS_ORIGINS": "http://a"}, ["LMX_SERVER_CORS_ORIGINS", "http://a", "TOML"]),
     ],
 )
@@ -81,6 +89,23 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, environ: dict[str, str], 
     with pytest.raises(ConfigError) as caught:
         load_settings(path, environ)
     assert [word for word in words if word not in caught.value.message] == []
+
+
+def test_a_secret_is_not_shown(tmp_path: Path) -> None:
+    for text, environ in (
+        ("[server]\nadmin_keys = {root = ' sk-1'}", {}),
+        ("", {"LMX_SERVER_ADMIN_KEYS": "{root = sk-1"}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_settings(written(tmp_path, text), environ)
+        assert "sk-1" not in caught.value.message
+
+
+def test_a_model_s_section_is_found_by_any_of_its_names(tmp_path: Path) -> None:
+    settings = load_settings(written(tmp_path, "[models.'Org/A.b']\ntop_k = 4\n[models.a]\ntop_k = 5\nmin_p = 0.1"), {})
+    assert settings.named(["x", "org/a.B", "a"]).sampling == {"top_k": 4}
+    assert settings.named(["a"]).sampling == {"top_k": 5, "min_p": 0.1}
+    assert settings.named(["x"]) == NamedModelSettings()
 
 
 def test_a_misspelt_variable_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

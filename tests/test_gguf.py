@@ -19,6 +19,7 @@ from lmx.hub.conversion import GgufFacts, words_folder
 from lmx.hub.convert import convert_words
 from lmx.hub.gguf.file import GgufFile
 from lmx.hub.gguf.header import read_header
+from lmx.hub.gguf.kinds import BLOCKS, Kind
 from lmx.hub.gguf.mlx import mlx_folder
 from lmx.hub.inventory import EMBEDDED_ID, resolve
 from tests.models import CHATML, add_vocabulary, build_gguf, train_tokenizer
@@ -52,6 +53,15 @@ def assert_read_as_gguf_reads_it(path: Path) -> None:
     assert [(t.name, t.kind, list(t.shape), t.offset, t.nbytes) for t in ours.tensors.values()] == [
         (t.name, t.tensor_type, t.shape.tolist()[::-1], t.data_offset, t.n_bytes) for t in theirs.tensors
     ]
+    brief = read_header(path, words=False)
+    assert brief.tensors == ours.tensors
+    passed = {key: [] for key, value in ours.fields.items() if key.startswith("tokenizer.") and isinstance(value, list)}
+    assert brief.fields == ours.fields | passed
+
+
+def test_types_are_those_of_the_gguf_package() -> None:
+    assert {kind.name: kind for kind in Kind} == {kind.name: kind for kind in gguf.GGMLQuantizationType}
+    assert BLOCKS == gguf.GGML_QUANT_SIZES
 
 
 def test_headers_are_read_as_the_gguf_package_reads_them(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import tomlkit
 
+from lmx.logs import Recent
 from tests.server import PATIENCE_S, ROOT, serve
 
 ASK = {"prompt": "x", "max_tokens": 2}
@@ -145,3 +146,18 @@ def test_what_takes_long_to_say_is_said_by_the_log_s_thread() -> None:
     assert one.endswith("one thread=false")
     assert "ZeroDivisionError" in two
     assert three.endswith("three plain=3")
+
+
+def test_recent_lines_are_numbered_and_what_is_lost_is_counted() -> None:
+    recent, heard = Recent(most=3), []
+    with recent.listening(lambda: heard.append(recent.last(1)[0])):
+        for number in range(5):
+            recent.add(f"line {number}")
+    recent.add("x" * 10_000)
+    assert heard == [[f"line {number}"] for number in range(5)]
+    assert recent.last(2) == (["line 4", "x" * 4096 + "…"], 6)
+    assert recent.last(0) == ([], 6)
+    assert recent.since(6) == ([], 0, 6)
+    assert recent.since(5) == (["x" * 4096 + "…"], 0, 6)
+    lines, lost, following = recent.since(1)
+    assert (lines[0], len(lines), lost, following) == ("line 3", 3, 2, 6)

@@ -67,7 +67,7 @@ class Setup:
         self.environment |= {f"LMX_NULL_{key.upper()}": str(value) for key, value in (faults | null).items()}
         options = {"command": NULL_ENGINE, "restart_backoff_s": 0.01, **settings}
         loading = Load("/nowhere", stats_interval_s=0.0, **load)
-        self.engine = Engine("null", loading, EngineSettings(**options), self.metrics, self.environment)
+        self.engine = Engine("null", loading, lambda: EngineSettings(**options), self.metrics, self.environment)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, {"model": "null", **labels}) or 0.0

@@ -34,7 +34,7 @@ def authorize(settings: ServerSettings, path: str, headers: Headers, address: st
     admin = path.startswith("/admin/")
     if settings.admin_keys if admin else settings.inference_keys:
         return _key_name(settings, headers, admin=admin)
-    if admin and not _is_loopback(address):
+    if admin and not is_loopback(address):
         raise Forbidden(
             f"The admin face answers to this machine only (you are {address}) until [server] admin_keys in lmx.toml "
             "has a key."
@@ -110,7 +110,7 @@ def _is_ours(settings: ServerSettings, name: str) -> bool:
 
 
 def _is_local(name: str) -> bool:
-    return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
+    return name == "localhost" or name.endswith(".localhost") or is_loopback(name)
 
 
 def _is_private(name: str) -> bool:
@@ -126,7 +126,8 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _is_loopback(text: str) -> bool:
+def is_loopback(text: str) -> bool:
+    """Whether it is an address of this machine alone."""
     if not _is_address(text):
         return False
     address = ipaddress.ip_address(text.split("%")[0])

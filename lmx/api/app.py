@@ -18,44 +18,46 @@ from lmx import __version__
 from lmx.api import admin, docs, prefix_cache, ui
 from lmx.api.access import authorize, origin_allowed
 from lmx.api.core.call import Call, current_call
+from lmx.api.core.calls import Calls
 from lmx.api.errors import UnknownPath, contained, error_response, expected, from_http
 from lmx.api.events import EventStream, HTTPConnection
 from lmx.api.openai import chat, completions, embeddings
 from lmx.api.openai import models as model_routes
 from lmx.api.paths import with_normal_paths
-from lmx.config import ServerSettings, Settings
-from lmx.errors import DeadlineExceeded, ModelOverloaded
+from lmx.config import ServerSettings
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
 
-NEED_A_MODEL = ("chat", "completions", "embeddings", "models")
-"""Faces whose requests wait while the words of a model are made, at its first start."""
-
 
 class _App(QuartTrio):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__("lmx.api", static_folder=None)
+        self.calls = Calls()
+
     async def dispatch_request(self, request_context: Any = None) -> Any:
         """The handler's whole work but a stream's, which ``EventStream`` contains."""
-        with contained():
+        with current_call().cancellable(), contained():
             return await super().dispatch_request(request_context)
 
 
-def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTrio:
-    """The whole HTTP face over ``models``."""
-    app = _App("lmx.api", static_folder=None)
+def create_app(models: Models, live: Live, metrics: Metrics) -> QuartTrio:
+    """The whole HTTP face over ``models``, under the settings that hold at each request."""
+    app = _App()
     app.asgi_http_class = HTTPConnection
     app.asgi_app = with_normal_paths(app.asgi_app)
-    app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
+    live.watch(lambda settings: app.config.update(MAX_CONTENT_LENGTH=settings.server.max_body_bytes))
     app.logger.setLevel(logging.WARNING)
-    _add_rules(app, models, settings.server, metrics)
-    _add_errors(app, settings.server)
+    _add_rules(app, models, live, metrics)
+    _add_errors(app, live)
     for routes in (
         _root(),
-        chat.blueprint(models, settings),
-        completions.blueprint(models, settings),
-        embeddings.blueprint(models, settings),
-        model_routes.blueprint(models, settings),
-        *admin.blueprints(models, settings, metrics),
-        prefix_cache.blueprint(settings),
+        chat.blueprint(models, live),
+        completions.blueprint(models, live),
+        embeddings.blueprint(models, live),
+        model_routes.blueprint(models, live),
+        *admin.blueprints(models, live, metrics, app.calls),
+        prefix_cache.blueprint(live),
         docs.blueprint(),
         ui.blueprint(),
     ):
@@ -67,29 +69,24 @@ def create_app(models: Models, settings: Settings, metrics: Metrics) -> QuartTri
     return app
 
 
-def _add_rules(app: Quart, models: Models, settings: ServerSettings, metrics: Metrics) -> None:
+def _add_rules(app: Quart, models: Models, live: Live, metrics: Metrics) -> None:
     @app.before_request
     async def admit() -> None:
-        call = current_call()
+        call, settings = current_call(), live.now.server
         if not _is_preflight(settings):
             call.key_name = authorize(settings, request.path, request.headers, call.address)
+        if request.method == "POST" and not request.path.startswith("/admin/"):
+            call.face = request.blueprint or ""
         if request.method == "GET" and "websocket" in request.headers.get("upgrade", "").lower():
             raise UnknownPath(f"There is no WebSocket at {request.path[:200]}; this server answers to plain HTTP.")
-        if request.blueprint in NEED_A_MODEL and not models.listing():
-            with trio.move_on_at(call.deadline(None, settings)) as limit:
-                await models.settled.wait()
-            if limit.cancelled_caught:
-                raise DeadlineExceeded("The request's time is up, and the model is not there yet.")
-            if not models.listing():
-                raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
 
     @app.after_request
     async def add_headers(response: Response) -> Response:
         call = current_call()
         response.headers["x-request-id"] = call.id
         response.headers["openai-processing-ms"] = str(round((trio.current_time() - call.started) * 1000))
-        if settings.cors_origins:
-            _add_cors(response, settings)
+        if live.now.server.cors_origins:
+            _add_cors(response, live.now.server)
         count = partial(_count, metrics, call, request.blueprint or "")
         if isinstance(response, EventStream):
             response.on_end = count
@@ -123,12 +120,12 @@ def _add_cors(response: Response, settings: ServerSettings) -> None:
         response.headers["access-control-max-age"] = "600"
 
 
-def _add_errors(app: Quart, settings: ServerSettings) -> None:
+def _add_errors(app: Quart, live: Live) -> None:
     @app.errorhandler(Exception)
     async def refuse(error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             return error_response(expected(error, current_call().id))
-        response = error_response(from_http(error, request.method, request.path, settings.max_body_bytes))
+        response = error_response(from_http(error, request.method, request.path, live.now.server.max_body_bytes))
         if isinstance(error, MethodNotAllowed):
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
         return response

@@ -6,19 +6,19 @@ process (``lmx.serving.readers``).
 
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import trio
 from quart import request
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
+from lmx.api.core.call import current_call
 from lmx.api.core.parse import parse_object, validate
 from lmx.api.core.prepare import Prepared, check_length, prepare
 from lmx.api.core.prepare_embeddings import prepare_embeddings
 from lmx.api.core.schemas import Request
-from lmx.config import Settings
-from lmx.errors import InvalidRequest, LmxError
+from lmx.config.live import Live
+from lmx.errors import DeadlineExceeded, InvalidRequest, LmxError
 from lmx.serving.models import AnyServed, Models, Served, ServedEmbedding
 
 SMALL_BYTES = 64 * 1024
@@ -38,46 +38,68 @@ class UnsupportedEncoding(LmxError):
     code = "unsupported_content_encoding"
 
 
-async def receive(kind: type[Kind], models: Models, settings: Settings) -> tuple[Kind, Served, Prepared]:
+async def receive(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, Served, Prepared]:
     """The current request's body as a ``kind``; fields that only ``prepare`` needs may be None in it.
 
     Raises InvalidRequest, ModelNotFound, UnsupportedEncoding, or Quart's RequestEntityTooLarge and RequestTimeout.
     Cancelled: nothing is kept, and the work ends.
     """
-    return await _receive(kind, models, settings, lambda name: models.resolve(name or settings.model.default))
+    return await _receive(kind, models, live, Served)
 
 
-async def receive_embedding(
-    kind: type[Kind], models: Models, settings: Settings
-) -> tuple[Kind, ServedEmbedding, Prepared]:
+async def receive_embedding(kind: type[Kind], models: Models, live: Live) -> tuple[Kind, ServedEmbedding, Prepared]:
     """As ``receive``, for a model that makes embeddings."""
-    return await _receive(kind, models, settings, models.resolve_embedding)
+    return await _receive(kind, models, live, ServedEmbedding)
 
 
 async def _receive(
-    kind: type[Kind], models: Models, settings: Settings, resolve: Callable[[str | None], Model]
+    kind: type[Kind], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     if (request.content_length or 0) > SMALL_BYTES:
         await models.readers.warm()
-    pieces = await _read(settings.server.max_body_bytes)
-    encoding = request.headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity"):
-        pieces = await trio.to_thread.run_sync(_unpack, pieces, encoding, settings.server.max_body_bytes)
+    pieces = await read_body(live.now.server.max_body_bytes)
     if sum(map(len, pieces)) > SMALL_BYTES:
         if _is_plain(pieces):
-            await trio.to_thread.run_sync(_refuse_early, kind, pieces, resolve, abandon_on_cancel=True)
-        return await _receive_large(kind, pieces, models, resolve)
+            await trio.to_thread.run_sync(_refuse_early, kind, pieces, models, served_kind, abandon_on_cancel=True)
+        return await _receive_large(kind, pieces, models, live, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = resolve(body.model)
+    served = await _take(models, live, body.model, served_kind, getattr(body, "timeout", None))
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
+
+
+async def _take(
+    models: Models, live: Live, name: str | None, kind: type[Model], timeout_s: float | None = None
+) -> Model:
+    """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
+    call = current_call()
+    with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
+        lease = await models.take(name, kind)
+        call.releases.append(lease.release)
+        call.model = lease.slot.id
+        served = await lease.served()
+        assert isinstance(served, kind)
+        return served
+    raise DeadlineExceeded("The request's time is up, and its model is not there yet.")
 
 
 def _prepare(body: Request, given: dict[str, Any], served: AnyServed) -> Prepared:
     if isinstance(served, Served):
         return prepare(body, given, served.chat, served.context_length)
     return prepare_embeddings(body, served.encoder, served.context_length)
+
+
+async def read_body(limit: int) -> list[bytes]:
+    """The current request's body, unpacked, of ``limit`` bytes at most.
+
+    Raises UnsupportedEncoding, InvalidRequest, or Quart's RequestEntityTooLarge and RequestTimeout.
+    """
+    pieces = await _read(limit)
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return pieces
+    return await trio.to_thread.run_sync(_unpack, pieces, encoding, limit)
 
 
 async def _read(limit: int) -> list[bytes]:
@@ -107,23 +129,20 @@ def _is_plain(pieces: list[bytes]) -> bool:
     return True
 
 
-def _refuse_early(kind: type[Kind], pieces: list[bytes], resolve: Callable[[str | None], Model]) -> None:
-    """Refuse a plain body for a text that is certainly too long, without a reader. Blocking.
-
-    Raises InvalidRequest, ModelNotFound.
-    """
+def _refuse_early(kind: type[Kind], pieces: list[bytes], models: Models, served_kind: type[Model]) -> None:
+    """Refuse a plain body for a text that is certainly too long, without a reader. Blocking. Raises InvalidRequest."""
     raw = b"".join(pieces)
     outside_strings = raw.split(b'"')[::2]
     if sum(map(len, outside_strings)) <= SMALL_BYTES:
         given = parse_object(raw)
         body = validate(kind, given)
-        served = resolve(body.model)
+        served = models.peek(body.model, served_kind)
         if isinstance(served, Served):
             check_length(body, given, served.chat, served.context_length)
 
 
 async def _receive_large(
-    kind: type[Kind], pieces: list[bytes], models: Models, resolve: Callable[[str | None], Model]
+    kind: type[Kind], pieces: list[bytes], models: Models, live: Live, served_kind: type[Model]
 ) -> tuple[Kind, Model, Prepared]:
     served, refusal = None, None
     async with models.readers.reader() as reader:
@@ -133,7 +152,7 @@ async def _receive_large(
         answer = await reader.receive()
         if answer[0] == "model":
             try:
-                served = resolve(answer[1])
+                served = await _take(models, live, answer[1], served_kind)
             except LmxError as error:
                 refusal = error
                 await reader.send(None)

@@ -16,7 +16,7 @@ from quart.utils import encode_headers
 from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from lmx.api.core.call import begin_call
+from lmx.api.core.call import begin_call, current_call
 from lmx.api.errors import contained, error_event, error_response, expected
 from lmx.api.request_log import log_request
 
@@ -39,7 +39,11 @@ class EventWriter:
     async def start(self) -> None:
         """Send the headers and a first comment. Cancelled: the connection is of no more use."""
         self.started = True
-        await send_start(self._send, self._response)
+        self._writing += 1  # no comment before the headers
+        try:
+            await send_start(self._send, self._response)
+        finally:
+            self._writing -= 1
         await self.write(COMMENT)
 
     async def write(self, events: bytes) -> None:
@@ -85,7 +89,7 @@ class EventStream(Response):
         writer = EventWriter(send, self)
         status, rest = self.status_code, b""
         try:
-            with contained():
+            with current_call().cancellable(), contained():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(writer.comment, self._comment_s)
                     await self._produce(writer)
@@ -113,11 +117,13 @@ class HTTPConnection(TrioASGIHTTPConnection):  # type: ignore[misc]
     async def handle_request(self, nursery: trio.Nursery, request: Request, send: Send) -> None:
         call = begin_call(request)
         try:
-            response = await self.app.handle_request(request)
-            if isinstance(response, EventStream):
-                await response.send_to(send)
-            else:
-                await self._send_response(send, response)
+            with self.app.calls.running(call):
+                response = await self.app.handle_request(request)
+                if isinstance(response, EventStream):
+                    await response.send_to(send)
+                else:
+                    await self._send_response(send, response)
         finally:
+            call.end()
             log_request(request.method, request.path, call)
         nursery.cancel_scope.cancel()

@@ -9,12 +9,12 @@ import trio
 from quart import Blueprint, request
 
 from lmx.api.core.parse import parse_object
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import InvalidRequest
 from lmx.prefix_disk import report
 
 
-def blueprint(settings: Settings) -> Blueprint:
+def blueprint(live: Live) -> Blueprint:
     """The routes over the folder of the settings."""
     routes = Blueprint("prefix_cache", __name__)
 
@@ -22,7 +22,7 @@ def blueprint(settings: Settings) -> Blueprint:
     async def stats() -> dict[str, Any]:
         """What is kept on the disk of prompts and answers, model by model."""
         return await trio.to_thread.run_sync(
-            report.document, settings.prefix_path, settings.engine.prefix_disk_bytes, abandon_on_cancel=True
+            report.document, live.now.prefix_path, live.now.engine.prefix_disk_bytes, abandon_on_cancel=True
         )
 
     @routes.post("/admin/cache/clear")
@@ -34,6 +34,6 @@ def blueprint(settings: Settings) -> Blueprint:
             raise InvalidRequest("`model` must be a string: a model's id or fingerprint.", param="model")
         names = [] if model is None else [model]
         # Not abandoned: half of it would be no answer to "is it gone?".
-        return await trio.to_thread.run_sync(report.clear, settings.prefix_path, names)
+        return await trio.to_thread.run_sync(report.clear, live.now.prefix_path, names)
 
     return routes

@@ -1,10 +1,27 @@
-"""From what streams saw to the figures people compare. Pure."""
+"""From what streams saw to the figures people compare. Pure; called by ``lmx.bench`` over HTTP, and by
+``lmx.serving.bench`` inside the server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
-from lmx.bench.client import Stream
+
+class Seen(Protocol):
+    """A stream that has ended. Times are seconds of one clock."""
+
+    @property
+    def sent_at(self) -> float: ...
+    @property
+    def event_times(self) -> Sequence[float]:
+        """When tokens came, one or several."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ class Figures:
     """Between two events with text of one stream; None: no stream had two."""
 
 
-def figures(streams: Sequence[Stream], concurrency: int) -> Figures:
+def figures(streams: Sequence[Seen], concurrency: int) -> Figures:
     """Of finished streams, each with at least one event. Raises ValueError for one without."""
     for stream in streams:
         if not (stream.event_times and stream.completion_tokens):
@@ -66,7 +83,7 @@ def figures(streams: Sequence[Stream], concurrency: int) -> Figures:
     )
 
 
-def decode_tokens_per_s(streams: Sequence[Stream], concurrency: int) -> float | None:
+def decode_tokens_per_s(streams: Sequence[Seen], concurrency: int) -> float | None:
     """Tokens by seconds over the spans in which at least ``concurrency`` streams decode."""
     edges = sorted([(s.event_times[0], 1) for s in streams] + [(s.event_times[-1], -1) for s in streams])
     spans, running = [], 0

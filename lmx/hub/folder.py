@@ -5,6 +5,8 @@ only, also for models of hundreds of gigabytes) and must never import MLX.
 """
 
 import json
+import re
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 from lmx.errors import ModelInvalid
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
+_MAX_JSON_BYTES = 64 * 1024 * 1024
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "max_sequence_length",
@@ -22,6 +25,7 @@ _CONTEXT_KEYS = (
     "n_ctx",
     "seq_length",
 )
+_PART = re.compile(r"(?P<stem>model[\w.-]*)-\d{5}-of-(?P<count>0\d{4})\.safetensors", re.ASCII)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _DTYPE_NAMES = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
@@ -58,8 +62,8 @@ def inspect_folder(folder: Path) -> FolderFacts:
         )
     return FolderFacts(
         architecture=architecture,
-        context_length=_context_length(config),
-        quantization=_quantization(config, dtypes),
+        context_length=context_length(config),
+        quantization=quantization(config, dtypes),
         size_bytes=sum(shard.stat().st_size for shard in shards),
         sampling=_read_sampling(folder / "generation_config.json"),
     )
@@ -74,6 +78,8 @@ def _read_sampling(path: Path) -> dict[str, float]:
 def read_json(path: Path, *, why: str) -> dict[str, Any]:
     """A JSON object from a file of the model. ``why`` tells the reader of the error what the file is for."""
     try:
+        if (size := file_size(path)) > _MAX_JSON_BYTES:
+            raise ModelInvalid(f"{path} has {size} bytes; such a file ({why}) has thousands. Download the file again.")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelInvalid(f"{path} does not exist ({why}).") from None
@@ -86,11 +92,19 @@ def read_json(path: Path, *, why: str) -> dict[str, Any]:
     return value
 
 
+def file_size(path: Path) -> int:
+    """Raises OSError, or ModelInvalid for what is no file, since who opens a pipe may wait forever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelInvalid(f"{path} is no file. Put the model's own there.")
+    return status.st_size
+
+
 def check_safetensors(path: Path) -> Counter[str]:
     """Compare a safetensors header with the file's size; bytes for each dtype. Raises ModelInvalid."""
     again = "Download the file again."
     try:
-        size = path.stat().st_size
+        size = file_size(path)
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
@@ -117,6 +131,10 @@ def check_safetensors(path: Path) -> Counter[str]:
 def _shards(folder: Path) -> list[Path]:
     """The weight files. mlx-lm loads every ``model*.safetensors``; an index, when there is one, must be complete."""
     shards = sorted(folder.glob("model*.safetensors"))
+    if gaps := _missing_parts({shard.name for shard in shards}):
+        raise ModelInvalid(
+            f"{folder} lacks {len(gaps)} of its weight files: {_some(gaps)}. The download is incomplete: fetch them."
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index, why="it says which shard holds which weight").get("weight_map")
@@ -125,8 +143,8 @@ def _shards(folder: Path) -> list[Path]:
         missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
         if missing:
             raise ModelInvalid(
-                f"{index} names {len(missing)} weight file(s) that are not there: {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}. The download is incomplete: fetch them into {folder}."
+                f"{index} names {len(missing)} weight file(s) that are not there: {_some(missing)}. "
+                f"The download is incomplete: fetch them into {folder}."
             )
     if not shards:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".gguf", ".npz"})[:5])
@@ -135,13 +153,29 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+def _missing_parts(names: set[str]) -> list[str]:
+    """Of NAME-00001-of-00004.safetensors, where some are there; an index may come last in a download."""
+    found = [match for name in names if (match := _PART.fullmatch(name))]
+    wanted = {
+        f"{match['stem']}-{number:05}-of-{match['count']}.safetensors"
+        for match in found
+        for number in range(1, int(match["count"]) + 1)
+    }
+    return sorted(wanted - names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Multimodal configurations keep the language model's own in ``text_config``."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else {}
 
 
-def _context_length(config: dict[str, Any]) -> int:
+def context_length(config: Mapping[str, Any]) -> int:
+    """0: it names none."""
     for source in (config, _text_config(config)):
         for key in _CONTEXT_KEYS:
             value = source.get(key)
@@ -150,11 +184,15 @@ def _context_length(config: dict[str, Any]) -> int:
     return 0
 
 
-def _quantization(config: dict[str, Any], dtypes: Counter[str]) -> str:
-    """ "4-bit" (or MLX's mode, "mxfp4") for quantised weights, else the dtype that most bytes have."""
-    quantization = config.get("quantization")
-    if isinstance(quantization, dict) and "bits" in quantization:
-        mode = quantization.get("mode", "affine")
-        return f"{quantization['bits']}-bit" if mode == "affine" else str(mode)
+def quantization(config: Mapping[str, Any], dtypes: Counter[str]) -> str:
+    """ "4-bit" (or MLX's mode, "mxfp4") for quantised weights, another program's method ("awq"), else the dtype that
+    most bytes have."""
+    own = config.get("quantization")
+    if isinstance(own, dict) and "bits" in own:
+        mode = own.get("mode", "affine")
+        return f"{own['bits']}-bit" if mode == "affine" else str(mode)
+    others = config.get("quantization_config")
+    if isinstance(others, dict) and others.get("quant_method"):
+        return str(others["quant_method"])
     likeliest = dtypes.most_common(1)[0][0] if dtypes else ""
     return _DTYPE_NAMES.get(likeliest, likeliest.lower())

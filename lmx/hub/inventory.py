@@ -81,11 +81,11 @@ def find(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
     it is they that have the files' names. Raises ModelNotFound, or ModelInvalid naming the file.
     """
     if name == EMBEDDED_ID:
-        return replace(_from_gguf(_embedded_gguf(), cache_dir, EMBEDDED_ID, backend), sampling=_EMBEDDED_SAMPLING)
+        return replace(_from_gguf(embedded_gguf(), cache_dir, EMBEDDED_ID, backend), sampling=_EMBEDDED_SAMPLING)
     expanded = os.path.expanduser(name)  # os.path, because pathlib raises on names that cannot be paths
     if os.path.isdir(expanded):
         path = Path(os.path.abspath(expanded))
-        return _from_folder(path, _folder_name(path), backend)
+        return _from_folder(path, folder_name(path), backend)
     if os.path.isfile(expanded):
         path = Path(os.path.abspath(expanded))
         if path.suffix.lower() != ".gguf":
@@ -104,7 +104,16 @@ def find(name: str, cache_dir: Path, backend: Wanted = "auto") -> ModelFolder:
     )
 
 
-def _folder_name(path: Path) -> str:
+def identify(name: str) -> str:
+    """The id of the model that ``find`` finds by this name, as far as the name alone can tell."""
+    expanded = os.path.expanduser(name)
+    if name == EMBEDDED_ID or not os.path.exists(expanded):
+        return name
+    path = Path(os.path.abspath(expanded))
+    return printable(model_name(path)) if path.is_file() else folder_name(path)
+
+
+def folder_name(path: Path) -> str:
     """Its own, or that of the repository whose snapshot in the Hugging Face cache it is."""
     repository = path.parent.parent.name
     if path.parent.name == "snapshots" and repository.startswith("models--"):
@@ -161,7 +170,7 @@ def _from_gguf(source: Path, cache_dir: Path, model_id: str, wanted: Wanted) -> 
     )
 
 
-def _embedded_gguf() -> Path:
+def embedded_gguf() -> Path:
     """The GGUF file inside the package, which is not imported: it would import llama-cpp-python."""
     try:
         files = importlib.metadata.files(_EMBEDDED_PACKAGE) or []

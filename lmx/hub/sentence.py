@@ -68,7 +68,7 @@ def read_sentence(folder: Path) -> Sentence:
     texts = _optional(folder / "config_sentence_transformers.json")
     modules = folder / "modules.json"
     pooling, transformer, prompts_count = Pooling(), folder, True
-    if _ranks(config):
+    if ranks(config):
         pooling = Pooling("rank", normalize=_sigmoid(config))
     elif modules.is_file():
         pooling, transformer, prompts_count = _read_modules(folder, modules)
@@ -89,7 +89,7 @@ def read_sentence(folder: Path) -> Sentence:
     )
 
 
-def _ranks(config: dict[str, Any]) -> bool:
+def ranks(config: Mapping[str, Any]) -> bool:
     """A cross-encoder: a classifier of one class behind an encoder."""
     architectures = config.get("architectures")
     named = isinstance(architectures, list) and str(architectures[:1]).find("ForSequenceClassification") >= 0

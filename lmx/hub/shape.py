@@ -158,7 +158,7 @@ def _of_gguf(path: Path) -> Shape:
     from lmx.hub.gguf.file import GgufFile
     from lmx.hub.gguf.mlx import mlx_bytes
 
-    file = GgufFile(path)
+    file = GgufFile(path, words=False)
     architecture = file.architecture
     tensors = file.tensors.values()
     embedding = file.tensors.get("token_embd.weight")

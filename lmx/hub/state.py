@@ -1,126 +1,200 @@
-"""What lmx remembers beyond a restart, in one sqlite3 file: what is on the disk, jobs, benchmarks, last uses.
+"""What lmx remembers between its runs, in one SQLite file: jobs, benches, last uses, measured memory, files seen.
 
-Each table has an owner, whose SQL stands in its own module; here are the file and its migrations. Threads and processes
-may share it: every transaction is short, and waits for the others. What cannot be used is never in the way: a damaged
-file is put aside and begun anew, and where none can be written (or a later lmx has one) all is kept in memory.
+Here are the file, its tables and who may write when; each table's owner has its SQL in its own module. Any number of
+processes and threads may use it: the server, ``lmx`` commands, tests. It is a help and never a reason not to run: a
+damaged file is put aside and begun anew, one that cannot be written or that a newer lmx wrote stays as it is, and what
+would be in it is kept in memory. Every call may wait for the disk, so the event loop calls from a thread.
 """
 
+import fcntl
 import logging
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-
-BUSY_S = 10.0
-"""How long a transaction waits for another process's."""
-
-# Each list makes one version of the next lower one; never change one that was released.
-_MIGRATIONS = (
-    (
-        "CREATE TABLE files (path TEXT PRIMARY KEY, mtime_ns INTEGER, size INTEGER, facts TEXT) STRICT",
-        """CREATE TABLE jobs (id TEXT PRIMARY KEY, kind TEXT, key TEXT, wanted TEXT, state TEXT, progress TEXT,
-           error TEXT, created REAL, started REAL, ended REAL) STRICT""",
-        "CREATE TABLE benches (model TEXT, at REAL, result TEXT) STRICT",
-        "CREATE INDEX benches_of ON benches (model, at)",
-        "CREATE TABLE uses (model TEXT PRIMARY KEY, last_used REAL) STRICT",
-        "CREATE TABLE fingerprints (model TEXT, at REAL, result TEXT) STRICT",
-        "CREATE INDEX fingerprints_of ON fingerprints (model, at)",
-        "CREATE TABLE measured (model TEXT, settings TEXT, result TEXT, PRIMARY KEY (model, settings)) STRICT",
-    ),
-)
 
 logger = logging.getLogger("lmx")
 
+FILE_NAME = "state.sqlite3"
+_BUSY_S = 10.0
+_APPLICATION = 0x6C6D7873
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # The library's: facts (JSON) of a model's files, believed while their stamp is the same. Paths are bytes.
+        "CREATE TABLE files (path BLOB PRIMARY KEY, stamp BLOB NOT NULL, facts TEXT NOT NULL) STRICT, WITHOUT ROWID",
+        # Times are Unix times. `key`: the same for jobs that want the same; `wanted`, `progress`: JSON.
+        "CREATE TABLE jobs (id TEXT PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, wanted TEXT NOT NULL, "
+        "state TEXT NOT NULL, progress TEXT NOT NULL, error TEXT NOT NULL, created REAL NOT NULL, started REAL, "
+        "ended REAL) STRICT",
+        "CREATE INDEX jobs_by_key ON jobs (key, state)",
+        "CREATE TABLE benches (model TEXT NOT NULL, at REAL NOT NULL, result TEXT NOT NULL) STRICT",
+        "CREATE INDEX benches_by_model ON benches (model, at)",
+        "CREATE TABLE uses (model TEXT PRIMARY KEY, last_used REAL NOT NULL) STRICT",
+        "CREATE TABLE fingerprints (model TEXT NOT NULL, at REAL NOT NULL, result TEXT NOT NULL) STRICT",
+        "CREATE INDEX fingerprints_by_model ON fingerprints (model, at)",
+        # `settings`: those of a load that its memory depends on, as text.
+        "CREATE TABLE measured (model TEXT NOT NULL, settings TEXT NOT NULL, result TEXT NOT NULL, "
+        "PRIMARY KEY (model, settings)) STRICT",
+    ),
+)
+"""Statements from each version to the next. What was released is never edited; something new is a new step."""
+
 
 class State:
-    """Blocking: the server calls it from threads. ``path`` None: in memory."""
+    """An open state. ``path`` None: in memory only."""
 
     def __init__(self, path: Path | None) -> None:
-        self._lock = threading.Lock()
-        self._database = self._open(path) if path is not None else _in_memory()
+        """Never raises for what is wrong with the file: ``persistent`` says how it came out, the log why."""
+        self._path = path
+        self._lock = threading.RLock()
+        self._db = self._open()
 
-    def _open(self, path: Path) -> sqlite3.Connection:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                return _connect(path)
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                aside = path.with_name(f"{path.name}.broken-{time.time_ns()}")
-                logger.error("%s is damaged (%s): it is put aside as %s, and begun anew", path, error, aside.name)
-                for suffix in ("", "-wal", "-shm"):
-                    part = path.with_name(path.name + suffix)
-                    if part.exists():
-                        part.rename(aside.with_name(aside.name + suffix))
-                return _connect(path)
-        except (OSError, sqlite3.Error, _TooNew) as error:
-            logger.warning("%s cannot be used (%s): what lmx remembers is lost when it ends", path, error)
-            return _in_memory()
+    @property
+    def persistent(self) -> bool:
+        """Whether anything is left after this process."""
+        return self._path is not None
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: committed when the block ends, rolled back when it raises."""
+        """A transaction, the only one of this process and the only one that writes in the file: be short, and do not
+        nest. An exception takes back what was done in it. Raises sqlite3.Error where the disk does not answer or is
+        full; a file that proves damaged is another, empty one for the next call."""
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
-            except BaseException:
-                self._database.rollback()
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                if _is_damage(error):
+                    self._db.close()
+                    self._db = self._open()
                 raise
-            self._database.commit()
 
     def note_uses(self, uses: Mapping[str, float]) -> None:
         """Unix times at which models were last used."""
-        with self.connection() as database:
-            database.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", uses.items())
+        with self.connection() as db:
+            db.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", uses.items())
 
     def last_uses(self) -> dict[str, float]:
         """Of every model that was ever used."""
-        with self.connection() as database:
-            return dict(database.execute("SELECT model, last_used FROM uses"))
+        with self.connection() as db:
+            return dict(db.execute("SELECT model, last_used FROM uses"))
 
     def close(self) -> None:
         """No use after it."""
         with self._lock:
-            self._database.close()
+            self._db.close()
 
-
-class _TooNew(Exception):
-    """A later lmx made it."""
+    def _open(self) -> sqlite3.Connection:
+        if self._path is None:
+            return _in_memory()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with _opening(self._path):
+                try:
+                    return _connect(self._path)
+                except sqlite3.Error as error:
+                    if not _is_damage(error):
+                        raise
+                    aside = _put_aside(self._path)
+                    logger.warning("the state in %s was damaged (%s); it is kept as %s", self._path, error, aside.name)
+                    return _connect(self._path)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("the state in %s cannot be used (%s): lmx keeps it in memory only", self._path, error)
+        path, self._path = self._path, None
+        return _copy(path)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    """Open and migrate. Raises sqlite3.Error."""
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
     try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        _migrate(database)
+        if (found := db.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+            raise sqlite3.DatabaseError(" ".join(str(found).split()))
+        _migrate(db)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last moments, never the file
     except BaseException:
-        database.close()
+        db.close()
         raise
-    return database
+    return db
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """All steps or none. Raises sqlite3.Error, also for a file that is no state or a newer lmx's."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = _pragma(db, "user_version")
+        if _pragma(db, "application_id") != _APPLICATION:
+            if version or db.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
+                raise sqlite3.DatabaseError("it is another program's")
+            db.execute(f"PRAGMA application_id = {_APPLICATION}")
+        if version > len(_MIGRATIONS):
+            raise sqlite3.NotSupportedError(f"a newer lmx wrote it, in version {version}")
+        for statements in _MIGRATIONS[version:]:
+            version += 1
+            for statement in (*statements, f"PRAGMA user_version = {version}"):
+                db.execute(statement)
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
 
 
 def _in_memory() -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    _migrate(database)
-    return database
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _migrate(db)
+    return db
 
 
-def _migrate(database: sqlite3.Connection) -> None:
-    database.execute("BEGIN IMMEDIATE")  # another process may be at it: whoever is second finds it done
-    try:
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > len(_MIGRATIONS):
-            raise _TooNew(f"it is of version {version}, and this lmx knows {len(_MIGRATIONS)}")
-        for statements in _MIGRATIONS[version:]:
-            for statement in statements:
-                database.execute(statement)
-        database.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-    except BaseException:
-        database.rollback()
-        raise
-    database.commit()
+def _copy(path: Path) -> sqlite3.Connection:
+    """In memory, with what can be read of a file that cannot be written."""
+    with suppress(OSError, sqlite3.Error):
+        # "immutable": a reader too would write beside a file in WAL mode, which a read-only disk forbids.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(uri, uri=True)) as source:
+            if _pragma(source, "user_version") <= len(_MIGRATIONS):
+                db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                try:
+                    source.backup(db)
+                    _migrate(db)
+                    return db
+                except BaseException:
+                    db.close()
+                    raise
+    return _in_memory()
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file itself is at fault, and not the disk, another process, or a caller's SQL."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def _put_aside(path: Path) -> Path:
+    """Make room for a new file; the log of what was not yet written into it goes along. Raises OSError."""
+    aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """One process at a time: SQLite waits for nobody while it changes to WAL, and one puts aside what another makes."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

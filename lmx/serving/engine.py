@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import copy
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -43,6 +45,8 @@ class Engine:
     """The engine process of one model, as the server sees it. ``run`` it in a nursery; any number of tasks may
     ``generate``.
 
+    ``settings``: those that hold now; how it restarts, and what starts it, stays as it was at first.
+
     ``state``: "loading" until the first process is ready, then "ready"; "restarting" from a death until the next one is
     ready; "failed" while the circuit breaker is open; "stopped" after ``run``.
     """
@@ -51,7 +55,7 @@ class Engine:
         self,
         name: str,
         load: protocol.Load,
-        settings: EngineSettings,
+        settings: Callable[[], EngineSettings],
         metrics: Metrics,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
@@ -62,14 +66,15 @@ class Engine:
         self.restarts = 0
         self._load = load
         self._settings = settings
-        self._command = settings.command or [sys.executable, "-P", "-m", "lmx.engine"]
+        given = settings()
+        self._command = given.command or [sys.executable, "-P", "-m", "lmx.engine"]
         self._environment = environment
         self._meter = Meter(name, metrics)
         self._breaker = Breaker(
-            backoff_s=settings.restart_backoff_s,
-            backoff_max_s=settings.restart_backoff_max_s,
-            max_restarts=settings.max_restarts,
-            cooldown_s=settings.restart_cooldown_s,
+            backoff_s=given.restart_backoff_s,
+            backoff_max_s=given.restart_backoff_max_s,
+            max_restarts=given.max_restarts,
+            cooldown_s=given.restart_cooldown_s,
         )
         self._ledger = Ledger(name, settings, self._meter, self._breaker.succeed)
         self._process: EngineProcess | None = None
@@ -78,9 +83,12 @@ class Engine:
         self._load_failure: Failure | None = None
         self._last_failure: Failure | None = None
         self._last_tail: tuple[str, ...] = ()
+        self._refusal: LmxError | None = None
+        """It takes nobody any more."""
         self._wanted = trio.Event()
         """A request asks for one more try after the breaker's cool-down."""
         self._state_changed = trio.Event()
+        self._metrics = metrics
         metrics.watch(name, self.statistics)
 
     # --- leases ----------------------------------------------------------------------------------
@@ -120,6 +128,8 @@ class Engine:
             await self._end_lease(lease, reason)
 
     def _refuse_if_down(self) -> None:
+        if self._refusal is not None:
+            raise copy(self._refusal)
         if self.state == "stopped":
             raise ModelOverloaded(f"The model {self.name!r} was stopped.")
         if self.state == "failed":
@@ -142,10 +152,10 @@ class Engine:
         ran = self._ledger.close(lease)
         if lease.submitted:
             with trio.CancelScope(shield=True):
-                with trio.move_on_after(self._settings.free_timeout_s) as limit:
+                with trio.move_on_after(self._settings().free_timeout_s) as limit:
                     await lease.freed.wait()
                 if limit.cancelled_caught and self._process is not None:
-                    self._process.kill(f"it did not free a sequence within {self._settings.free_timeout_s} s")
+                    self._process.kill(f"it did not free a sequence within {self._settings().free_timeout_s} s")
                     await lease.freed.wait()
             if ran:
                 self._meter.cancel_freed(trio.current_time() - seen)
@@ -180,6 +190,7 @@ class Engine:
                 self.restarts += 1
         finally:
             self._set_state("stopped")
+            self._metrics.forget(self.name, self.statistics)
             self._ledger.fail_waiting(ModelOverloaded(f"The model {self.name!r} was stopped."))
 
     async def _wait_until_wanted(self, failure: Failure) -> None:
@@ -256,14 +267,14 @@ class Engine:
 
     async def _watch(self, process: EngineProcess) -> None:
         """Kill an engine that is alive and not healthy: it owes steps, and its step counter stands still."""
-        with trio.move_on_after(self._settings.load_timeout_s):
+        with trio.move_on_after(self._settings().load_timeout_s):
             await self._is_ready.wait()
         if not self._is_ready.is_set():
-            process.kill(f"it did not load within {self._settings.load_timeout_s} s")
+            process.kill(f"it did not load within {self._settings().load_timeout_s} s")
         ledger = self._ledger
         while True:
             await ledger.working.wait()
-            limit_s = max(self._settings.hang_timeout_s, HANG_STEPS * ledger.longest_step_s)
+            limit_s = max(self._settings().hang_timeout_s, HANG_STEPS * ledger.longest_step_s)
             due = ledger.progress_at + limit_s
             if trio.current_time() >= due:
                 process.kill(f"no step for {limit_s:.1f} s with work queued")
@@ -272,6 +283,11 @@ class Engine:
 
     def fail_all(self, error: LmxError) -> None:
         """End every request with ``error`` now; their tasks give the leases back."""
+        self._ledger.fail_all(error)
+
+    def close(self, error: LmxError) -> None:
+        """End every request with ``error``, also those that come from now on, whether it ever ran or not."""
+        self._refusal = error
         self._ledger.fail_all(error)
 
     def kill(self) -> None:
@@ -283,6 +299,17 @@ class Engine:
         self.state = state
         self._state_changed.set()
         self._state_changed = trio.Event()
+
+    def grant(self, kv_budget_bytes: int) -> None:
+        """Before ``run``: what its KV may take."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+
+    def trim(self, given: int) -> None:
+        """Placeholder of helper mem's."""
+
+    async def change(self) -> None:
+        """Wait for the next change of the state."""
+        await self._state_changed.wait()
 
     async def wait_state(self, *states: str) -> str:
         """Wait until the state is one of ``states``, and return it. Cancelled: nothing changes."""

@@ -9,6 +9,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import trio
 
@@ -58,6 +59,18 @@ class EmbedRequest:
 
 AnyRequest = GenerateRequest | EmbedRequest
 
+State = Literal["queued", "prefill", "decode"]
+
+
+class Stream(Protocol):
+    """What is told of a lease, whatever it brings."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -82,6 +95,7 @@ class Lease:
         "error",
         "finish",
         "first_token_at",
+        "forwarded",
         "freed",
         "last_token_at",
         "logprobs",
@@ -115,6 +129,8 @@ class Lease:
         """How it began in the engine."""
         self.first_token_at: float | None = None
         self.last_token_at = now
+        self.forwarded = False
+        """A forward of its engine has had a part of it."""
         self.submitted = False
         """An engine process knows it and has not confirmed it free."""
         self.alone_tokens = 0
@@ -131,6 +147,13 @@ class Lease:
     @property
     def cached_tokens(self) -> int:
         return self.started.cached_tokens if self.started else 0
+
+    @property
+    def state(self) -> State:
+        """How far it is, or was at its end."""
+        if self.first_token_at is not None:
+            return "decode"
+        return "prefill" if self.forwarded else "queued"
 
     @property
     def over(self) -> bool:
@@ -162,7 +185,7 @@ class Lease:
         if self.over or (self.first_token_at is not None and isinstance(self.request, GenerateRequest)):
             return False
         self.vectors.clear()
-        self.drawn_tokens, self.first_token_at = 0, None
+        self.drawn_tokens, self.first_token_at, self.forwarded = 0, None, False
         return True
 
     async def changed(self) -> None:
@@ -196,6 +219,10 @@ class TokenStream:
     def prompt_logprobs(self) -> list[protocol.Logprobs]:
         """Of the prompt's tokens but the first, if the request asked for them; whole from the first chunk on."""
         return self._lease.prompt_logprobs
+
+    @property
+    def state(self) -> State:
+        return self._lease.state
 
     @property
     def cached_tokens(self) -> int:
@@ -239,8 +266,14 @@ class TokenStream:
 class VectorStream:
     """What the lease of an ``EmbedRequest`` gives to read. For one task at a time."""
 
+    cached_tokens = 0
+
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+
+    @property
+    def state(self) -> State:
+        return self._lease.state
 
     async def receive(self) -> list[protocol.Embedded]:
         """Wait for the vectors of all inputs, in the pieces they came in. Cancelled: nothing was taken.

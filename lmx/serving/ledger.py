@@ -50,7 +50,9 @@ class Ledger:
     ``on_success`` is called when a request got its first token: the engine is of use.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, meter: Meter, on_success: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, settings: Callable[[], EngineSettings], meter: Meter, on_success: Callable[[], None]
+    ) -> None:
         self.leases: dict[int, Lease] = {}
         self.submitted: dict[int, Lease] = {}
         """The engine knows them and has not freed them."""
@@ -91,10 +93,10 @@ class Ledger:
         now = trio.current_time()
         if refusal := self._suspects.refusal(request, now):
             raise RequestCrashesEngine(refusal)
-        if self.waiting >= self._settings.max_queue:
+        if self.waiting >= self._settings().max_queue:
             raise QueueFull(
                 f"{self.waiting} requests wait for the model {self._name!r} already ([engine] max_queue is "
-                f"{self._settings.max_queue}). Try again later.",
+                f"{self._settings().max_queue}). Try again later.",
                 retry_after_s=self._retry_after_s(now),
             )
         lease = Lease(next(self._numbers), request, now)
@@ -321,6 +323,9 @@ class Ledger:
                     self.submitted[seq].prompt_logprobs += logprobs
             case protocol.Running(seqs=seqs):
                 self._in_forward = frozenset(seqs)
+                for seq in seqs:
+                    if seq in self.submitted:
+                        self.submitted[seq].forwarded = True
             case protocol.Freed():
                 self._freed(message)
             case protocol.Failed():
@@ -355,7 +360,7 @@ class Ledger:
             if lease.over:
                 continue  # cancelled; the engine has not heard it yet
             lease.feed(row)
-            if len(lease.tokens) > self._settings.max_unread_tokens and lease.finish is None:
+            if len(lease.tokens) > self._settings().max_unread_tokens and lease.finish is None:
                 self._drop_slow_reader(lease)
             self._check_probe(lease)
 

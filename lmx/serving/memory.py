@@ -254,12 +254,15 @@ class Memory:
         if (entry := self._entries.get(model)) is not None:
             entry.pid, entry.measured = pid, measured
 
+    def held(self, model: str) -> Held:
+        """What one model holds; nothing, if it is unknown."""
+        e = self._entries.get(model, _Entry(0))
+        return Held(model, e.reserved, e.owned, e.measured, e.active, e.pool, e.pid)
+
     def report(self) -> MemoryReport:
         """All columns and their sums. Also where the alarm is decided: once on, it is logged and stays until the
         difference has halved."""
-        held = tuple(
-            Held(model, e.reserved, e.owned, e.measured, e.active, e.pool, e.pid) for model, e in self._entries.items()
-        )
+        held = tuple(self.held(model) for model in self._entries)
         both = [one for one in held if one.owned_bytes and one.measured_bytes]
         owned = sum(one.owned_bytes for one in both)
         difference = sum(one.measured_bytes for one in both) - owned

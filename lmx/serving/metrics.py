@@ -80,6 +80,11 @@ class Metrics(Collector):
         self.itl = histogram("lmx_inter_token_seconds", "Between two tokens of a sequence.")
         self.step = histogram("lmx_step_seconds", "One engine step.")
         self.cancel_free = histogram("lmx_cancel_free_seconds", "From a cancellation seen to its KV freed.")
+        self.load = histogram("lmx_model_load_seconds", "From the first wish for a model until it took requests.")
+        self.loads = counter(
+            "lmx_model_loads", "Loads that ended, by how: ready, failed or cancelled.", "model", "outcome"
+        )
+        self.evictions = counter("lmx_model_evictions", "Unloads because another model needed the memory.", "model")
         self.registry.register(self)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -91,6 +96,11 @@ class Metrics(Collector):
     def watch(self, model: str, statistics: Callable[[], EngineStatistics]) -> None:
         """Show the gauges of this engine at every scrape."""
         self._engines[model] = statistics
+
+    def forget(self, model: str, statistics: Callable[[], EngineStatistics]) -> None:
+        """This engine has ended: its gauges are shown no more, unless another one has its name by now."""
+        if self._engines.get(model) == statistics:
+            del self._engines[model]
 
     def collect(self) -> Iterator[Metric]:
         records = [(model, statistics()) for model, statistics in self._engines.items()]

@@ -13,14 +13,17 @@ import psutil
 from quart import Blueprint, Response, request
 
 from lmx import __version__
+from lmx.api.admin.description import status_object
 from lmx.api.core.formats import formats
+from lmx.config.live import Live
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
+from lmx.serving.models.status import ModelStatus
 
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
 
-def blueprint(models: Models, metrics: Metrics) -> Blueprint:
+def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
     """The admin face's reading half."""
     routes = Blueprint("admin", __name__)
     started = time.monotonic()
@@ -30,7 +33,7 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
     async def health() -> tuple[dict[str, Any], int]:
         """Liveness: 200 while the server answers. With `?ready`: 503 unless every model takes requests."""
         states = models.states()
-        ready = not models.draining and all(state == "ready" for state in states.values())
+        ready = models.ready
         status = "draining" if models.draining else "ready" if ready else "not ready"
         asks_ready = "ready" in request.args
         return {"status": status if asks_ready else "ok", "models": states}, 503 if asks_ready and not ready else 200
@@ -43,8 +46,9 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
 
     @routes.get("/admin/status")
     async def status() -> dict[str, Any]:
-        """The server, its memory, and each model's engine, leases and KV."""
-        memory, process = psutil.virtual_memory(), psutil.Process()
+        """The server, its memory and disk, its jobs, and each model's stay in memory: state, engine, leases, KV."""
+        report = models.memory.report()
+        served = {one.id: one for one in models.listing()}
         return {
             "version": __version__,
             "versions": {name: _version(name) for name in PACKAGES},
@@ -53,12 +57,18 @@ def blueprint(models: Models, metrics: Metrics) -> Blueprint:
             "uptime_s": round(time.monotonic() - started, 3),
             "draining": models.draining,
             "memory": {
-                "total_bytes": memory.total,
-                "available_bytes": memory.available,
-                "server_rss_bytes": process.memory_info().rss,
+                "total_bytes": report.total_bytes,
+                "available_bytes": report.available_bytes,
+                "server_rss_bytes": psutil.Process().memory_info().rss,
+                "budget_bytes": report.budget_bytes,
+                "reserved_bytes": report.reserved_bytes,
+                "owned_bytes": report.owned_bytes,
+                "measured_bytes": report.measured_bytes,
+                "difference_bytes": report.difference_bytes,
+                "alarm": report.alarm,
             },
-            "models": [_model_status(served) for served in models.listing()]
-            or [{"id": name, "state": state} for name, state in models.states().items()],
+            "jobs": sum(not job.is_over for job in models.jobs.list()),
+            "models": [_served(served.get(one.id)) | status_object(one) | _memory(one) for one in models.statuses()],
         }
 
     return routes
@@ -71,12 +81,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _model_status(served: AnyServed) -> dict[str, Any]:
+def _memory(status: ModelStatus) -> dict[str, Any]:
+    return {
+        "estimate": asdict(status.estimate) if status.estimate is not None else None,
+        "owned_bytes": status.owned_bytes,
+        "measured_bytes": status.measured_bytes,
+    }
+
+
+def _served(served: AnyServed | None) -> dict[str, Any]:
+    """What its words and its engine tell; nothing, while there are none."""
+    if served is None:
+        return {"ready": None, "engine": None}
     folder, engine = served.folder, served.engine
     return {
-        "id": served.id,
         "type": served.kind,
-        "state": engine.state,
         "format": folder.format,
         "backend": folder.backend,
         "backend_reason": folder.backend_reason,

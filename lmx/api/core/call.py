@@ -3,16 +3,19 @@
 import math
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 
 import trio
 from quart import request
 from quart.wrappers import Request
 
 from lmx.config import ServerSettings
-from lmx.errors import InvalidRequest
+from lmx.errors import InvalidRequest, LmxError
+from lmx.serving.lease import State, Stream
 
 SESSION_HEADERS = ("x-session-affinity", "x-session-id", "x-claude-code-session-id", "session-id", "thread-id")
 """opencode's, Claude Code's and Codex's."""
@@ -48,6 +51,55 @@ class Call:
     first_token_at: float | None = None
     """Of all choices, like the next; on Trio's clock."""
     last_token_at: float = 0.0
+    face: str = ""
+    """Whose answer a model makes; "" for a request that needs none."""
+    streams: list[Stream] = field(default_factory=list)
+    """Of its sequences that had a lease."""
+    audit: dict[str, object] = field(default_factory=dict)
+    """What it wants to change, for the log."""
+    _scope: trio.CancelScope | None = None
+    """Of the work that goes on."""
+    _unwound: trio.Event = field(default_factory=trio.Event)
+    """That work has given back all that it held."""
+    _cancelled: LmxError | None = None
+    releases: list[Callable[[], None]] = field(default_factory=list)
+    """What gives back what the request holds beyond its handler, such as the lease on its model."""
+
+    def end(self) -> None:
+        """It is over, however it ended."""
+        while self.releases:
+            self.releases.pop()()
+
+    @contextmanager
+    def cancellable(self) -> Iterator[None]:
+        """Around its work: ``cancel`` ends that, and the error is raised when the block is left."""
+        self._unwound = trio.Event()
+        with trio.CancelScope() as scope:
+            self._scope = scope
+            if self._cancelled is not None:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self._scope = None
+                self._unwound.set()
+        if scope.cancelled_caught and self._cancelled is not None:
+            raise copy(self._cancelled)
+
+    async def cancel(self, error: LmxError) -> None:
+        """End it with ``error``, told to its client; returns when it holds nothing any more. Cancelled: it ends all the
+        same."""
+        self._cancelled = self._cancelled or error
+        if self._scope is not None:
+            self._scope.cancel()
+            await self._unwound.wait()
+        self.end()  # before its client has read why
+
+    @property
+    def state(self) -> State:
+        """Of the sequence that is furthest."""
+        states = {stream.state for stream in self.streams}
+        return next((state for state in ("decode", "prefill") if state in states), "queued")
 
     def took(self, tokens: int, now: float) -> None:
         """A choice got so many tokens."""

@@ -21,7 +21,7 @@ from lmx.api.errors import raise_single
 from lmx.chat.events import Event, Malformed
 from lmx.chat.plan import Plan
 from lmx.chat.text import TextStream
-from lmx.config import ServerSettings
+from lmx.config import Settings
 from lmx.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest
 from lmx.protocol import Logprobs, Sampling, Started
 from lmx.serving.engine import Chunk, GenerateRequest
@@ -293,6 +293,7 @@ async def _run_choice(
     task_status: trio.TaskStatus[int],
 ) -> None:
     async with job.served.engine.generate(request) as tokens:
+        job.call.streams.append(tokens)
         task_status.started(tokens.seq)
         await leased.wait()
         while choice.finish is None:
@@ -352,7 +353,7 @@ def make_job(
     logprobs: int,
     prompt_param: str,
     call: Call,
-    settings: ServerSettings,
+    settings: Settings,
     plan: Plan,
     stop_ids: Sequence[int] = (),
     continues: bool = False,
@@ -369,13 +370,14 @@ def make_job(
     if n > best:
         logprobs = max(logprobs, 0)
     bias = _logit_bias(fields, served.chat.vocab_size)
-    deadline = call.deadline(fields.timeout, settings)
+    deadline = call.deadline(fields.timeout, settings.server)
     remaining_s = deadline - trio.current_time()
     call.model, call.route = served.id, fields.model or "default"
     call.choices = n * len(prompts)
     call.prompt_tokens = sum(map(len, prompts))
-    if settings.log_prompts:
+    if settings.server.log_prompts:
         call.prompt = lambda: "\n".join(map(served.chat.spelled, prompts))
+    defaults = {**served.folder.sampling, **settings.named(served.names).sampling}
     requests = []
     for prompt in prompts:
         room = _room(served, len(prompt), prompt_param)
@@ -384,9 +386,7 @@ def make_job(
                 GenerateRequest(
                     prompt=prompt,
                     max_tokens=room if max_tokens == -1 else min(max(max_tokens, 1), room),
-                    sampling=_sampling(
-                        fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, served.folder.sampling
-                    ),
+                    sampling=_sampling(fields, (seed + index * SEED_STEP) & UINT64, bias, logprobs, defaults),
                     client=call.client((fields.user or "")[:CLIENT_CHARACTERS]),
                     priority=fields.priority or 0,
                     deadline_s=None if remaining_s == float("inf") else max(remaining_s, 0.0),
@@ -445,7 +445,7 @@ def _room(served: Served, prompt_tokens: int, param: str) -> int:
 def _sampling(
     fields: GenerationFields, seed: int, bias: dict[int, float] | None, logprobs: int, defaults: Mapping[str, float]
 ) -> Sampling:
-    """``defaults``: the model's own, for what the request leaves open (as vLLM does)."""
+    """``defaults``: the settings' for this model, then its makers', for what the request leaves open (as vLLM does)."""
     penalty = fields.repetition_penalty if fields.repetition_penalty is not None else fields.repeat_penalty
 
     def choose(name: str, asked: float | None, otherwise: float) -> float:

@@ -19,11 +19,11 @@ from lmx.api.openai.chunks import ChunkStream
 from lmx.api.openai.logprobs import chat_logprobs
 from lmx.api.openai.message import delta_fields, message
 from lmx.chat.events import Content, Event
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.serving.models import Models
 
 
-def blueprint(models: Models, settings: Settings) -> Blueprint:
+def blueprint(models: Models, live: Live) -> Blueprint:
     """The chat routes over ``models``."""
     routes = Blueprint("chat", __name__)
 
@@ -31,7 +31,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @document_request(ChatRequest)
     async def chat_completions() -> Response:
         """Answer a conversation, in one piece or as server-sent events (`stream`)."""
-        body, served, prepared = await receive(ChatRequest, models, settings)
+        body, served, prepared = await receive(ChatRequest, models, live)
         job = make_job(
             served,
             body,
@@ -40,13 +40,13 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
             prompt_param="messages",
             call=current_call(),
-            settings=settings.server,
+            settings=live.now,
             plan=prepared.plan,
             continues=prepared.continues,
         )
         model = body.model or served.id
         if body.stream:
-            return EventStream(partial(_stream, job, body, model), job.call.id, settings.server.sse_comment_s)
+            return EventStream(partial(_stream, job, body, model), job.call.id, live.now.server.sse_comment_s)
         return await _answer(job, body, model)
 
     return routes

@@ -16,14 +16,14 @@ from lmx.api.openai.answer import Collected, heading
 from lmx.api.openai.chunks import ChunkStream
 from lmx.api.openai.logprobs import CompletionLogprobs
 from lmx.chat.events import Event
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.serving.models import Models
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's and vLLM's."""
 
 
-def blueprint(models: Models, settings: Settings) -> Blueprint:
+def blueprint(models: Models, live: Live) -> Blueprint:
     """The completion routes over ``models``."""
     routes = Blueprint("completions", __name__)
 
@@ -31,7 +31,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @document_request(CompletionRequest)
     async def completions() -> Response:
         """Continue a text, in one piece or as server-sent events (`stream`)."""
-        body, served, prepared = await receive(CompletionRequest, models, settings)
+        body, served, prepared = await receive(CompletionRequest, models, live)
         job = make_job(
             served,
             body,
@@ -40,7 +40,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_param="prompt",
             call=current_call(),
-            settings=settings.server,
+            settings=live.now,
             plan=prepared.plan,
             stop_ids=prepared.stop_ids,
             continues=prepared.continues,
@@ -51,7 +51,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         model = body.model or served.id
         if body.stream:
             produce = partial(_stream, job, body, model, echoes, prepared.offsets)
-            return EventStream(produce, job.call.id, settings.server.sse_comment_s)
+            return EventStream(produce, job.call.id, live.now.server.sse_comment_s)
         return await _answer(job, body, model, echoes, prepared.offsets)
 
     return routes

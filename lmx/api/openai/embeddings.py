@@ -18,7 +18,7 @@ from lmx.api.body import receive_embedding
 from lmx.api.core.call import current_call
 from lmx.api.core.embedding_requests import EmbeddingFields, EmbeddingRequest, RerankRequest
 from lmx.api.core.prepare import Prepared
-from lmx.config import Settings
+from lmx.config.live import Live
 from lmx.errors import DeadlineExceeded, InvalidRequest
 from lmx.protocol import Embedded
 from lmx.serving.engine import EmbedRequest
@@ -30,7 +30,7 @@ CLIENT_CHARACTERS = 256
 Vectors = npt.NDArray[np.float32]
 
 
-def blueprint(models: Models, settings: Settings) -> Blueprint:
+def blueprint(models: Models, live: Live) -> Blueprint:
     """The routes over ``models``."""
     routes = Blueprint("embeddings", __name__)
 
@@ -38,13 +38,13 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @document_request(EmbeddingRequest)
     async def embeddings() -> Response:
         """A vector of each text."""
-        body, served, prepared = await receive_embedding(EmbeddingRequest, models, settings)
+        body, served, prepared = await receive_embedding(EmbeddingRequest, models, live)
         if served.ranks:
             raise InvalidRequest(
                 f"The model {served.id!r} is a cross-encoder: it makes no vectors; ask it at /v1/rerank.", param="model"
             )
         _check_dimensions(body.dimensions, served)
-        pieces = await _run(body, served, prepared, settings)
+        pieces = await _run(body, served, prepared)
         answer = {"object": "list", "model": body.model or served.id, "usage": _usage(prepared)}
         data = await trio.to_thread.run_sync(_render, body, prepared, pieces, answer, abandon_on_cancel=True)
         return Response(data, content_type="application/json")
@@ -53,14 +53,14 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
     @document_request(RerankRequest)
     async def rerank() -> Response:
         """How well each document answers the query, best first; for cross-encoders."""
-        body, served, prepared = await receive_embedding(RerankRequest, models, settings)
+        body, served, prepared = await receive_embedding(RerankRequest, models, live)
         if not served.ranks:
             raise InvalidRequest(
                 f"The model {served.id!r} is no cross-encoder, so it cannot rank documents; compare its embeddings "
                 "(/v1/embeddings) instead.",
                 param="model",
             )
-        scores = _assemble(await _run(body, served, prepared, settings), len(prepared.prompts))[:, 0]
+        scores = _assemble(await _run(body, served, prepared), len(prepared.prompts))[:, 0]
         order = np.argsort(-scores, kind="stable")[: body.top_n or len(scores)]
         results: list[dict[str, Any]] = [
             {"index": int(index), "relevance_score": float(scores[index])} for index in order
@@ -71,13 +71,11 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         answer = {"object": "list", "model": body.model or served.id, "results": results, "usage": _usage(prepared)}
         return Response(to_json(answer), content_type="application/json")
 
-    async def _run(
-        body: EmbeddingFields, served: ServedEmbedding, prepared: Prepared, settings: Settings
-    ) -> list[Embedded]:
+    async def _run(body: EmbeddingFields, served: ServedEmbedding, prepared: Prepared) -> list[Embedded]:
         call = current_call()
         call.model, call.route = served.id, body.model or "embedding"
         call.choices, call.prompt_tokens = len(prepared.prompts), sum(map(len, prepared.prompts))
-        deadline = call.deadline(body.timeout, settings.server)
+        deadline = call.deadline(body.timeout, live.now.server)
         remaining_s = deadline - trio.current_time()
         request = EmbedRequest(
             prepared.prompts,
@@ -89,6 +87,7 @@ def blueprint(models: Models, settings: Settings) -> Blueprint:
         )
         with trio.CancelScope(deadline=deadline) as limit:
             async with served.engine.embed(request) as vectors:
+                call.streams.append(vectors)
                 pieces = await vectors.receive()
         if limit.cancelled_caught:
             raise DeadlineExceeded(

@@ -8,36 +8,39 @@ from quart_schema import document_request
 from lmx.api.body import receive
 from lmx.api.core.formats import formats
 from lmx.api.core.schemas import DetokenizeRequest, TokenizeRequest
-from lmx.config import Settings
+from lmx.config.live import Live
+from lmx.hub.library import Entry
 from lmx.serving.models import AnyServed, Models
 
 
-def blueprint(models: Models, settings: Settings) -> Blueprint:
+def blueprint(models: Models, live: Live) -> Blueprint:
     """The routes that tell of ``models`` and their tokens."""
     routes = Blueprint("models", __name__)
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The models that can be asked for."""
-        return {"object": "list", "data": [_model_object(served) for served in models.listing()]}
+        listed = [*map(_model_object, models.listing()), *map(_entry_object, models.available())]
+        return {"object": "list", "data": listed}
 
     @routes.get("/v1/models/<path:model_id>")
     async def get_model(model_id: str) -> dict[str, Any]:
         """One model, by id or alias."""
-        return _model_object(models.find(model_id))
+        found = models.look_up(model_id)
+        return _entry_object(found) if isinstance(found, Entry) else _model_object(found)
 
     @routes.post("/tokenize")
     @document_request(TokenizeRequest)
     async def tokenize() -> Response:
         """The token ids of a text, in which special tokens are taken as such, or of a conversation."""
-        _, _, prepared = await receive(TokenizeRequest, models, settings)
+        _, _, prepared = await receive(TokenizeRequest, models, live)
         return Response(prepared.answer, content_type="application/json")
 
     @routes.post("/detokenize")
     @document_request(DetokenizeRequest)
     async def detokenize() -> Response:
         """The text of token ids."""
-        _, _, prepared = await receive(DetokenizeRequest, models, settings)
+        _, _, prepared = await receive(DetokenizeRequest, models, live)
         return Response(prepared.answer, content_type="application/json")
 
     return routes
@@ -50,8 +53,22 @@ def _model_object(served: AnyServed) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "lmx",
         "type": served.kind,
+        "state": served.engine.state,
         "max_model_len": served.context_length,
         "backend": served.folder.backend,
         "backend_reason": served.folder.backend_reason,
         **formats(served),
+    }
+
+
+def _entry_object(entry: Entry) -> dict[str, Any]:
+    """Of a model on the disk, which a request would load."""
+    return {
+        "id": entry.id,
+        "object": "model",
+        "created": int(entry.modified),
+        "owned_by": "lmx",
+        "type": entry.kind,
+        "state": "not loaded",
+        "max_model_len": entry.context_length,
     }

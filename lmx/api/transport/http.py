@@ -24,7 +24,8 @@ from lmx.api.errors import contained
 from lmx.api.transport.http1 import Http1
 from lmx.api.transport.http2 import Http2
 from lmx.api.transport.stream import WatchedStream
-from lmx.config import ServerSettings, Settings
+from lmx.config import ServerSettings
+from lmx.config.live import Live
 
 BACKLOG = 1024
 ENDING_KEEP_ALIVE_S = 0.25
@@ -46,7 +47,7 @@ hypercorn.protocol.H2Protocol = Http2
 async def serve_http(
     app: App,
     sockets: list[socket.socket],
-    settings: Settings,
+    live: Live,
     *,
     shutdown: trio.Event,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -56,19 +57,20 @@ async def serve_http(
     After ``shutdown`` nothing is accepted and idle connections are closed; how long running requests may take is the
     caller's decision. Cancelled: every handler is cancelled, every socket closed, before Cancelled leaves.
     """
-    config = _hypercorn_config(settings.server)
+    config = _hypercorn_config(live.now.server)
     context = WorkerContext(None)
     state: LifespanState = {}
     lifespan = Lifespan(wrap_app(app, config.wsgi_max_body_size, "asgi"), config, state)
-    live: set[_Connection] = set()
+    alive: set[_Connection] = set()
 
     async def serve(stream: trio.SocketStream) -> None:
-        connection = _Connection(app, config, context, settings.server, stream)
-        live.add(connection)
+        server = live.now.server  # as it is now: a connection's limits stay
+        connection = _Connection(app, _hypercorn_config(server), context, server, stream)
+        alive.add(connection)
         try:
             await connection.serve(state)
         finally:
-            live.discard(connection)
+            alive.discard(connection)
 
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
@@ -84,7 +86,7 @@ async def serve_http(
                 await shutdown.wait()
                 accepting.cancel_scope.cancel()
             await context.terminated.set()
-            for connection in live:
+            for connection in alive:
                 connection.wake()
         await lifespan.wait_for_shutdown()
         lifespan_nursery.cancel_scope.cancel()

@@ -1,19 +1,20 @@
 """A GGUF model as the converter reads it: metadata and tensors, over all parts of a split file.
 
-Part of the converter process; imports no MLX. Refuses what no engine can load, naming the file and the way out; what
+For the converter process, and for whoever in the server asks what a file is: imports neither MLX nor, but for the
+tensors' bytes, NumPy. Refuses what no engine can load, naming the file and the way out; what
 MLX alone cannot load is ``lmx.hub.gguf.mlx``'s to say.
 """
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-import gguf
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lmx.errors import ModelInvalid
 from lmx.hub.gguf.header import Tensor, read_header
 from lmx.hub.gguf.parts import part_paths
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SAMPLING = {
     "temperature": "temp",
@@ -25,12 +26,13 @@ _SAMPLING = {
 
 
 class GgufFile:
-    """Metadata and tensor table of a checked file. Raises ModelInvalid."""
+    """Metadata and tensor table of a checked file; without ``words`` the vocabulary's lists are empty. Raises
+    OSError, ModelInvalid."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, words: bool = True) -> None:
         self.path = path
-        header = read_header(path)
-        self._fields = header.fields
+        header = read_header(path, words=words)
+        self.fields = header.fields
         self.tensors = header.tensors
         self.parts = [path]
         if self.get("split.count", 1) > 1:
@@ -58,11 +60,11 @@ class GgufFile:
             )
         self.parts = paths
         for path in paths[1:]:
-            self.tensors |= read_header(path).tensors
+            self.tensors |= read_header(path, words=False).tensors
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value as a Python object."""
-        return self._fields.get(key, default)
+        return self.fields.get(key, default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's own, for example ``llama.block_count``."""
@@ -92,7 +94,10 @@ class GgufFile:
         return kinds.most_common(1)[0][0]
 
 
-def raw(tensor: Tensor) -> np.ndarray:
+def raw(tensor: Tensor) -> "np.ndarray":
     """The tensor's bytes, mapped from the file: (rows, ..., bytes of a row)."""
+    import gguf
+    import numpy as np
+
     data = np.memmap(tensor.path, np.uint8, "r", tensor.offset, tensor.nbytes)
     return np.reshape(data, gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))

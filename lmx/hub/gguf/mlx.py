@@ -1,19 +1,18 @@
 """Says which MLX folder a GGUF file becomes: mlx-lm's configuration, and mlx-lm's name for each tensor.
 
-Part of the converter process; imports no MLX, so that the words of a file can say whether MLX could run it. What mlx-lm
-would compute differently from llama.cpp is refused, with a clause that ``lmx.hub.backends`` puts into a sentence.
-Sources: the converters in llama.cpp, its graphs in src/models, and mlx_lm/models/{llama,qwen2,qwen3,gemma3_text}.py.
+Part of the converter process; imports no MLX, so that the words of a file can say whether MLX could run it, and NumPy
+only where tensors are looked at (the server asks ``mlx_bytes``). What mlx-lm would compute differently from llama.cpp
+is refused, with a clause that ``lmx.hub.backends`` puts into a sentence. Sources: the converters in llama.cpp, its
+graphs in src/models, and mlx_lm/models/{llama,qwen2,qwen3,gemma3_text}.py.
 """
 
 from collections import Counter
 from typing import Any
 
-import gguf
-import numpy as np
-
 from lmx.errors import ModelInvalid
 from lmx.hub.gguf.file import GgufFile, raw
 from lmx.hub.gguf.header import Tensor
+from lmx.hub.gguf.kinds import BLOCKS, Kind
 
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 """Types that MLX holds packed with the same values: groups of GROUP_SIZE with a float16 scale and bias."""
@@ -67,7 +66,7 @@ def mlx_folder(file: GgufFile) -> tuple[dict[str, Any], dict[str, str]]:
             f"`llama-gguf-split --merge {file.path} OUTPUT.gguf`"
         )
     for kind in inexact_types(file):
-        if not _is_dequantizable(gguf.GGMLQuantizationType[kind]):
+        if not _is_dequantizable(Kind[kind]):
             raise ModelInvalid(f"the gguf package cannot dequantise its tensors of type {kind}")
     for key in ("attention.scale", "final_logit_softcapping", "attn_logit_softcapping", "logit_scale"):
         if file.own(key, 0.0) != 0.0:
@@ -82,9 +81,12 @@ def inexact_types(file: GgufFile) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
-def _is_dequantizable(kind: gguf.GGMLQuantizationType) -> bool:
+def _is_dequantizable(kind: Kind) -> bool:
+    import gguf
+    import numpy as np
+
     try:
-        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        gguf.quants.dequantize(np.zeros((1, BLOCKS[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
     return True
@@ -181,6 +183,9 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     All released models use the parameters below and differ in ``factor`` only, the table's largest entry; whether that
     is so here is checked by computing the table again.
     """
+    import gguf
+    import numpy as np
+
     tensor = file.tensors[_ROPE_FACTORS]
     factors = gguf.quants.dequantize(raw(tensor), tensor.kind)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192

@@ -7,6 +7,10 @@ import os
 import re
 from pathlib import Path
 
+_QUANTIZATION = re.compile(
+    r"(?<![^-_./])(?:UD-)?(?:I?Q\d(?:_[0-9A-Z]+)*|TQ\d_\d|BF16|F16|FP16|F32|FP32|MXFP4(?:_[A-Z]+)?|NVFP4)(?![^-_./])",
+    re.ASCII | re.IGNORECASE,
+)
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
 
 
@@ -28,3 +32,9 @@ def model_name(path: Path) -> str:
 def printable(name: str, most_bytes: int = 255) -> str:
     """A file's name as text that every log and JSON can hold, cut to so many bytes of UTF-8."""
     return os.fsencode(name).decode(errors="replace").encode()[:most_bytes].decode(errors="ignore")
+
+
+def quantization_of(name: str) -> str:
+    """The quantisation that a file's name ends with, in capitals: "Q4_K_M", "UD-Q4_K_XL"; "" if it names none."""
+    found = _QUANTIZATION.findall(name)
+    return str(found[-1]).upper() if found else ""

@@ -1,0 +1,49 @@
+"""What a model needs before it is loaded, and what it is given. Reads headers; blocking."""
+
+from dataclasses import dataclass
+
+from lmx.config import Settings
+from lmx.hub.backends import has_gpu
+from lmx.hub.estimate import Estimate, estimate, grant, least_kv
+from lmx.hub.inventory import ModelFolder
+from lmx.hub.shape import read_shape
+from lmx.serving.models.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    estimate: Estimate
+    context_asked: bool
+    """Somebody named the context, which then must fit whole."""
+    kv_budget_bytes: int
+    """What the settings give it; 0: what there is room for."""
+
+    @property
+    def least_bytes(self) -> int:
+        """Without which it is not loaded."""
+        kv = self.kv_budget_bytes or least_kv(self.estimate, context_asked=self.context_asked)
+        return self.estimate.total(kv)
+
+    def kv_bytes(self, room_bytes: int) -> int:
+        """Of KV, when so much is free, of which it takes the least at any rate."""
+        return grant(
+            self.estimate,
+            room_bytes=room_bytes,
+            kv_budget_bytes=self.kv_budget_bytes,
+            context_asked=self.context_asked,
+        )
+
+
+def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
+    """Of ``folder`` loaded with ``options``. Blocking. Raises ModelInvalid."""
+    found = estimate(
+        read_shape(folder.path),
+        backend=folder.backend,
+        gpu=has_gpu() if folder.backend == "mlx" else settings.llama.gpu_layers != 0 and has_gpu(),
+        kv_bits=options.kv_bits,
+        context=options.context_length,
+        rows=options.max_rows,
+        chunk=settings.engine.max_chunk_tokens,
+        embedding=embeds,
+    )
+    return Demand(found, bool(options.context_length), options.kv_budget_bytes)
