@@ -112,7 +112,7 @@ class Models:
             total=lambda: int(psutil.virtual_memory().total),
             available=lambda: int(psutil.virtual_memory().available),
         )
-        self._live = live
+        self.live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         """Those that take requests, by id."""
@@ -129,7 +129,7 @@ class Models:
 
     @property
     def _settings(self) -> Settings:
-        return self._live.now
+        return self.live.now
 
     def _follow_settings(self, settings: Settings) -> None:
         """What those hold who do not ask each time."""
@@ -555,7 +555,7 @@ class Models:
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
-                read, slot.id, folder, options, self._live, self._metrics, abandon_on_cancel=True
+                read, slot.id, folder, options, self.live, self._metrics, abandon_on_cancel=True
             )
         )
         assert slot.served is not None
