@@ -1,5 +1,6 @@
 """/admin/models, load, unload, cleanup: what an operator sees and does, and whatever else may be sent there."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,34 @@ async def test_a_load_that_fails(zoo: Path, tmp_path: Path, monkeypatch: pytest.
         assert error["code"] == "model_loading_failed"
         *_, last = await server.events("load", model="bee")
         assert last["error"]["code"] == "model_loading_failed"
+
+
+@in_trio
+async def test_an_engine_that_dies_while_it_loads(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with face(zoo, tmp_path, engine={"max_restarts": 1}) as server:
+        await server.until("ant", "ready")
+        monkeypatch.setenv("LMX_NULL_LOAD", "exit")
+        error = await server.post("load", 503, model="bee")
+        assert error["code"] == "model_loading_failed"
+        assert "told to exit at load" in error["message"]
+        assert (await server.get("models/ant"))["state"] == "ready"
+
+
+@in_trio
+async def test_a_folder_that_vanishes_while_the_model_is_loaded(zoo: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(zoo / "bee", own / "bee")
+    async with face(zoo, tmp_path / "data", hub={"folders": [str(own)]}) as server:
+        loaded = await server.post("load", model="bee")
+        shutil.rmtree(own / "bee")
+        await trio.to_thread.run_sync(server.models.library.scan)
+        left = await server.get("models/bee")
+        assert (left["state"], left["path"], left["source"]) == ("ready", loaded["path"], "folder")
+        assert left.keys() == loaded.keys()
+        await server.delete("models/bee?force=true", 404)
+        assert (await server.http.post("/v1/completions", json={"model": "bee", "prompt": "x"})).status_code == 200
+        await server.post("unload", model="bee")
+        await server.post("load", 404, model="bee")
 
 
 @in_trio
