@@ -182,6 +182,8 @@ class NullEngine:
                         row.ended = True
             case protocol.Canary():
                 self.send(self.stats())
+            case protocol.Trim(kv_budget_bytes=budget):
+                self.budget = budget
             case protocol.Shutdown():
                 sys.exit(0)
             case _:

@@ -222,4 +222,7 @@ class Scheduler:
         """Earliest deadline of a live sequence, infinity if none."""
     def predict_ms(self, decode_rows: int, decode_context: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
         """The fitted cost of such a step (``decode_context``: summed over the rows; ``chunks``: start and tokens)."""
+    def limit_kv(self, kv_budget_bytes: int) -> int:
+        """From now on all KV together may take so much, but not less than is used, nor than each live sequence may
+        need by itself; what holds is returned."""
     def statistics(self) -> SchedulerStatistics: ...

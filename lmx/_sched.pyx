@@ -813,13 +813,7 @@ cdef class Scheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        if self.kv_bytes_per_sequence > self.kv_budget_bytes:
-            self.capacity_tokens = 0
-        elif self.quantum_bytes == 0:
-            self.capacity_tokens = NO_LIMIT
-        else:
-            room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
-            self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
+        self._set_capacity()
         self.earned = FIRST_EARNED
         self.answer_tokens = ANSWER_TOKENS
         self.answer_bytes = self._quanta_bytes(<long long>ANSWER_TOKENS)
@@ -1013,6 +1007,16 @@ cdef class Scheduler:
             earliest = min(earliest, self.seqs[self._live(i)].deadline)
         return earliest
 
+    def limit_kv(self, kv_budget_bytes):
+        cdef long long budget = max(<long long>_whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61), self.kv_used_bytes)
+        cdef int i
+        for i in range(self._live_count()):
+            budget = max(budget, self.seqs[self._live(i)].most_bytes)
+        self.kv_budget_bytes = budget
+        self._set_capacity()
+        self.followed = False
+        return budget
+
     def statistics(self):
         decoding = sum([self.seqs[self.running.items[i]].state == DECODING for i in range(self.running.size)])
         return SchedulerStatistics(
@@ -1027,6 +1031,16 @@ cdef class Scheduler:
         )
 
     # --- plumbing -----------------------------------------------------------------------------------------------------
+
+    cdef void _set_capacity(self) noexcept:
+        if self.kv_bytes_per_sequence > self.kv_budget_bytes:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            self.capacity_tokens = (
+                (self.kv_budget_bytes - self.kv_bytes_per_sequence) // self.quantum_bytes * self.quantum_tokens
+            )
 
     cdef inline long long _kv_bytes(self, long long tokens) noexcept:
         return self.kv_bytes_per_sequence + self._quanta_bytes(tokens)

@@ -182,6 +182,14 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
+class Trim:
+    """All KV together, prefixes that are kept included, may take so much from now on; what live sequences need beyond
+    it goes back as they end."""
+
+    kv_budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Free everything and exit 0."""
 
@@ -376,6 +384,7 @@ Message = (
     | Freed
     | Failed
     | Stats
+    | Trim
 )
 
 _CLASSES: tuple[type[Any], ...] = (
@@ -393,6 +402,7 @@ _CLASSES: tuple[type[Any], ...] = (
     Freed,
     Failed,
     Stats,
+    Trim,
 )
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
 _NAMES = {

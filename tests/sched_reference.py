@@ -166,13 +166,7 @@ class ReferenceScheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        room_bytes = kv_budget_bytes - kv_bytes_per_sequence
-        if room_bytes < 0:
-            self.capacity_tokens = 0
-        elif self.quantum_bytes == 0:
-            self.capacity_tokens = NO_LIMIT
-        else:
-            self.capacity_tokens = room_bytes // self.quantum_bytes * kv_quantum_tokens
+        self.set_capacity()
         self.sequences = {}
         self.served = {}
         self.floor = 0
@@ -716,6 +710,23 @@ class ReferenceScheduler:
 
     def next_deadline(self):
         return min((s.deadline for s in self.sequences.values() if s.state != "ended"), default=math.inf)
+
+    def set_capacity(self):
+        room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
+        if room_bytes < 0:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
+
+    def limit_kv(self, kv_budget_bytes):
+        budget = max(_whole("kv_budget_bytes", kv_budget_bytes, 1), self.used_bytes())
+        live = [s for s in self.sequences.values() if s.state != "ended"]
+        self.kv_budget_bytes = max([budget, *(self.kv_bytes_for(s.prompt + s.max_tokens - 1) for s in live)])
+        self.set_capacity()
+        self.followed = False
+        return self.kv_budget_bytes
 
     def statistics(self):
         return SchedulerStatistics(

@@ -334,6 +334,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         cost_ms = self.both("predict_ms", rows, context, chunks)
         assert 0.0 <= cost_ms < float("inf")
 
+    @rule(quanta=st.integers(1, 20))
+    def limit_kv(self, quanta):
+        """Less KV, or more, for whatever runs."""
+        used = self.compiled.statistics().kv_used_bytes
+        self.budget_bytes = self.both("limit_kv", quanta * 640)
+        assert self.budget_bytes >= max(used, quanta * 640)
+        self.listed = None
+
     @invariant()
     def same_figures(self):
         if not hasattr(self, "compiled"):

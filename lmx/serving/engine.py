@@ -301,11 +301,15 @@ class Engine:
         self._state_changed = trio.Event()
 
     def grant(self, kv_budget_bytes: int) -> None:
-        """Before ``run``: what its KV may take."""
+        """What its KV may take when its process starts."""
         self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
 
-    def trim(self, given: int) -> None:
-        """Placeholder of helper mem's."""
+    def trim(self, kv_budget_bytes: int) -> None:
+        """Its KV, kept prefixes included, may take so much from now on, also after a restart. llama.cpp's buffer is
+        made at load and stays."""
+        self.grant(kv_budget_bytes)
+        if self._process is not None and self._is_ready.is_set():
+            self._process.send(protocol.Trim(kv_budget_bytes))
 
     async def change(self) -> None:
         """Wait for the next change of the state."""
@@ -318,6 +322,11 @@ class Engine:
             await self._state_changed.wait()
         return self.state
 
+    def _kv_budget_bytes(self) -> int:
+        if self._ledger.stats is not None:
+            return self._ledger.stats.kv_budget_bytes
+        return self.ready.kv_budget_bytes if self.ready is not None else 0
+
     def statistics(self) -> EngineStatistics:
         """The moment's figures, from state at hand."""
         now, ledger, meter = trio.current_time(), self._ledger, self._meter
@@ -328,7 +337,7 @@ class Engine:
             waiting=ledger.waiting,
             live_sequences=len(ledger.submitted),
             kv_sequence_bytes=ledger.kv_sequence_bytes,
-            kv_budget_bytes=self.ready.kv_budget_bytes if self.ready is not None else 0,
+            kv_budget_bytes=self._kv_budget_bytes(),
             restarts=self.restarts,
             last_failure=str(self._last_failure) if self._last_failure is not None else None,
             generated_per_s_1s=meter.generated.per_second(now, 1),

@@ -9,7 +9,6 @@ from lmx.hub.inventory import ModelFolder
 from lmx.hub.shape import read_shape
 from lmx.serving.models.options import Options
 
-
 # As ``lmx.engine.llama.backend`` decides where nobody tells it a budget.
 _WHOLE_SHARE = 0.25
 _ROW_TOKENS = 1024
