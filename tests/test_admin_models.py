@@ -360,3 +360,21 @@ async def test_status_tells_of_memory_disk_and_every_stay(
         assert memory["alarm"] is False
         assert status["jobs"] == 0
         assert 0 < status["disk"]["free_bytes"] <= status["disk"]["total_bytes"]
+
+
+@in_trio
+async def test_a_measurement_loads_the_model_or_says_why_not(zoo: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = {"model": "bee", "prompt_tokens": [4], "generate_tokens": 2, "concurrency": [1]}
+    limit = {"limit_bytes": limit_for(zoo, 1)}
+    async with face(zoo, tmp_path / "waits", memory=limit | {"wait_s": 0.3}) as server:
+        await server.until("ant", "ready")
+        lease = await server.models.take("ant")
+        error = await server.post("bench", 503, **body)
+        assert error["code"] == "insufficient_memory"
+        lease.release()
+    async with face(zoo, tmp_path / "evicts", memory=limit) as server:
+        await server.until("ant", "ready")
+        *told, last = await server.events("bench", **body)
+        assert [event["state"] for event in told] == ["loading", "warming up", "measuring", "measured"]
+        assert last["done"]["model"] == "bee"
+        assert server.models.states() == {"bee": "ready"}
