@@ -77,7 +77,8 @@ def blueprint(models: Models, descriptions: Descriptions, live: Live) -> Bluepri
         """Load a model; answers when it takes requests. One that is loaded takes over what is asked for, and is loaded
         anew if it must. Refused with the numbers when it does not fit."""
         body = await receive(LoadRequest)
-        current_call().model = body.model
+        call = current_call()
+        call.model, call.face = body.model, routes.name  # /admin/requests shows it, and may end it
         if body.wait is False:
             with _way_to_download(body.model):
                 slot = await models.begin_load(body.model, body.options)
