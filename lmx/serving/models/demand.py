@@ -10,9 +10,15 @@ from lmx.hub.shape import read_shape
 from lmx.serving.models.options import Options
 
 
+# As ``lmx.engine.llama.backend`` decides where nobody tells it a budget.
+_WHOLE_SHARE = 0.25
+_ROW_TOKENS = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     estimate: Estimate
+    backend: str
     context_asked: bool
     """Somebody named the context, which then must fit whole."""
     kv_budget_bytes: int
@@ -26,12 +32,18 @@ class Demand:
 
     def kv_bytes(self, room_bytes: int) -> int:
         """Of KV, when so much is free, of which it takes the least at any rate."""
-        return grant(
-            self.estimate,
-            room_bytes=room_bytes,
-            kv_budget_bytes=self.kv_budget_bytes,
-            context_asked=self.context_asked,
+        found = self.estimate
+        granted = grant(
+            found, room_bytes=room_bytes, kv_budget_bytes=self.kv_budget_bytes, context_asked=self.context_asked
         )
+        if self.backend != "llama" or self.kv_budget_bytes:
+            return granted
+        # Its buffer is made whole at load, so it gets what is likely used: all rows at the full context where that is
+        # little, else one such row or several shorter ones.
+        if found.kv_bytes(found.context_length, found.rows) <= _WHOLE_SHARE * room_bytes:
+            return granted
+        tokens = max(found.context_length, found.rows * _ROW_TOKENS)
+        return min(granted, tokens * found.kv_bytes_per_token + found.rows * found.state_bytes)
 
 
 def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
@@ -46,4 +58,4 @@ def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds:
         chunk=settings.engine.max_chunk_tokens,
         embedding=embeds,
     )
-    return Demand(found, bool(options.context_length), options.kv_budget_bytes)
+    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)

@@ -112,7 +112,7 @@ class Models:
             total=lambda: int(psutil.virtual_memory().total),
             available=lambda: int(psutil.virtual_memory().available),
         )
-        self._live = live
+        self.live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         """Those that take requests, by id."""
@@ -129,7 +129,7 @@ class Models:
 
     @property
     def _settings(self) -> Settings:
-        return self._live.now
+        return self.live.now
 
     def _follow_settings(self, settings: Settings) -> None:
         """What those hold who do not ask each time."""
@@ -321,6 +321,8 @@ class Models:
             slot = self._begin(target, LoadOptions(ttl_s=ttl_s), kept=False)
         elif slot.kind is not kind:
             raise self._of_other_kind(slot.id, kind)
+        elif ttl_s is not None and not slot.kept:
+            slot.take_over(LoadOptions(ttl_s=ttl_s))
         return ModelLease(slot, self._given_back)
 
     def peek(self, requested: str | None, kind: type[AnyServed]) -> AnyServed | None:
@@ -437,6 +439,11 @@ class Models:
 
     async def begin_load(self, name: str, options: LoadOptions, *, kept: bool = True) -> Slot:
         """As ``load``, but returns at once; ``kept``: the load goes on whether anybody waits or not."""
+        if options.draft_model:
+            raise InvalidRequest(
+                f"draft_model {options.draft_model[:200]!r}: this version does not speculate yet; leave it out.",
+                param="draft_model",
+            )
         if self._find(name, Served) is None:
             await self.looked.wait()
         if self.draining:
@@ -548,7 +555,7 @@ class Models:
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
-                read, slot.id, folder, options, self._live, self._metrics, abandon_on_cancel=True
+                read, slot.id, folder, options, self.live, self._metrics, abandon_on_cancel=True
             )
         )
         assert slot.served is not None
