@@ -237,6 +237,7 @@ BODIES: list[tuple[str, dict[str, Any], str]] = [
     ("load", {"model": "bee", "wait": 1}, "wait"),
     ("load", {"model": "bee", "stream": "true"}, "stream"),
     ("load", {"model": "bee", "draft_model": 1}, "draft_model"),
+    ("load", {"model": "bee", "draft_model": "cat"}, "draft_model"),  # until this server speculates
     ("load", {"model": "bee", "contextLength": 1}, "contextLength"),
     ("unload", {}, "model"),
     ("unload", {"model": {}}, "model"),

@@ -31,7 +31,7 @@ class LoadRequest(AdminRequest):
     kv_bits: Literal[4, 8, 16] | None = Field(None, description="Of a number of its keys and values.")
     max_batch: int | None = Field(None, ge=1, le=512, description="Requests that are computed together.")
     kv_budget_bytes: int | None = Field(None, ge=0, le=2**63 - 1, description="0: what there is room for.")
-    draft_model: Annotated[str, Field(max_length=1000)] | None = None
+    draft_model: Annotated[str, Field(max_length=1000)] | None = Field(None, description="Refused: not built yet.")
     ttl: float | None = Field(None, ge=0, description="Seconds without a request after which it is unloaded; 0: never.")
     pin: bool | None = Field(None, description="Never unload it for another one.")
     wait: bool | None = Field(None, description="false: answer at once, with 202.")
