@@ -1,6 +1,7 @@
 """/admin/models, load, unload, cleanup: what an operator sees and does, and whatever else may be sent there."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ BODIES: list[tuple[str, dict[str, Any], str]] = [
     ("load", {"model": "bee", "wait": 1}, "wait"),
     ("load", {"model": "bee", "stream": "true"}, "stream"),
     ("load", {"model": "bee", "draft_model": 1}, "draft_model"),
+    ("load", {"model": "bee", "draft_model": "cat"}, "draft_model"),  # until this server speculates
     ("load", {"model": "bee", "contextLength": 1}, "contextLength"),
     ("unload", {}, "model"),
     ("unload", {"model": {}}, "model"),
@@ -360,3 +362,55 @@ async def test_status_tells_of_memory_disk_and_every_stay(
         assert memory["alarm"] is False
         assert status["jobs"] == 0
         assert 0 < status["disk"]["free_bytes"] <= status["disk"]["total_bytes"]
+
+
+@in_trio
+async def test_a_measurement_loads_the_model_or_says_why_not(zoo: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = {"model": "bee", "prompt_tokens": [4], "generate_tokens": 2, "concurrency": [1]}
+    limit = {"limit_bytes": limit_for(zoo, 1)}
+    async with face(zoo, tmp_path / "waits", memory=limit | {"wait_s": 0.3}) as server:
+        await server.until("ant", "ready")
+        lease = await server.models.take("ant")
+        error = await server.post("bench", 503, **body)
+        assert error["code"] == "insufficient_memory"
+        lease.release()
+    async with face(zoo, tmp_path / "evicts", memory=limit) as server:
+        await server.until("ant", "ready")
+        *told, last = await server.events("bench", **body)
+        assert [event["state"] for event in told] == ["loading", "warming up", "measuring", "measured"]
+        assert last["done"]["model"] == "bee"
+        assert server.models.states() == {"bee": "ready"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_operator_ends_what_another_waits_for(
+    stream: bool, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @in_trio
+    async def test() -> None:
+        monkeypatch.setenv("LMX_NULL_STEP_MS", "5")
+        async with face(zoo, tmp_path / "data") as server:
+            await server.until("ant", "ready")
+            monkeypatch.setenv("LMX_NULL_LOAD", f"wait:{tmp_path / 'never'}")
+            answers: list[str] = []
+
+            async def ask(path: str, **body: Any) -> None:
+                headers = {"x-request-id": path}
+                answer = await server.http.post(f"/admin/{path}", json=body | {"stream": stream}, headers=headers)
+                answers.append(answer.text)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(ask, "load", model="bee"))
+                nursery.start_soon(partial(ask, "bench", prompt_tokens=[4], generate_tokens=4000, concurrency=[2]))
+                ant = server.models.listing()[0].engine
+                while server.models.states().get("bee") != "loading" or ant.statistics().live_leases != 2:
+                    await trio.lowlevel.checkpoint()
+                running = {one["id"]: one for one in (await server.get("requests"))["requests"]}
+                assert (running["load"]["model"], running["bench"]["model"]) == ("bee", "ant")
+                for name in running:
+                    assert (await server.post(f"requests/{name}/cancel"))["cancelled"]
+                assert ant.statistics().live_leases == 0
+            assert all("request_cancelled" in text for text in answers), answers
+            await server.until("bee", "gone")
+
+    test()
