@@ -106,7 +106,7 @@ async def state(models: Models, name: str, *wanted: str) -> None:
 @asynccontextmanager
 async def answering(models: Models, name: str, nursery: trio.Nursery) -> AsyncIterator[trio.CancelScope]:
     """An answer without end runs in the block."""
-    begun, scope = trio.Event(), trio.CancelScope()
+    begun, ended, scope = trio.Event(), trio.Event(), trio.CancelScope()
 
     async def run() -> None:
         with scope:
@@ -115,11 +115,13 @@ async def answering(models: Models, name: str, nursery: trio.Nursery) -> AsyncIt
                 begun.set()
                 while True:
                     await stream.receive()
+        ended.set()
 
     nursery.start_soon(run)
     await begun.wait()
     yield scope
     scope.cancel()
+    await ended.wait()
 
 
 ENDLESS = GenerateRequest(prompt=[5, 6, 7], max_tokens=10**6, sampling=protocol.Sampling(seed=1))

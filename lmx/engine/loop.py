@@ -19,9 +19,9 @@ from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, L
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
-from lmx.engine.memory import resident_bytes
 from lmx.engine.prefix.store import NOTHING, Fetching, PrefixStore, Source
 from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
+from lmx.footprint import resident_bytes
 from lmx.protocol import (
     Canary,
     Cancel,

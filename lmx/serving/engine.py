@@ -327,12 +327,22 @@ class Engine:
             return self._ledger.stats.kv_budget_bytes
         return self.ready.kv_budget_bytes if self.ready is not None else 0
 
+    @property
+    def pid(self) -> int | None:
+        """Of its process, if there is one."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def figures(self) -> protocol.Stats | None:
+        """What that process last said of itself."""
+        return self._ledger.stats
+
     def statistics(self) -> EngineStatistics:
         """The moment's figures, from state at hand."""
         now, ledger, meter = trio.current_time(), self._ledger, self._meter
         return EngineStatistics(
             state=self.state,
-            pid=self._process.pid if self._process is not None else None,
+            pid=self.pid,
             live_leases=len(ledger.leases),
             waiting=ledger.waiting,
             live_sequences=len(ledger.submitted),

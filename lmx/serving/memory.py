@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmx.config import MemorySettings
+from lmx.serving import budget
 
 # The alarm goes on when the columns part by more than this share of what is owned, or these bytes if that is more, and
 # off again at half of that. What malloc and a page cache round is far below.
@@ -105,19 +106,24 @@ class Memory:
 
     settings: MemorySettings
     total: Callable[[], int]
-    """What the machine has for models (``budget.system_bytes``)."""
+    """What the machine has."""
     available: Callable[[], int]
     """What the system could give now."""
-    share: float = 1.0
-    """Of ``total`` that is the budget, where the settings name no limit."""
+    part: Callable[[int], int] = int
+    """Of the total that is the budget, where the settings name no limit."""
     alarm: bool = False
     _entries: dict[str, _Entry] = field(default_factory=dict)
 
     @property
     def budget_bytes(self) -> int:
         """For all models together: the settings' limit, which may be more than the system has, or the system's
-        share."""
-        return self.settings.limit_bytes or int(self.share * self.total())
+        part."""
+        return self.settings.limit_bytes or self.part(self.total())
+
+    @classmethod
+    def of_system(cls, settings: MemorySettings) -> "Memory":
+        """With this machine's numbers."""
+        return cls(settings, total=budget.total_bytes, available=budget.available_bytes, part=budget.model_bytes)
 
     # --- the promises -------------------------------------------------------------------------------
 
@@ -249,8 +255,8 @@ class Memory:
         if (entry := self._entries.get(model)) is not None and entry.settled:
             entry.owned, entry.active, entry.pool = owned, active, pool
 
-    def measure(self, model: str, pid: int, measured: int) -> None:
-        """What the system says of its process. Unknown models are ignored."""
+    def measure(self, model: str, pid: int | None, measured: int) -> None:
+        """What the system says of its process (None: it has none now). Unknown models are ignored."""
         if (entry := self._entries.get(model)) is not None:
             entry.pid, entry.measured = pid, measured
 

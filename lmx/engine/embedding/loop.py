@@ -19,8 +19,8 @@ import numpy.typing as npt
 from lmx._sched import Scheduler
 from lmx.engine.embedding.backend import Embedder, Input
 from lmx.engine.link import Link
-from lmx.engine.memory import resident_bytes
 from lmx.engine.requests import Refused
+from lmx.footprint import resident_bytes
 from lmx.protocol import (
     Canary,
     Cancel,

@@ -22,7 +22,7 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, device, probe, together
+from lmx.engine.mlx import adapter, cpu, device, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.blocks import Forms, MLXBlock
 from lmx.engine.mlx.placement import Place, Placement
@@ -85,6 +85,7 @@ class MLXBackend:
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        cpu.give_back()
         return backend
 
     def _facts(self, options: Load) -> Facts:

@@ -82,12 +82,16 @@ class Admission:
     def settle(self, slot: Slot) -> None:
         """It is loaded: its engine's own numbers hold from now on."""
         assert slot.served is not None
+        assert slot.served.engine.ready is not None
+        fixed = self.fixed_bytes(slot)
+        self._memory.settle(slot.id, fixed, fixed + slot.served.engine.ready.kv_budget_bytes)
+
+    def fixed_bytes(self, slot: Slot) -> int:
+        """All but its KV: as estimated, but for the weights once its engine has told of them."""
+        assert slot.served is not None
         assert slot.demand is not None
-        ready = slot.served.engine.ready
-        assert ready is not None
-        estimate = slot.demand.estimate
-        fixed = estimate.fixed_bytes - estimate.weights_bytes + ready.weights_bytes
-        self._memory.settle(slot.id, fixed, fixed + ready.kv_budget_bytes)
+        estimate, ready = slot.demand.estimate, slot.served.engine.ready
+        return estimate.fixed_bytes + (ready.weights_bytes - estimate.weights_bytes if ready is not None else 0)
 
     async def _make_room(self, slot: Slot, plan: Plan, asked_at: float) -> bool:
         """One step of it; whether the memory is there."""

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import trio
 
 from lmx.config import Settings
@@ -28,6 +27,7 @@ from lmx.hub.library import Entry, Library
 from lmx.hub.state import State
 from lmx.serving.converter import run_converter
 from lmx.serving.jobs import Jobs
+from lmx.serving.measure import Measured, measure
 from lmx.serving.memory import Memory
 from lmx.serving.metrics import Metrics
 from lmx.serving.models.admission import Admission
@@ -107,11 +107,7 @@ class Models:
         self.state = State(settings.hub.data_path / "state.sqlite3")
         self.library = Library(settings, self.state)
         self.jobs = Jobs(lambda: live.now.hub, self.state, lambda job: self.library.nudge())
-        self.memory = Memory(
-            settings.memory,
-            total=lambda: int(psutil.virtual_memory().total),
-            available=lambda: int(psutil.virtual_memory().available),
-        )
+        self.memory = Memory.of_system(settings.memory)
         self.live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
@@ -167,6 +163,7 @@ class Models:
                 nursery.start_soon(self._watch_library)
                 await nursery.start(self.jobs.run)
                 nursery.start_soon(self._note_uses)
+                nursery.start_soon(measure, self.memory, self.measured)
                 slots = [self._begin(target, LoadOptions(), kept=True) for target in wanted]
                 for slot in slots:
                     while slot.served is None and slot.error is None:
@@ -223,6 +220,14 @@ class Models:
             if changed:
                 await trio.to_thread.run_sync(self.state.note_uses, changed)
                 noted |= changed
+
+    def measured(self) -> list[Measured]:
+        """Those that have a process, or had one."""
+        return [
+            Measured(slot.id, slot.served.engine, self._admission.fixed_bytes(slot))
+            for slot in self._all()
+            if slot.reserved and slot.served is not None
+        ]
 
     def stop_loading(self) -> None:
         """Give up models whose words are not there yet, and with them those who wait for them."""
@@ -549,8 +554,8 @@ class Models:
         options = options_of(self._settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
         slot.options = options
         folder = await self._folder(slot)
-        measure = partial(demand, folder, options, self._settings, embeds=slot.kind is ServedEmbedding)
-        slot.demand = await trio.to_thread.run_sync(measure, abandon_on_cancel=True)
+        reckon = partial(demand, folder, options, self._settings, embeds=slot.kind is ServedEmbedding)
+        slot.demand = await trio.to_thread.run_sync(reckon, abandon_on_cancel=True)
         self._admission.check(slot)
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
