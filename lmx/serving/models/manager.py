@@ -45,6 +45,9 @@ Report = Callable[[str, str], None]
 NO_EMBEDDING = "This server has no model for embeddings: set [model] embedding in lmx.toml"
 LAST_WORDS_S = 2.0
 """How long requests have to send the error that ends them."""
+FIRST_LOOK_S = 2.0
+"""How long the first of all looks at the disks may keep the server from answering. It goes on; but the default model,
+named by a path, may then have another id than from the next start on."""
 USES_S = 30.0
 """Between two looks at who was used, for the state's table of uses."""
 
@@ -152,6 +155,9 @@ class Models:
         be served. Cancelled: no process is left when Cancelled leaves.
         """
         try:
+            if not self.library.entries:  # at the very first start
+                with trio.move_on_after(FIRST_LOOK_S):
+                    await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
             wanted = [await self._at_start(name, Served) for name in self._first()]
             if self._settings.model.embedding:
                 wanted.append(await self._at_start(self._settings.model.embedding, ServedEmbedding))
@@ -256,8 +262,9 @@ class Models:
         """Those on the disk besides, which a request would load."""
         if not self._settings.model.jit:
             return []
-        loaded = {path for slot in self._all() for path in (slot.path, *slot.names)}
-        return [entry for entry in self.library.entries if not entry.problem and str(entry.path) not in loaded]
+        loaded = [slot.path for slot in self._all()]
+        whole = (entry for entry in self.library.entries if not entry.problem)
+        return [entry for entry in whole if not any(map(entry.is_called, loaded))]
 
     def states(self) -> dict[str, str]:
         """Each model's state that is loaded, on its way there or out, or failed to get there."""

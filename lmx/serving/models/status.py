@@ -1,6 +1,5 @@
 """What is told of a model that is loaded, or on its way in or out."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,10 +46,8 @@ class ModelStatus:
     error: str | None
 
     def is_of(self, entry: Entry) -> bool:
-        """It is this model on the disk, whatever it was called. Asks no disk: the model may be gone."""
-        if self.path in (entry.loadable, entry.id) or self.path in entry.aliases:
-            return True
-        return os.path.abspath(os.path.expanduser(self.path)) == entry.loadable
+        """It is this model on the disk, whatever it was called."""
+        return entry.is_called(self.path)
 
 
 @dataclass(frozen=True, slots=True)
