@@ -180,6 +180,9 @@ class NullEngine:
                 for row in (*self.rows.values(), *self.queue):
                     if row.submit.seq == seq:
                         row.ended = True
+            case protocol.Trim(kv_budget_bytes=budget):
+                self.budget = budget
+                self.send(self.stats())
             case protocol.Canary():
                 self.send(self.stats())
             case protocol.Shutdown():

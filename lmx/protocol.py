@@ -120,6 +120,8 @@ class Load:
     """And most space on the disk; 0: none."""
     prefix_dir: str = ""
     """The folder there."""
+    wired_bytes: int = -1
+    """On Metal: at most so much of the weights is wired, of what all models together may have wired; -1: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,16 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Canary:
     """Run one forward pass now, outside the batch, to show that the device still works; answered by ``Stats``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Do with so much memory for KV and prefixes from now on, because another model needs the rest. Prefixes shrink at
+    once, and what waits keeps within it; sequences that run keep what they have, as long as they run alone. Who waits
+    and needs more than all of it fails with "never_fits". llama.cpp's KV buffer stays as it is. Answered by
+    ``Stats``."""
+
+    kv_budget_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +388,7 @@ Message = (
     | Freed
     | Failed
     | Stats
+    | Trim
 )
 
 _CLASSES: tuple[type[Any], ...] = (
@@ -393,6 +406,7 @@ _CLASSES: tuple[type[Any], ...] = (
     Freed,
     Failed,
     Stats,
+    Trim,
 )
 _TAGS = {cls: tag for tag, cls in enumerate(_CLASSES)}
 _NAMES = {

@@ -302,6 +302,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.end(seq)
         self.listed = None
 
+    @rule(share=st.sampled_from([0.1, 0.4, 0.7, 1.0]), cancels=st.booleans())
+    def resize(self, share, cancels):
+        for seq in self.both("resize", max(int(share * self.budget_bytes), 1)):
+            if cancels:
+                self.both("cancel", seq)
+                self.end(seq)
+        self.listed = None
+
     @rule()
     def release(self):
         before = self.compiled.statistics().kv_used_bytes

@@ -38,6 +38,7 @@ from lmx.protocol import (
     Step,
     Submit,
     Tokens,
+    Trim,
 )
 
 _INFINITY = float("inf")
@@ -256,10 +257,27 @@ class StepLoop:
             case Canary():
                 self._backend.canary()
                 self._send_stats()
+            case Trim(kv_budget_bytes=budget_bytes):
+                self._trim(budget_bytes)
             case Shutdown():
                 self._stopping = True
             case _:
                 raise ValueError(f"the server sent {type(message).__name__}, which an engine only sends")
+
+    def _trim(self, budget_bytes: int) -> None:
+        if self._prefixes:
+            self._prefixes.limit(budget_bytes, self._scheduler.statistics().kv_used_bytes)
+        self._backend.limit_kv(budget_bytes)  # last, since it gives back what was dropped
+        for seq in self._scheduler.resize(self._backend.facts.kv_budget_bytes):
+            sequence = self._sequences[seq]
+            sequence.ended = True
+            self._scheduler.cancel(seq)
+            text = (
+                f"a prompt of {sequence.prompt_tokens} tokens does not fit the {budget_bytes} bytes of KV that this "
+                "model was left with, since another one needed memory: shorten the prompt, or unload a model"
+            )
+            self._link.send(Failed(seq, "never_fits", text))
+        self._send_stats()
 
     def _submit(self, message: Submit) -> None:
         """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""

@@ -64,7 +64,7 @@ class Engine:
         self.ready: protocol.Ready | None = None
         """What the last engine that became ready said of itself; kept while the next one loads."""
         self.restarts = 0
-        self._load = load
+        self._load = self._sent = load
         self._settings = settings
         given = settings()
         self._command = given.command or [sys.executable, "-P", "-m", "lmx.engine"]
@@ -213,7 +213,8 @@ class Engine:
         self._process, self._is_ready, self._load_failure = process, trio.Event(), None
         failure = Failure("shutdown", "", loading=False)
         try:
-            process.send(self._load)
+            self._sent = self._load
+            process.send(self._sent)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, process)
                 await process.run(self._handle)
@@ -257,6 +258,8 @@ class Engine:
                 )
                 for name, result in message.probes.items():
                     logging.getLogger("lmx").info("model %s: %s: %s", self.name, name, result)
+                if self._load is not self._sent:  # trimmed meanwhile
+                    self._tell_budget()
                 self._ledger.attach(self._process.send, message)
             case protocol.Failed(seq=-1):
                 self._load_failure = failed_load(message.code, message.message)
@@ -300,12 +303,21 @@ class Engine:
         self._state_changed.set()
         self._state_changed = trio.Event()
 
-    def grant(self, kv_budget_bytes: int) -> None:
-        """Before ``run``: what its KV may take."""
-        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+    def grant(self, kv_budget_bytes: int, wired_bytes: int = -1) -> None:
+        """Before ``run``: what its KV may take, and how much of its weights may be wired."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes, wired_bytes=wired_bytes)
 
-    def trim(self, given: int) -> None:
-        """Placeholder of helper mem's."""
+    def trim(self, kv_budget_bytes: int) -> None:
+        """From now on its KV and prefixes may take only this; a process that starts later begins so."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+        if self.state == "ready":
+            self._tell_budget()
+
+    def _tell_budget(self) -> None:
+        assert self._process is not None
+        assert self.ready is not None
+        self._process.send(protocol.Trim(self._load.kv_budget_bytes))
+        self.ready = replace(self.ready, kv_budget_bytes=self._load.kv_budget_bytes)
 
     async def change(self) -> None:
         """Wait for the next change of the state."""

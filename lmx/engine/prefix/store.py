@@ -305,6 +305,12 @@ class PrefixStore:
                 self._disk.used((node.key, node.uses) for node in found.node.path())
         self._publish_s += time.perf_counter() - since
 
+    def limit(self, budget_bytes: int, kv_used_bytes: int) -> None:
+        """Blocks in memory and KV together may take so much from now on (``Backend.limit_kv``); blocks with a budget of
+        their own: at most so much as well."""
+        self._budget_bytes = min(self._budget_bytes, budget_bytes)
+        self._ram.shrink(self._budget_bytes or max(budget_bytes - kv_used_bytes, 0))
+
     def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
         """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
         and is to be restored yet; it can be, whatever goes."""
