@@ -180,10 +180,11 @@ class NullEngine:
                 for row in (*self.rows.values(), *self.queue):
                     if row.submit.seq == seq:
                         row.ended = True
-            case protocol.Canary():
-                self.send(self.stats())
             case protocol.Trim(kv_budget_bytes=budget):
                 self.budget = budget
+                self.send(self.stats())
+            case protocol.Canary():
+                self.send(self.stats())
             case protocol.Shutdown():
                 sys.exit(0)
             case _:

@@ -185,6 +185,11 @@ class Scheduler:
 
         ``stops``: up to 16 ascending positions inside the prompt where a chunk must end, if it is prefilled across
         them. A prompt takes part in waves, and rows wait for it, once no stop is left before its end."""
+    def resize(self, kv_budget_bytes: int) -> tuple[int, ...]:
+        """From now on the KV budget is this. Those that were submitted stay: where it is exceeded, running ones are
+        preempted until it is not, all but the first started of the highest priority, which goes on alone and may exceed
+        it; and so may, alone, those that are queued and need more. Returned are those that have no answer yet and could
+        not be submitted now (NeverFits), in ascending order: the caller may cancel them."""
     def upcoming(self, most: int) -> tuple[int, ...]:
         """Those of the queued that the next ``plan`` may start, in about their order: the first of all, even if rows or
         KV would have to be freed for it; then others that fit, not more than rows are free. At most ``most``. Those who
@@ -222,7 +227,4 @@ class Scheduler:
         """Earliest deadline of a live sequence, infinity if none."""
     def predict_ms(self, decode_rows: int, decode_context: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
         """The fitted cost of such a step (``decode_context``: summed over the rows; ``chunks``: start and tokens)."""
-    def limit_kv(self, kv_budget_bytes: int) -> int:
-        """From now on all KV together may take so much, but not less than is used, nor than each live sequence may
-        need by itself; what holds is returned."""
     def statistics(self) -> SchedulerStatistics: ...

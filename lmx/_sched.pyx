@@ -113,6 +113,7 @@ cdef class Scheduler:
     cdef long long arrivals
     cdef int max_rows, rows_used
     cdef long long kv_budget_bytes, kv_used_bytes, kv_ending_bytes, quantum_bytes, kv_bytes_per_sequence
+    cdef long long kv_most_bytes  # the budget has been that large
     cdef long long quantum_tokens, capacity_tokens
     cdef long long max_chunk_tokens, max_wave_tokens
     cdef double max_chunk_area
@@ -167,7 +168,7 @@ cdef class Scheduler:
                 self.uncommitted[self.planned & 1].holds = False
             self.planned += 1
             plan.step = self.planned
-        c_assert(0 <= self.kv_ending_bytes <= self.kv_used_bytes <= self.kv_budget_bytes)
+        c_assert(0 <= self.kv_ending_bytes <= self.kv_used_bytes <= self.kv_most_bytes)
         c_assert(self.running.size <= self.rows_used <= self.max_rows)
         return plan
 
@@ -285,7 +286,7 @@ cdef class Scheduler:
 
         The victim is of the lowest priority, and there the one that is soonest computed again; but never the first
         started of the highest, which so always goes on. Alone it fits, because submit() limits max_tokens to the
-        budget.
+        budget; or may have more, if resize() has lowered that since.
         """
         cdef int i, slot, first_started, victim
         cdef Seq *seq
@@ -308,6 +309,8 @@ cdef class Scheduler:
                 slot = self.running.items[i]
                 if slot != first_started and (victim < 0 or self._yields_before(slot, victim)):
                     victim = slot
+            if victim < 0:
+                return True  # submitted when the budget was larger
             self._preempt(plan, victim)
 
     cdef bint _yields_before(self, int a, int b) noexcept:
@@ -583,8 +586,9 @@ cdef class Scheduler:
         return self._wanted_bytes(seq, alone=self.running.size == 0) <= room_bytes
 
     cdef inline long long _wanted_bytes(self, Seq *seq, bint alone) noexcept:
-        """What must be free to admit a queued one; beside others, with an answer as they usually are."""
-        return seq.asked_bytes if alone else self._expected_bytes(seq, seq.asked_bytes)
+        """What must be free to admit a queued one; beside others, with an answer as they usually are. What resize()
+        made too large for the budget gets all of it, and more."""
+        return min(seq.asked_bytes, self.kv_budget_bytes) if alone else self._expected_bytes(seq, seq.asked_bytes)
 
     cdef inline long long _expected_bytes(self, Seq *seq, long long held_bytes) noexcept:
         """What a sequence will hold in the end: with an answer as they usually are, or more, if it is longer already."""
@@ -813,7 +817,7 @@ cdef class Scheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        self._set_capacity()
+        self._set_budget(self.kv_budget_bytes)
         self.earned = FIRST_EARNED
         self.answer_tokens = ANSWER_TOKENS
         self.answer_bytes = self._quanta_bytes(<long long>ANSWER_TOKENS)
@@ -827,6 +831,29 @@ cdef class Scheduler:
         # The shape of the costs, measured with SmolLM2-135M on a CPU; the first measurement sets their scale.
         start_fit(&self.decode_fit, 50.0, 3.0, 0.002)
         start_fit(&self.prefill_fit, 50.0, 2.0, 0.0005)
+
+    cdef void _set_budget(self, long long budget_bytes) noexcept:
+        self.kv_budget_bytes = budget_bytes
+        self.kv_most_bytes = max(self.kv_most_bytes, budget_bytes)
+        if self.kv_bytes_per_sequence > budget_bytes:
+            self.capacity_tokens = 0
+        elif self.quantum_bytes == 0:
+            self.capacity_tokens = NO_LIMIT
+        else:
+            self.capacity_tokens = (
+                (budget_bytes - self.kv_bytes_per_sequence) // self.quantum_bytes * self.quantum_tokens
+            )
+
+    def resize(self, kv_budget_bytes):
+        self._set_budget(_whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61))
+        self.followed = False
+        cdef int i, slot
+        ids = []
+        for i in range(self.queue.size + self.waiting.size):
+            slot = self.queue.items[i] if i < self.queue.size else self.waiting.items[i - self.queue.size]
+            if self.seqs[slot].generated == 0 and self.seqs[slot].target + 1 > self.capacity_tokens:
+                ids.append(self.seqs[slot].id)
+        return tuple(sorted(ids))
 
     def submit(
         self,
@@ -1007,16 +1034,6 @@ cdef class Scheduler:
             earliest = min(earliest, self.seqs[self._live(i)].deadline)
         return earliest
 
-    def limit_kv(self, kv_budget_bytes):
-        cdef long long budget = max(<long long>_whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61), self.kv_used_bytes)
-        cdef int i
-        for i in range(self._live_count()):
-            budget = max(budget, self.seqs[self._live(i)].most_bytes)
-        self.kv_budget_bytes = budget
-        self._set_capacity()
-        self.followed = False
-        return budget
-
     def statistics(self):
         decoding = sum([self.seqs[self.running.items[i]].state == DECODING for i in range(self.running.size)])
         return SchedulerStatistics(
@@ -1031,16 +1048,6 @@ cdef class Scheduler:
         )
 
     # --- plumbing -----------------------------------------------------------------------------------------------------
-
-    cdef void _set_capacity(self) noexcept:
-        if self.kv_bytes_per_sequence > self.kv_budget_bytes:
-            self.capacity_tokens = 0
-        elif self.quantum_bytes == 0:
-            self.capacity_tokens = NO_LIMIT
-        else:
-            self.capacity_tokens = (
-                (self.kv_budget_bytes - self.kv_bytes_per_sequence) // self.quantum_bytes * self.quantum_tokens
-            )
 
     cdef inline long long _kv_bytes(self, long long tokens) noexcept:
         return self.kv_bytes_per_sequence + self._quanta_bytes(tokens)

@@ -120,6 +120,8 @@ class Load:
     """And most space on the disk; 0: none."""
     prefix_dir: str = ""
     """The folder there."""
+    wired_bytes: int = -1
+    """On Metal: at most so much of the weights is wired, of what all models together may have wired; -1: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +185,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """All KV together, prefixes that are kept included, may take so much from now on; what live sequences need beyond
-    it goes back as they end."""
+    """Do with so much memory for KV and prefixes from now on, because another model needs the rest. Prefixes shrink at
+    once, and what waits keeps within it; sequences that run keep what they have, as long as they run alone. Who waits
+    and needs more than all of it fails with "never_fits". llama.cpp's KV buffer stays as it is. Answered by
+    ``Stats``."""
 
     kv_budget_bytes: int
 

@@ -166,7 +166,6 @@ class ReferenceScheduler:
                 raise ValueError(f"{name} must be a finite number above 0, got {limit_ms!r}")
         self.itl_target_ms = itl_target_ms
         self.max_step_ms = max_step_ms
-        self.set_capacity()
         self.sequences = {}
         self.served = {}
         self.floor = 0
@@ -180,6 +179,19 @@ class ReferenceScheduler:
         self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
+
+    @property
+    def capacity_tokens(self):
+        room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
+        if room_bytes < 0:
+            return 0
+        return room_bytes // self.quantum_bytes * self.quantum_tokens if self.quantum_bytes else NO_LIMIT
+
+    def resize(self, kv_budget_bytes):
+        self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1)
+        self.followed = False
+        queued = self.in_state("queued", "waiting")
+        return tuple(sorted(s.id for s in queued if not s.generated and s.target + 1 > self.capacity_tokens))
 
     # --- what the compiled one keeps as sums and lists ---
 
@@ -209,7 +221,8 @@ class ReferenceScheduler:
         return self.kv_budget_bytes - self.used_bytes() - growth
 
     def wanted_bytes(self, s, alone):
-        return self.admission_bytes(s) if alone else self.expected_bytes(s, self.admission_bytes(s))
+        asked = self.admission_bytes(s)
+        return min(asked, self.kv_budget_bytes) if alone else self.expected_bytes(s, asked)
 
     def expected_bytes(self, s, held_bytes):
         answer = math.ceil(math.ceil(self.answer_tokens + self.answer_spread) / self.quantum_tokens)
@@ -268,6 +281,8 @@ class ReferenceScheduler:
                 return False
             first_started = min(self.running(), key=lambda s: (-s.priority, s.started))
             others = [s for s in self.running() if s is not first_started]
+            if not others:
+                return True
             self.preempt(plan, min(others, key=lambda s: (s.priority, s.length, -s.started)))
 
     def follow(self):
@@ -710,23 +725,6 @@ class ReferenceScheduler:
 
     def next_deadline(self):
         return min((s.deadline for s in self.sequences.values() if s.state != "ended"), default=math.inf)
-
-    def set_capacity(self):
-        room_bytes = self.kv_budget_bytes - self.kv_bytes_per_sequence
-        if room_bytes < 0:
-            self.capacity_tokens = 0
-        elif self.quantum_bytes == 0:
-            self.capacity_tokens = NO_LIMIT
-        else:
-            self.capacity_tokens = room_bytes // self.quantum_bytes * self.quantum_tokens
-
-    def limit_kv(self, kv_budget_bytes):
-        budget = max(_whole("kv_budget_bytes", kv_budget_bytes, 1), self.used_bytes())
-        live = [s for s in self.sequences.values() if s.state != "ended"]
-        self.kv_budget_bytes = max([budget, *(self.kv_bytes_for(s.prompt + s.max_tokens - 1) for s in live)])
-        self.set_capacity()
-        self.followed = False
-        return self.kv_budget_bytes
 
     def statistics(self):
         return SchedulerStatistics(

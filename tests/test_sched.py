@@ -340,6 +340,49 @@ def test_clients_with_a_row_each_take_turns_seldom(implementation):
 
 
 @BOTH
+def test_a_smaller_budget_holds_for_all_but_the_first_started(implementation):
+    scheduler = make(implementation, kv_budget_bytes=40 * 32)
+    for seq in (1, 2):
+        scheduler.submit(seq, 300, 200)
+    while scheduler.statistics().decoding < 2:
+        run(scheduler)
+    scheduler.submit(3, 500, 8)
+    scheduler.submit(4, 100, 8)
+    assert scheduler.resize(8 * 32) == (3,)
+    assert scheduler.statistics().kv_budget_bytes == 8 * 32
+    plan = scheduler.plan(0.0)
+    assert (plan.preempted, plan.decode, plan.prefills) == ((2,), (1,), ())
+    scheduler.commit(plan.step, 1.0)
+    with pytest.raises(NeverFits):
+        scheduler.submit(5, 256, 1)
+    assert scheduler.submit(6, 250, 99) == 7
+    # 2 has answered in part: it may exceed the budget too, alone, as 3 does unless it is cancelled.
+    most = 0
+    while scheduler.statistics().queued or scheduler.statistics().decoding or scheduler.statistics().prefilling:
+        plan = scheduler.plan(0.0)
+        scheduler.commit(plan.step, 1.0)
+        for seq in scheduler.releasable():
+            scheduler.release(seq)
+        used = scheduler.statistics().kv_used_bytes
+        most = max(most, used)
+        assert used <= 8 * 32 or len({*plan.decode, *(chunk.seq for chunk in plan.prefills)}) == 1
+    assert most == 16 * 32
+
+
+@BOTH
+def test_a_larger_budget_lets_more_in(implementation):
+    scheduler = make(implementation, kv_budget_bytes=4 * 32)
+    with pytest.raises(NeverFits):
+        scheduler.submit(1, 300, 8)
+    assert scheduler.resize(40 * 32) == ()
+    assert scheduler.submit(1, 300, 8) == 8
+    drain(scheduler, bound=50)
+    for wrong in (0, -1, 1.5, "many"):
+        with pytest.raises((ValueError, TypeError)):
+            scheduler.resize(wrong)
+
+
+@BOTH
 def test_never_fits_and_the_budget_as_a_limit_of_max_tokens(implementation):
     scheduler = make(implementation, kv_budget_bytes=330, kv_bytes_per_token=3, kv_bytes_per_sequence=10)
     with pytest.raises(NeverFits) as refusal:  # 320 bytes hold 3 quanta, 96 tokens

@@ -302,6 +302,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.end(seq)
         self.listed = None
 
+    @rule(share=st.sampled_from([0.1, 0.4, 0.7, 1.0]), cancels=st.booleans())
+    def resize(self, share, cancels):
+        for seq in self.both("resize", max(int(share * self.budget_bytes), 1)):
+            if cancels:
+                self.both("cancel", seq)
+                self.end(seq)
+        self.listed = None
+
     @rule()
     def release(self):
         before = self.compiled.statistics().kv_used_bytes
@@ -333,14 +341,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def predict(self, rows, context, chunks):
         cost_ms = self.both("predict_ms", rows, context, chunks)
         assert 0.0 <= cost_ms < float("inf")
-
-    @rule(quanta=st.integers(1, 20))
-    def limit_kv(self, quanta):
-        """Less KV, or more, for whatever runs."""
-        used = self.compiled.statistics().kv_used_bytes
-        self.budget_bytes = self.both("limit_kv", quanta * 640)
-        assert self.budget_bytes >= max(used, quanta * 640)
-        self.listed = None
 
     @invariant()
     def same_figures(self):

@@ -242,4 +242,8 @@ class Backend(Protocol):
     def canary(self) -> None:
         """One small forward pass outside the batch, read back: raises if the device no longer works."""
 
+    def limit_kv(self, budget_bytes: int) -> None:
+        """From now on ``facts.kv_budget_bytes`` is this, and what is free is the system's; where the KV is one buffer,
+        made at load, nothing changes."""
+
     def memory(self) -> MemoryFacts: ...

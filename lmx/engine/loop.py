@@ -126,8 +126,6 @@ class StepLoop:
             max_chunk_area=facts.max_chunk_area,
             itl_target_ms=options.itl_target_ms,
         )
-        self._kv_limit = 0
-        """To which all KV is to shrink; 0: it has."""
         self._sequences: dict[int, Sequence] = {}
         self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
@@ -259,13 +257,27 @@ class StepLoop:
             case Canary():
                 self._backend.canary()
                 self._send_stats()
-            case Trim(kv_budget_bytes=kv_budget_bytes):
-                self._kv_limit = kv_budget_bytes
-                self._limit_kv()
+            case Trim(kv_budget_bytes=budget_bytes):
+                self._trim(budget_bytes)
             case Shutdown():
                 self._stopping = True
             case _:
                 raise ValueError(f"the server sent {type(message).__name__}, which an engine only sends")
+
+    def _trim(self, budget_bytes: int) -> None:
+        if self._prefixes:
+            self._prefixes.limit(budget_bytes, self._scheduler.statistics().kv_used_bytes)
+        self._backend.limit_kv(budget_bytes)  # last, since it gives back what was dropped
+        for seq in self._scheduler.resize(self._backend.facts.kv_budget_bytes):
+            sequence = self._sequences[seq]
+            sequence.ended = True
+            self._scheduler.cancel(seq)
+            text = (
+                f"a prompt of {sequence.prompt_tokens} tokens does not fit the {budget_bytes} bytes of KV that this "
+                "model was left with, since another one needed memory: shorten the prompt, or unload a model"
+            )
+            self._link.send(Failed(seq, "never_fits", text))
+        self._send_stats()
 
     def _submit(self, message: Submit) -> None:
         """Queue a request, or fail it alone: nothing in it may raise later, in a step that is everybody's."""
@@ -296,7 +308,7 @@ class StepLoop:
             fetching, arrived = waiting.fetching, True
             if fetching is not None and self._prefixes:
                 arrived = self._prefixes.arrived(fetching, _ARRIVING_S)
-                self._make_room()
+                self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
             if waiting.sequence is not None and arrived:
                 del self._waiting[submit.seq]
                 self._enter(waiting.sequence, waiting)
@@ -312,7 +324,7 @@ class StepLoop:
             self._prefixes.leave(waiting.sequence)
             if waiting.fetching is not None:
                 self._prefixes.give_up(waiting.fetching)
-                self._make_room()
+                self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _ask_disk(self, waiting: _Waiting, constraint: Constraint | None) -> None:
         submit, prompt = waiting.submit, waiting.prompt
@@ -439,7 +451,7 @@ class StepLoop:
         found = {join.seq: join for join in joins}
         joining = [chunk.sequence for chunk in chunks if chunk.start == 0 or chunk.sequence.seq in found]
         if joining and self._prefixes:
-            self._make_room()
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes, self._sources.values())
 
         def order(sequence: Sequence) -> int:
             """Who resumes a left row first: others may take it for their own."""
@@ -538,7 +550,7 @@ class StepLoop:
             for sequence in (*running.decode, *(chunk.sequence for chunk in running.chunks)):
                 if sequence.seq in self._rows:
                     self._prefixes.publish(sequence)
-            self._make_room()
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _tell_scores(self, scores: Scores) -> None:
         """Each once: after a preemption the prompt is prefilled again."""
@@ -594,23 +606,8 @@ class StepLoop:
                 self._prefixes.leave(sequence)
             kv_bytes = self._scheduler.release(seq)
             self._link.send(Freed(seq, kv_bytes, sequence.computed_tokens, sequence.generated_tokens))
-        if releasable and self._kv_limit:
-            self._limit_kv()
-        elif releasable and self._prefixes:  # what they left may be more than fits; perhaps no step comes for long
-            self._make_room()
-
-    def _limit_kv(self) -> None:
-        """Come as near to ``_kv_limit`` as live sequences allow; each that ends brings it nearer."""
-        if self._scheduler.limit_kv(self._kv_limit) == self._kv_limit:
-            self._kv_limit = 0
-        if self._prefixes:
-            self._make_room()
-
-    def _make_room(self) -> None:
-        """Prefixes give up what they have beyond their share."""
-        assert self._prefixes is not None
-        account = self._scheduler.statistics()
-        self._prefixes.make_room(account.kv_budget_bytes - account.kv_used_bytes, self._sources.values())
+        if releasable and self._prefixes:  # what they left may be more than fits; perhaps no step comes for long
+            self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     # --- figures --------------------------------------------------------------------------------------
 

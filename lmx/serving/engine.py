@@ -64,7 +64,7 @@ class Engine:
         self.ready: protocol.Ready | None = None
         """What the last engine that became ready said of itself; kept while the next one loads."""
         self.restarts = 0
-        self._load = load
+        self._load = self._sent = load
         self._settings = settings
         given = settings()
         self._command = given.command or [sys.executable, "-P", "-m", "lmx.engine"]
@@ -213,7 +213,8 @@ class Engine:
         self._process, self._is_ready, self._load_failure = process, trio.Event(), None
         failure = Failure("shutdown", "", loading=False)
         try:
-            process.send(self._load)
+            self._sent = self._load
+            process.send(self._sent)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, process)
                 await process.run(self._handle)
@@ -257,6 +258,8 @@ class Engine:
                 )
                 for name, result in message.probes.items():
                     logging.getLogger("lmx").info("model %s: %s: %s", self.name, name, result)
+                if self._load is not self._sent:  # trimmed meanwhile
+                    self._tell_budget()
                 self._ledger.attach(self._process.send, message)
             case protocol.Failed(seq=-1):
                 self._load_failure = failed_load(message.code, message.message)
@@ -300,16 +303,21 @@ class Engine:
         self._state_changed.set()
         self._state_changed = trio.Event()
 
-    def grant(self, kv_budget_bytes: int) -> None:
-        """What its KV may take when its process starts."""
-        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+    def grant(self, kv_budget_bytes: int, wired_bytes: int = -1) -> None:
+        """Before ``run``: what its KV may take, and how much of its weights may be wired."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes, wired_bytes=wired_bytes)
 
     def trim(self, kv_budget_bytes: int) -> None:
-        """Its KV, kept prefixes included, may take so much from now on, also after a restart. llama.cpp's buffer is
-        made at load and stays."""
-        self.grant(kv_budget_bytes)
-        if self._process is not None and self._is_ready.is_set():
-            self._process.send(protocol.Trim(kv_budget_bytes))
+        """From now on its KV and prefixes may take only this; a process that starts later begins so."""
+        self._load = replace(self._load, kv_budget_bytes=kv_budget_bytes)
+        if self.state == "ready":
+            self._tell_budget()
+
+    def _tell_budget(self) -> None:
+        assert self._process is not None
+        assert self.ready is not None
+        self._process.send(protocol.Trim(self._load.kv_budget_bytes))
+        self.ready = replace(self.ready, kv_budget_bytes=self._load.kv_budget_bytes)
 
     async def change(self) -> None:
         """Wait for the next change of the state."""
@@ -321,11 +329,6 @@ class Engine:
         while self.state not in states:
             await self._state_changed.wait()
         return self.state
-
-    def _kv_budget_bytes(self) -> int:
-        if self._ledger.stats is not None:
-            return self._ledger.stats.kv_budget_bytes
-        return self.ready.kv_budget_bytes if self.ready is not None else 0
 
     @property
     def pid(self) -> int | None:
@@ -347,7 +350,7 @@ class Engine:
             waiting=ledger.waiting,
             live_sequences=len(ledger.submitted),
             kv_sequence_bytes=ledger.kv_sequence_bytes,
-            kv_budget_bytes=self._kv_budget_bytes(),
+            kv_budget_bytes=self.ready.kv_budget_bytes if self.ready is not None else 0,
             restarts=self.restarts,
             last_failure=str(self._last_failure) if self._last_failure is not None else None,
             generated_per_s_1s=meter.generated.per_second(now, 1),

@@ -524,6 +524,9 @@ class LlamaBackend:
         del row.tokens[tokens:]
         return len(row.tokens)
 
+    def limit_kv(self, budget_bytes: int) -> None:
+        """Its buffer stays."""
+
     def memory(self) -> MemoryFacts:
         return MemoryFacts(
             # As llama.cpp sees it, not as this module does: a cell that was not freed shows.

@@ -10,6 +10,7 @@ import platform
 import threading
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +140,11 @@ class MLXBackend:
             known = np.array(place.lane.written(place.row))
             if np.isfinite(known).all():
                 place.lane.seen[place.row].found(start, end)
+
+    def limit_kv(self, budget_bytes: int) -> None:
+        self.facts = self._placement.facts = replace(self.facts, kv_budget_bytes=budget_bytes)
+        mx.clear_cache()
+        cpu.give_back()
 
     def free(self, sequence: Sequence) -> None:
         self._assert_thread()

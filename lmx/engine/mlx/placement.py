@@ -60,7 +60,7 @@ class Placement:
     def __init__(self, loaded: LoadedModel, probe: ProbeResult, facts: Facts) -> None:
         self._loaded = loaded
         self._probe = probe
-        self._facts = facts
+        self.facts = facts
         self._places: dict[int, Place] = {}
         self._unsettled = False
         self.lanes: list[Lane] = []
@@ -123,7 +123,7 @@ class Placement:
     # --- what it costs ----------------------------------------------------------------------------------------------
 
     def _bytes(self, rows: int, slots: int) -> int:
-        return rows * (slots * self._facts.kv_bytes_per_token + self._facts.kv_bytes_per_sequence)
+        return rows * (slots * self.facts.kv_bytes_per_token + self.facts.kv_bytes_per_sequence)
 
     def _held(self, tokens: int = 0) -> int:
         """The KV in use as the scheduler counts it; ``tokens``: of a sequence that is about to join."""
@@ -136,8 +136,8 @@ class Placement:
         return kept + sum(self._bytes(change.rows, change.slots) for change in changes) - held
 
     def _limit(self, held: int) -> float:
-        most = max(_HELD_SHARE * held, _WEIGHTS_SHARE * self._facts.weights_bytes)
-        return min(most, _BUDGET_SHARE * self._facts.kv_budget_bytes)
+        most = max(_HELD_SHARE * held, _WEIGHTS_SHARE * self.facts.weights_bytes)
+        return min(most, _BUDGET_SHARE * self.facts.kv_budget_bytes)
 
     # --- joining and growing ----------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Placement:
     def _options(self, tokens: int, place: Place | None) -> Iterator[_Change]:
         """From what costs no copy and no further pass to what does."""
         need = round_slots(tokens)
-        most = self._facts.max_rows
+        most = self.facts.max_rows
         others = sorted(
             (lane for lane in self.lanes if not (place and lane is place.lane)), key=lambda lane: lane.slots
         )
@@ -166,7 +166,7 @@ class Placement:
         for lane in wide:
             if None in lane.owners:
                 yield _Change(lane, lane.rows, lane.slots)
-        generous = max(need, min(round_slots(int(tokens * _GENEROUS)), round_slots(self._facts.context_length)))
+        generous = max(need, min(round_slots(int(tokens * _GENEROUS)), round_slots(self.facts.context_length)))
         if place:
             used = len(place.lane.in_use)
             yield _Change(place.lane, place.lane.rows, generous)

@@ -305,11 +305,18 @@ class PrefixStore:
                 self._disk.used((node.key, node.uses) for node in found.node.path())
         self._publish_s += time.perf_counter() - since
 
-    def make_room(self, left_bytes: int, sources: Iterable[Source] = ()) -> None:
-        """Before sequences take what they were given of the KV budget: it is theirs first. ``left_bytes``: what they
-        leave of it; ``sources``: what was found and is to be restored yet; it can be, whatever goes."""
+    def limit(self, budget_bytes: int, kv_used_bytes: int) -> None:
+        """Blocks in memory and KV together may take so much from now on (``Backend.limit_kv``); blocks with a budget of
+        their own: at most so much as well."""
+        self._budget_bytes = min(self._budget_bytes, budget_bytes)
+        self._ram.shrink(self._budget_bytes or max(budget_bytes - kv_used_bytes, 0))
+
+    def make_room(self, kv_used_bytes: int, sources: Iterable[Source] = ()) -> None:
+        """Before sequences take what they were given of the KV budget: it is theirs first. ``sources``: what was found
+        and is to be restored yet; it can be, whatever goes."""
+        left = self._backend.facts.kv_budget_bytes - kv_used_bytes
         spare = [source.found for source in sources if source.found is not None]
-        self._ram.shrink(self._budget_bytes or max(left_bytes, 0), spare)
+        self._ram.shrink(self._budget_bytes or max(left, 0), spare)
 
     def statistics(self) -> PrefixStats:
         ram, disk = self._ram.statistics(), self._disk.statistics() if self._disk else None

@@ -573,7 +573,9 @@ class Models:
         assert slot.served is not None
         engine = slot.served.engine
         await self._admission.admit(slot)
-        engine.grant(slot.kv_bytes)
+        wired_bytes = self.memory.wired_share(slot.demand.estimate.weights_bytes)
+        self.memory.wire(slot.id, wired_bytes)
+        engine.grant(slot.kv_bytes, wired_bytes)
         slot.enter("running")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
