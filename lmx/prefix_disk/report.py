@@ -3,7 +3,6 @@
 Works on the folder, whether or not a server runs. Called by ``lmx.cli`` and, in a thread, by the admin face.
 """
 
-import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,6 @@ from typing import Any
 from lmx.errors import ConfigError, ModelNotFound
 from lmx.prefix_disk import folders
 from lmx.prefix_disk.folders import ModelPrefixes
-
-
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
-    """``lmx cache``."""
-    cache = commands.add_parser("cache", help="what is kept on the disk of prompts and answers")
-    cache.add_argument("action", choices=("ls", "stats", "clear"), help="list models, sum up, or delete")
-    cache.add_argument("models", nargs="*", metavar="MODEL", help="name, path or fingerprint, for clear (default: all)")
-    return cache
 
 
 def command(action: str, models: list[str], folder: Path, asked_bytes: int) -> str:
