@@ -559,7 +559,7 @@ class Models:
         assert slot.served is not None
         engine = slot.served.engine
         await self._admission.admit(slot)
-        engine.grant(slot.kv_bytes)
+        engine.grant(slot.kv_bytes, slot.wired_bytes)
         slot.enter("running")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
