@@ -23,7 +23,7 @@ _MB = 1024 * 1024
 # (bench/memory_estimates.py): interpreter, libraries, what BLAS and malloc keep. Encoders' steps are shorter.
 _MLX_BYTES = 170 * _MB
 _MLX_ENCODER_BYTES = 92 * _MB
-_LLAMA_BYTES = 130 * _MB
+_LLAMA_BYTES = 102 * _MB
 # llama.cpp's bookkeeping of a cell, which it counts as KV: position, number of sequences, sequence.
 _CELL_BYTES = 12
 # Scores before and after the softmax.
@@ -154,7 +154,10 @@ def _llama(shape: Shape, gpu: bool, kv_bits: int, tokens: int, rows: int, chunk:
     logits = 4 * shape.vocab_size * max(rows, _LLAMA_OUTPUTS) * 2
     if embedding:
         per_token = state = 0
-    return Estimate(shape.weights_bytes, per_token, state, scores + hidden + logits, _LLAMA_BYTES, tokens, rows)
+    # Its buffer holds the rows only: blocks of prefixes come on top, those of a conversation at least.
+    prefixes = min(tokens, LEAST_TOKENS) * per_token + state
+    taken = scores + hidden + logits + prefixes
+    return Estimate(shape.weights_bytes, per_token, state, taken, _LLAMA_BYTES, tokens, rows)
 
 
 def _cell(kept: Sequence[Layer], number: float) -> int:
