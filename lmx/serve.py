@@ -24,8 +24,10 @@ from lmx.config import Settings
 from lmx.config.live import Live
 from lmx.errors import ConfigError, LmxError, ModelOverloaded
 from lmx.logs import Log, flush
+from lmx.serving.housekeeping import Housekeeping
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import Models
+from lmx.serving.removal import Removals
 
 OPEN_FILES = 65_536
 LAST_WORDS_S = 2.0
@@ -117,6 +119,7 @@ class _Server:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(models.run)
                 nursery.start_soon(self._drain, models)
+                nursery.start_soon(Housekeeping(Removals(models, self._live), self._live).run)
                 # A model that cannot be is refused before anybody is answered; one that must be converted first is not.
                 await models.presentable.wait()
                 if not self._shutdown.is_set():

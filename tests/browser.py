@@ -161,15 +161,20 @@ class Page:
         return value
 
     def click(self, selector: str) -> None:
-        """As a person does it: with the mouse, on what is there to be seen."""
+        """As a person does it: with the mouse, on what is there to be seen; again where it moved away meanwhile."""
         found = json.dumps(selector)
-        x, y = self.until(
-            f"{{const e = document.querySelector({found}); const box = e && e.checkVisibility() && "
-            "(e.scrollIntoView({block: 'center'}), e.getBoundingClientRect()); "
-            "return box && box.width && [box.x + box.width / 2, box.y + box.height / 2]}"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        clicked = False
+        while not clicked:
+            x, y = self.until(
+                f"{{const e = document.querySelector({found}); const box = e && e.checkVisibility() && "
+                "(e.scrollIntoView({block: 'center'}), e.getBoundingClientRect()); "
+                "if (!box || !box.width) return null; window.clicked = false; "
+                "e.addEventListener('click', () => { window.clicked = true; }, {once: true}); "
+                "return [box.x + box.width / 2, box.y + box.height / 2]}"
+            )
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            clicked = self.run("window.clicked")
 
     def press(self, key: str) -> None:
         """A key that is not a letter: Tab, Enter, Escape."""

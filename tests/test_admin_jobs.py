@@ -61,8 +61,9 @@ async def test_from_the_hub_into_memory(hub: Hub, zoo: Path, tmp_path: Path) -> 
         assert (last["state"], last["error"]) == ("done", ""), last
         assert last["chosen"]["why"]
         assert last["done_bytes"] == last["total_bytes"] > 0
-        while (await server.http.get("/admin/models/org/new-model")).status_code == 404:  # the library looks again
+        while "org/new-model" not in [entry.id for entry in server.models.library.entries]:  # which looks again
             await server.models.changes.wait()
+        assert (await server.get("models/org/new-model"))["source"] == "lmx"
         assert (await server.post("load", model="ORG/new-model"))["state"] == "ready"
         [job] = (await server.get("jobs"))["jobs"]
         assert job == last

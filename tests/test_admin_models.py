@@ -1,5 +1,7 @@
 """/admin/models, load, unload, cleanup: what an operator sees and does, and whatever else may be sent there."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import trio
 from tests.admin_server import face
 from tests.api_server import write_model
 from tests.models_zoo import NAMES, in_trio, limit_for
+from tests.server import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,34 @@ async def test_a_load_that_fails(zoo: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @in_trio
+async def test_an_engine_that_dies_while_it_loads(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with face(zoo, tmp_path, engine={"max_restarts": 1}) as server:
+        await server.until("ant", "ready")
+        monkeypatch.setenv("LMX_NULL_LOAD", "exit")
+        error = await server.post("load", 503, model="bee")
+        assert error["code"] == "model_loading_failed"
+        assert "told to exit at load" in error["message"]
+        assert (await server.get("models/ant"))["state"] == "ready"
+
+
+@in_trio
+async def test_a_folder_that_vanishes_while_the_model_is_loaded(zoo: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(zoo / "bee", own / "bee")
+    async with face(zoo, tmp_path / "data", hub={"folders": [str(own)]}) as server:
+        loaded = await server.post("load", model="bee")
+        shutil.rmtree(own / "bee")
+        await trio.to_thread.run_sync(server.models.library.scan)
+        left = await server.get("models/bee")
+        assert (left["state"], left["path"], left["source"]) == ("ready", loaded["path"], "folder")
+        assert left.keys() == loaded.keys()
+        await server.delete("models/bee?force=true", 404)
+        assert (await server.http.post("/v1/completions", json={"model": "bee", "prompt": "x"})).status_code == 200
+        await server.post("unload", model="bee")
+        await server.post("load", 404, model="bee")
+
+
+@in_trio
 async def test_what_does_not_fit_is_refused_with_the_numbers(zoo: Path, tmp_path: Path) -> None:
     async with face(zoo, tmp_path, memory={"limit_bytes": limit_for(zoo, 1), "policy": "refuse"}) as server:
         await server.until("ant", "ready")
@@ -206,6 +237,7 @@ BODIES: list[tuple[str, dict[str, Any], str]] = [
     ("load", {"model": "bee", "wait": 1}, "wait"),
     ("load", {"model": "bee", "stream": "true"}, "stream"),
     ("load", {"model": "bee", "draft_model": 1}, "draft_model"),
+    ("load", {"model": "bee", "draft_model": "cat"}, "draft_model"),  # until this server speculates
     ("load", {"model": "bee", "contextLength": 1}, "contextLength"),
     ("unload", {}, "model"),
     ("unload", {"model": {}}, "model"),
@@ -260,21 +292,26 @@ async def test_the_operators_only(zoo: Path, tmp_path: Path) -> None:
 
 
 @in_trio
-async def test_openapi_has_every_route(zoo: Path, tmp_path: Path) -> None:
+async def test_every_route_is_documented(zoo: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "admin.md").read_text(encoding="utf-8")
     async with face(zoo, tmp_path) as server:
         paths = (await server.http.get("/openapi.json")).json()["paths"]
-        for path, method in (
-            ("/admin/models", "get"),
-            ("/admin/models/{name}", "get"),
-            ("/admin/load", "post"),
-            ("/admin/unload", "post"),
-            ("/admin/bench", "post"),
-        ):
-            operation = paths[path][method]
+        routes = {
+            (method, path): operation
+            for path, operations in paths.items()
+            if path.startswith("/admin")
+            for method, operation in operations.items()
+            if method in ("get", "post", "delete")
+        }
+        assert len(routes) >= 24
+        for (method, path), operation in routes.items():
             assert operation["summary"], path
-            if method == "post":
-                fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-                assert fields, path
+            assert path.replace("{id}", "").rstrip("/") in page, path
+            if method == "post" and not path.endswith(("/cancel", "/clear")):
+                content = operation["requestBody"]["content"]["application/json"]["schema"]
+                assert content["properties"], path
+        query = {parameter["name"] for parameter in paths["/admin/models/{name}"]["delete"]["parameters"]}
+        assert query == {"name", "force", "dry_run"}
 
 
 @in_trio
@@ -324,3 +361,56 @@ async def test_status_tells_of_memory_disk_and_every_stay(
         assert memory["budget_bytes"] > memory["reserved_bytes"] >= bee["needed_bytes"] > 0
         assert memory["alarm"] is False
         assert status["jobs"] == 0
+        assert 0 < status["disk"]["free_bytes"] <= status["disk"]["total_bytes"]
+
+
+@in_trio
+async def test_a_measurement_loads_the_model_or_says_why_not(zoo: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = {"model": "bee", "prompt_tokens": [4], "generate_tokens": 2, "concurrency": [1]}
+    limit = {"limit_bytes": limit_for(zoo, 1)}
+    async with face(zoo, tmp_path / "waits", memory=limit | {"wait_s": 0.3}) as server:
+        await server.until("ant", "ready")
+        lease = await server.models.take("ant")
+        error = await server.post("bench", 503, **body)
+        assert error["code"] == "insufficient_memory"
+        lease.release()
+    async with face(zoo, tmp_path / "evicts", memory=limit) as server:
+        await server.until("ant", "ready")
+        *told, last = await server.events("bench", **body)
+        assert [event["state"] for event in told] == ["loading", "warming up", "measuring", "measured"]
+        assert last["done"]["model"] == "bee"
+        assert server.models.states() == {"bee": "ready"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_operator_ends_what_another_waits_for(
+    stream: bool, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @in_trio
+    async def test() -> None:
+        monkeypatch.setenv("LMX_NULL_STEP_MS", "5")
+        async with face(zoo, tmp_path / "data") as server:
+            await server.until("ant", "ready")
+            monkeypatch.setenv("LMX_NULL_LOAD", f"wait:{tmp_path / 'never'}")
+            answers: list[str] = []
+
+            async def ask(path: str, **body: Any) -> None:
+                headers = {"x-request-id": path}
+                answer = await server.http.post(f"/admin/{path}", json=body | {"stream": stream}, headers=headers)
+                answers.append(answer.text)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(ask, "load", model="bee"))
+                nursery.start_soon(partial(ask, "bench", prompt_tokens=[4], generate_tokens=4000, concurrency=[2]))
+                ant = server.models.listing()[0].engine
+                while server.models.states().get("bee") != "loading" or ant.statistics().live_leases != 2:
+                    await trio.lowlevel.checkpoint()
+                running = {one["id"]: one for one in (await server.get("requests"))["requests"]}
+                assert (running["load"]["model"], running["bench"]["model"]) == ("bee", "ant")
+                for name in running:
+                    assert (await server.post(f"requests/{name}/cancel"))["cancelled"]
+                assert ant.statistics().live_leases == 0
+            assert all("request_cancelled" in text for text in answers), answers
+            await server.until("bee", "gone")
+
+    test()

@@ -9,7 +9,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 import trio
+from quart import Response
 
+from lmx.api.events import EventWriter
 from tests.api_server import Server, with_server, write_model
 
 CHAT = "/v1/chat/completions"
@@ -114,3 +116,22 @@ async def test_only_admins_end_requests(server: Server) -> None:
     while b"request_cancelled" not in text:
         text += await client.receive_some(65536)
     assert b"[DONE]" not in text
+
+
+def test_a_stream_that_is_ended_while_it_begins_has_its_headers() -> None:
+    """Else the error event would come before them, and the connection would break."""
+    sent: list[str] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+        sent.append(message["type"])
+
+    async def main() -> None:
+        writer = EventWriter(send, Response(""))
+        with trio.CancelScope() as ended:
+            ended.cancel()
+            await writer.start()
+        assert ended.cancelled_caught
+        assert (sent, writer.started) == (["http.response.start"], True)
+
+    trio.run(main)

@@ -10,6 +10,7 @@ import trio
 from openai.types.chat import ChatCompletionChunk
 
 from lmx import __version__
+from lmx.hub.inventory import EMBEDDED_ID
 from tests.api_server import CONTEXT, Server, answer_text, with_server, write_model
 from tests.models import train_tokenizer
 
@@ -35,7 +36,7 @@ async def events(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
 @with_server()
 async def test_models(server: Server) -> None:
     listed = (await server.sdk.models.list()).data
-    assert [model.id for model in listed] == ["tiny"]
+    assert [model.id for model in listed] == ["tiny", EMBEDDED_ID]  # which a request would load
     for name in ("tiny", "mine", "gpt-4o"):
         assert (await server.sdk.models.retrieve(name)).id == "tiny"
     response = await server.http.get("/v1/models/org/name")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lmx.errors import InsufficientMemory, LmxError, ModelLoadingFailed, ModelNotFound, ModelOverloaded
 from lmx.hub.inventory import EMBEDDED_ID
+from lmx.serving.models import Served
 from lmx.serving.models.options import LoadOptions
 from tests.api_server import write_model
 from tests.models_soak import Act, acts, live
@@ -355,3 +356,17 @@ ACTS = st.builds(
 @given(st.lists(ACTS, max_size=12), st.sampled_from(["wait", "preempt", "refuse"]))
 def test_any_life_leaves_nothing_behind(zoo: Path, wanted: list[Act], policy: str) -> None:
     trio.run(partial(live, zoo, zoo / "data", wanted, policy=policy))
+
+
+@in_trio
+async def test_a_request_may_say_how_long_its_model_stays(zoo: Path, tmp_path: Path) -> None:
+    async with managing(zoo, tmp_path) as models:
+        for ttl_s in (5.0, 0.05):
+            (await models.take("bee", Served, ttl_s)).release()  # nobody waits: the load is given up
+            lease = await models.take("bee", Served, ttl_s)
+            await state(models, "bee", "ready")
+            status = models.status("bee")
+            assert status is not None
+            assert status.settings["ttl_s"] == (ttl_s, "request")
+            lease.release()
+        await state(models, "bee", "gone")

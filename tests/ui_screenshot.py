@@ -4,7 +4,9 @@ The embedded model and two of random weights answer a few clients for a minute a
 """
 
 import argparse
+import os
 import random
+import shutil
 import tempfile
 import threading
 from contextlib import suppress
@@ -30,10 +32,9 @@ def main() -> None:
         folder = Path(name)
         for kind in ("llama", "qwen3"):
             build_model(kind, folder / "models" / "lab" / f"tiny-{kind}", hidden_size=256, num_hidden_layers=8)
-        broken = folder / "models" / "lab" / "half-there"
-        broken.mkdir()
-        (broken / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-        hub = {"data_dir": str(folder / "data"), "folders": [str(folder / "models")], "huggingface": False}
+        broken = shutil.copytree(folder / "models" / "lab" / "tiny-llama", folder / "models" / "lab" / "half-there")
+        os.truncate(broken / "model.safetensors", 100_000)
+        hub = {"data_dir": str(folder / "data"), "models_dir": str(folder / "models"), "huggingface": False}
         settings = {"hub": hub | {"lmstudio": False}}
         (folder / "server").mkdir()
         (folder / "browser").mkdir()
@@ -42,7 +43,7 @@ def main() -> None:
             embedded = server.status()["models"][0]["id"]
             with httpx.Client(base_url=server.url, timeout=None) as client:
                 client.post("/admin/load", json={"model": "lab/tiny-qwen3", "context_length": 4096}).raise_for_status()
-            page = browser.open(f"{server.url}/ui", dark=given.dark)
+            page = browser.open(f"{server.url}/ui", height=960, dark=given.dark)
             over = threading.Event()
             threads = [
                 threading.Thread(target=_ask, args=(server.url, client, number, embedded, over))

@@ -64,18 +64,24 @@ async def _receive(
         return await _receive_large(kind, pieces, models, live, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    served = await _take(models, live, body.model, served_kind, getattr(body, "timeout", None))
+    given_s = getattr(body, "timeout", None), getattr(body, "ttl", None)
+    served = await _take(models, live, body.model, served_kind, *given_s)
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
 
 
 async def _take(
-    models: Models, live: Live, name: str | None, kind: type[Model], timeout_s: float | None = None
+    models: Models,
+    live: Live,
+    name: str | None,
+    kind: type[Model],
+    timeout_s: float | None = None,
+    ttl_s: float | None = None,
 ) -> Model:
     """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
     call = current_call()
     with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
-        lease = await models.take(name, kind)
+        lease = await models.take(name, kind, ttl_s)
         call.releases.append(lease.release)
         call.model = lease.slot.id
         served = await lease.served()

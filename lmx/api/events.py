@@ -37,13 +37,10 @@ class EventWriter:
         self._sent_at = 0.0
 
     async def start(self) -> None:
-        """Send the headers and a first comment. Cancelled: the connection is of no more use."""
-        self.started = True
-        self._writing += 1  # no comment before the headers
-        try:
+        """Send the headers and a first comment. Cancelled: the headers are sent."""
+        with trio.CancelScope(shield=True):  # or nobody knows whether they are sent; Hypercorn only keeps them
             await send_start(self._send, self._response)
-        finally:
-            self._writing -= 1
+        self.started = True
         await self.write(COMMENT)
 
     async def write(self, events: bytes) -> None:

@@ -82,8 +82,6 @@ async def measure(
     Raises ContextLengthExceeded for what the context does not hold, before anything runs, and what a lease raises.
     Cancelled: every lease has been given back.
     """
-    await served.engine.wait_state("ready", "failed", "stopped")
-    _refuse_long(served, sweep)
     prompts = Prompts(secrets.randbits(32))
 
     async def run(length: int, tokens: int, streams: int) -> Row:
@@ -103,6 +101,10 @@ async def measure(
         ]
         return await _row(served, requests)
 
+    if served.engine.state != "ready":
+        tell({"state": "loading", "message": served.id})
+        await run(1, 1, 1)  # a lease waits for the load, and learns why it fails
+    _refuse_long(served, sweep)
     tell({"state": "warming up", "message": served.id})
     await run(min(sweep.prompt_tokens), min(sweep.generate_tokens, WARM_UP_TOKENS), 1)
     rows: list[Row] = []

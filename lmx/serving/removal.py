@@ -4,6 +4,7 @@
 by the admin face. Removing is never given up halfway: whoever asked for it may go.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import trio
@@ -61,9 +62,12 @@ class Removals:
         await self._look_again()
         return planned
 
-    async def clean_up(self, days: int, *, dry_run: bool) -> list[Unused]:
+    async def clean_up(
+        self, days: int, *, dry_run: bool, own: bool = False, only: Collection[str] | None = None
+    ) -> list[Unused]:
         """The models that nobody has used for so many days, the longest unused first; unless ``dry_run``, removed. None
-        of them is loaded, pinned, or named in the settings.
+        of them is loaded, pinned, or named in the settings. ``own``: none outside lmx's own folder; ``only``: none but
+        these.
 
         Raises InvalidRequest. Cancelled: some may be left.
         """
@@ -71,6 +75,8 @@ class Removals:
         unused = await trio.to_thread.run_sync(disk.unused, models.library.entries, uses, days, self._needed())
         found = []
         for entry in unused:
+            if (own and entry.source != "lmx") or (only is not None and entry.id not in only):
+                continue
             size, problem = 0, ""
             try:
                 size = (await (self.plan(entry) if dry_run else self.remove(entry, force=False))).freed_bytes

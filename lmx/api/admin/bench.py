@@ -49,6 +49,7 @@ def blueprint(models: Models, benches: Benches, live: Live) -> Blueprint:
         body = await receive(BenchRequest)
         sweep = _sweep(body)
         call = current_call()
+        call.face = routes.name  # a model works for it: /admin/requests shows it, and may end it
 
         async def work(tell: Tell) -> dict[str, Any]:
             async with models.use(body.model) as served:

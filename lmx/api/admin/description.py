@@ -57,6 +57,7 @@ class Descriptions:
         for entry in entries:
             if not any(status.is_of(entry) for status in statuses):
                 told.append(await self._on_disk(entry, uses.get(entry.id)))
+                await trio.lowlevel.checkpoint()  # there may be thousands
         return told
 
     async def of(self, name: str) -> dict[str, Any]:

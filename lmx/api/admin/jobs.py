@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from quart import Blueprint, Response
-from quart_schema import document_request
+from quart_schema import document_request, document_response
 
 from lmx.api.admin.bodies import AdminRequest, Name, receive
 from lmx.api.admin.description import Descriptions
@@ -61,6 +61,7 @@ def blueprint(jobs: Jobs, descriptions: Descriptions, live: Live) -> Blueprint:
 
     @routes.post("/admin/download")
     @document_request(DownloadRequest)
+    @document_response(Job, 202)
     async def download() -> Response | tuple[dict[str, Any], int]:
         """Download a model from the Hub. The same wanted twice is one job; what was fetched before is not fetched
         again. Answers with the job, 202."""
@@ -72,6 +73,7 @@ def blueprint(jobs: Jobs, descriptions: Descriptions, live: Live) -> Blueprint:
 
     @routes.post("/admin/convert")
     @document_request(ConvertRequest)
+    @document_response(Job, 202)
     async def convert() -> Response | tuple[dict[str, Any], int]:
         """Make MLX weights of a model in plain safetensors, quantised or not. Answers with the job, 202."""
         body = await receive(ConvertRequest)
@@ -97,22 +99,26 @@ def blueprint(jobs: Jobs, descriptions: Descriptions, live: Live) -> Blueprint:
         return {"jobs": [job.as_json() for job in jobs.list() if job.kind == "download"]}
 
     @routes.get("/admin/jobs/<id>")
+    @document_response(Job)
     async def show(id: str) -> Response | dict[str, Any]:
         """One job; with `stream=true` at each change, until it is over."""
         return follow(jobs.get(id)) if switch("stream") else jobs.get(id).as_json()
 
     @routes.get("/admin/downloads/<id>")
+    @document_response(Job)
     async def show_download(id: str) -> Response | dict[str, Any]:
         """The same of a download."""
         job = _download(jobs.get(id))
         return follow(job) if switch("stream") else job.as_json()
 
     @routes.delete("/admin/jobs/<id>")
+    @document_response(Job)
     async def cancel(id: str) -> dict[str, Any]:
         """Cancel a job and remove what it has fetched or made; one that is over stays as it is."""
         return (await jobs.cancel(id)).as_json()
 
     @routes.delete("/admin/downloads/<id>")
+    @document_response(Job)
     async def cancel_download(id: str) -> dict[str, Any]:
         """The same of a download."""
         return (await jobs.cancel(_download(jobs.get(id)).id)).as_json()

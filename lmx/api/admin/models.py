@@ -31,7 +31,7 @@ class LoadRequest(AdminRequest):
     kv_bits: Literal[4, 8, 16] | None = Field(None, description="Of a number of its keys and values.")
     max_batch: int | None = Field(None, ge=1, le=512, description="Requests that are computed together.")
     kv_budget_bytes: int | None = Field(None, ge=0, le=2**63 - 1, description="0: what there is room for.")
-    draft_model: Annotated[str, Field(max_length=1000)] | None = None
+    draft_model: Annotated[str, Field(max_length=1000)] | None = Field(None, description="Refused: not built yet.")
     ttl: float | None = Field(None, ge=0, description="Seconds without a request after which it is unloaded; 0: never.")
     pin: bool | None = Field(None, description="Never unload it for another one.")
     wait: bool | None = Field(None, description="false: answer at once, with 202.")
@@ -77,7 +77,8 @@ def blueprint(models: Models, descriptions: Descriptions, live: Live) -> Bluepri
         """Load a model; answers when it takes requests. One that is loaded takes over what is asked for, and is loaded
         anew if it must. Refused with the numbers when it does not fit."""
         body = await receive(LoadRequest)
-        current_call().model = body.model
+        call = current_call()
+        call.model, call.face = body.model, routes.name  # /admin/requests shows it, and may end it
         if body.wait is False:
             with _way_to_download(body.model):
                 slot = await models.begin_load(body.model, body.options)

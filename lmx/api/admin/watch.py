@@ -1,25 +1,30 @@
 """Health, metrics and status: what watches lmx, not what uses it.
 
-Answered from state at hand; nothing here may wait for an engine, which may be busy or hung.
+Answered from state at hand; nothing here may wait for an engine, which may be busy or hung, nor long for a disk.
 """
 
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
+import trio
 from quart import Blueprint, Response, request
 
 from lmx import __version__
 from lmx.api.admin.description import status_object
 from lmx.api.core.formats import formats
 from lmx.config.live import Live
+from lmx.hub import disk
 from lmx.serving.metrics import Metrics
 from lmx.serving.models import AnyServed, Models
 from lmx.serving.models.status import ModelStatus
 
+DISK_S = 0.5
 PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python", "quart", "hypercorn", "trio")
 
 
@@ -27,6 +32,7 @@ def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
     """The admin face's reading half."""
     routes = Blueprint("admin", __name__)
     started = time.monotonic()
+    one_at_a_time = trio.CapacityLimiter(1)
 
     @routes.get("/health")
     @routes.get("/admin/health")
@@ -67,6 +73,7 @@ def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
                 "difference_bytes": report.difference_bytes,
                 "alarm": report.alarm,
             },
+            "disk": await _disk(live, one_at_a_time),
             "jobs": sum(not job.is_over for job in models.jobs.list()),
             "models": [_served(served.get(one.id)) | status_object(one) | _memory(one) for one in models.statuses()],
         }
@@ -74,11 +81,20 @@ def blueprint(models: Models, live: Live, metrics: Metrics) -> Blueprint:
     return routes
 
 
+@cache  # reading it takes the event loop a millisecond
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:  # an extra
         return None
+
+
+async def _disk(live: Live, one_at_a_time: trio.CapacityLimiter) -> dict[str, Any] | None:
+    """Where models are kept; None: the disk does not answer, and costs one thread however often it is asked."""
+    with trio.move_on_after(DISK_S), suppress(OSError):
+        space = await trio.to_thread.run_sync(disk.space, live.now, abandon_on_cancel=True, limiter=one_at_a_time)
+        return {"free_bytes": space.free_bytes, "total_bytes": space.total_bytes, "low": space.low}
+    return None
 
 
 def _memory(status: ModelStatus) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A model on the disk, as far as its files say what it is. Data only."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,3 +48,9 @@ class Entry:
     def loadable(self) -> str:
         """What ``lmx.hub.inventory.find`` finds it by."""
         return EMBEDDED_ID if self.source == "embedded" else str(self.path)
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name``, an id, an alias or a path, is this one's. Asks no disk: the model may be gone."""
+        if name in (self.loadable, self.id) or name in self.aliases:
+            return True
+        return os.path.abspath(os.path.expanduser(name)) == self.loadable

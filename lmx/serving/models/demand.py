@@ -10,12 +10,18 @@ from lmx.hub.inventory import ModelFolder
 from lmx.hub.shape import read_shape
 from lmx.serving.models.options import Options
 
+# As ``lmx.engine.llama.backend`` decides where nobody tells it a budget.
+_WHOLE_SHARE = 0.25
+_ROW_TOKENS = 1024
+_HEADERS = 64
+
 logger = logging.getLogger("lmx")
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
     estimate: Estimate
+    backend: str
     context_asked: bool
     """Somebody named the context, which then must fit whole."""
     kv_budget_bytes: int
@@ -24,17 +30,26 @@ class Demand:
     @property
     def least_bytes(self) -> int:
         """Without which it is not loaded."""
-        kv = self.kv_budget_bytes or least_kv(self.estimate, context_asked=self.context_asked)
-        return self.estimate.total(kv)
+        least = least_kv(self.estimate, context_asked=self.context_asked)
+        return self.estimate.total(self.kv_budget_bytes or self._with_headers(least))
 
     def kv_bytes(self, room_bytes: int) -> int:
         """Of KV, when so much is free, of which it takes the least at any rate."""
-        return grant(
-            self.estimate,
-            room_bytes=room_bytes,
-            kv_budget_bytes=self.kv_budget_bytes,
-            context_asked=self.context_asked,
-        )
+        found = self.estimate
+        if self.kv_budget_bytes:
+            return self.kv_budget_bytes
+        granted = grant(found, room_bytes=room_bytes, context_asked=self.context_asked)
+        if self.backend == "llama" and found.kv_bytes(found.context_length, found.rows) > _WHOLE_SHARE * room_bytes:
+            # Its buffer is made whole at load, so it gets what is likely used: one row of the full context, or several
+            # shorter ones.
+            tokens = max(found.context_length, found.rows * _ROW_TOKENS)
+            granted = min(granted, tokens * found.kv_bytes_per_token + found.rows * found.state_bytes)
+        return self._with_headers(granted)
+
+    def _with_headers(self, kv_bytes: int) -> int:
+        """llama.cpp's state of a token, by which its engine counts, has some bytes of its own: a budget that lacked
+        them would not hold the last of all rows."""
+        return kv_bytes + kv_bytes // _HEADERS if self.backend == "llama" else kv_bytes
 
 
 def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
@@ -51,7 +66,7 @@ def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds:
             rows=options.max_rows,
             embedding=embeds,
         )
-    return Demand(found, bool(options.context_length), options.kv_budget_bytes)
+    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)
 
 
 def _estimate(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Estimate:

@@ -45,6 +45,9 @@ Report = Callable[[str, str], None]
 NO_EMBEDDING = "This server has no model for embeddings: set [model] embedding in lmx.toml"
 LAST_WORDS_S = 2.0
 """How long requests have to send the error that ends them."""
+FIRST_LOOK_S = 2.0
+"""How long the first of all looks at the disks may keep the server from answering. It goes on; but the default model,
+named by a path, may then have another id than from the next start on."""
 USES_S = 30.0
 """Between two looks at who was used, for the state's table of uses."""
 
@@ -108,7 +111,7 @@ class Models:
         self.library = Library(settings, self.state)
         self.jobs = Jobs(lambda: live.now.hub, self.state, lambda job: self.library.nudge())
         self.memory = Memory.of_system(settings.memory)
-        self._live = live
+        self.live = live
         self._metrics = metrics
         self._slots: dict[str, Slot] = {}
         """Those that take requests, by id."""
@@ -125,7 +128,7 @@ class Models:
 
     @property
     def _settings(self) -> Settings:
-        return self._live.now
+        return self.live.now
 
     def _follow_settings(self, settings: Settings) -> None:
         """What those hold who do not ask each time."""
@@ -152,6 +155,9 @@ class Models:
         be served. Cancelled: no process is left when Cancelled leaves.
         """
         try:
+            if not self.library.entries:  # at the very first start
+                with trio.move_on_after(FIRST_LOOK_S):
+                    await trio.to_thread.run_sync(self.library.scan, abandon_on_cancel=True)
             wanted = [await self._at_start(name, Served) for name in self._first()]
             if self._settings.model.embedding:
                 wanted.append(await self._at_start(self._settings.model.embedding, ServedEmbedding))
@@ -256,8 +262,9 @@ class Models:
         """Those on the disk besides, which a request would load."""
         if not self._settings.model.jit:
             return []
-        loaded = {path for slot in self._all() for path in (slot.path, *slot.names)}
-        return [entry for entry in self.library.entries if not entry.problem and str(entry.path) not in loaded]
+        loaded = [slot.path for slot in self._all()]
+        whole = (entry for entry in self.library.entries if not entry.problem)
+        return [entry for entry in whole if not any(map(entry.is_called, loaded))]
 
     def states(self) -> dict[str, str]:
         """Each model's state that is loaded, on its way there or out, or failed to get there."""
@@ -326,6 +333,8 @@ class Models:
             slot = self._begin(target, LoadOptions(ttl_s=ttl_s), kept=False)
         elif slot.kind is not kind:
             raise self._of_other_kind(slot.id, kind)
+        elif ttl_s is not None and not slot.kept:
+            slot.take_over(LoadOptions(ttl_s=ttl_s))
         return ModelLease(slot, self._given_back)
 
     def peek(self, requested: str | None, kind: type[AnyServed]) -> AnyServed | None:
@@ -442,6 +451,11 @@ class Models:
 
     async def begin_load(self, name: str, options: LoadOptions, *, kept: bool = True) -> Slot:
         """As ``load``, but returns at once; ``kept``: the load goes on whether anybody waits or not."""
+        if options.draft_model:
+            raise InvalidRequest(
+                f"draft_model {options.draft_model[:200]!r}: this version does not speculate yet; leave it out.",
+                param="draft_model",
+            )
         if self._find(name, Served) is None:
             await self.looked.wait()
         if self.draining:
@@ -553,7 +567,7 @@ class Models:
         read = read_writer if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
-                read, slot.id, folder, options, self._live, self._metrics, abandon_on_cancel=True
+                read, slot.id, folder, options, self.live, self._metrics, abandon_on_cancel=True
             )
         )
         assert slot.served is not None

@@ -141,11 +141,14 @@ class Slot:
 
     @property
     def shrinkable_bytes(self) -> int:
-        """What it can do without: of the KV that it was granted, what is more than the least. llama.cpp's is one
-        buffer, made whole at load."""
-        if self.demand is None or self.served is None or self.served.folder.backend != "mlx" or not self.ready:
+        """What it can do without: of the KV that it was granted, what is more than the least, and than one sequence of
+        its whole context needs. llama.cpp's is one buffer, made whole at load."""
+        served, demand = self.served, self.demand
+        if demand is None or served is None or served.folder.backend != "mlx" or not self.ready:
             return 0
-        return max(self.demand.estimate.total(self.kv_bytes) - self.demand.least_bytes, 0)
+        estimate = demand.estimate
+        least = max(demand.least_bytes, estimate.total(estimate.kv_bytes(served.context_length)))
+        return max(estimate.total(self.kv_bytes) - least, 0)
 
     def reloads_for(self, asked: LoadOptions) -> bool:
         """Whether what is asked for can only be had by loading it anew."""

@@ -1,6 +1,5 @@
 """What is told of a model that is loaded, or on its way in or out."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,7 +47,7 @@ class ModelStatus:
 
     def is_of(self, entry: Entry) -> bool:
         """It is this model on the disk, whatever it was called."""
-        return self.path == entry.loadable or os.path.abspath(os.path.expanduser(self.path)) == str(entry.path)
+        return entry.is_called(self.path)
 
 
 @dataclass(frozen=True, slots=True)
