@@ -28,6 +28,7 @@ NAMES = {
     "embeddings": "texts a second through /v1/embeddings, against sentence-transformers on the same cores",
     "agents": "whole-run seconds of agents that share a system prompt, against peers and without the prefix store",
     "prefix": "TTFT with a prefix in memory, and from the disk after a restart; what keeping costs",
+    "memory_estimates": "what a model is estimated to take, against its process",
     "kv_quality": "what KV in 8 and 4 bits changes: KL and top-1 on real text, bytes, step time",
     "library": "milliseconds of looking for models on the disk, first and again",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",

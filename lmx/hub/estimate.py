@@ -5,8 +5,10 @@ derived was measured, and says how. docs/memory.md compares them with what real 
 lifecycle, and by whoever shows what a model would need. Never imports MLX.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lmx.hub.layers import Layer
 from lmx.hub.shape import Shape
 
 QUANTUM_TOKENS = 256
@@ -17,17 +19,25 @@ LEAST_TOKENS = 8192
 _NAMELESS_TOKENS = 32768
 """The context of a model that names none, as ``lmx.engine.mlx.adapter`` has it."""
 _MB = 1024 * 1024
-# The resident set of an engine process that has loaded a model of a few kilobytes and answered once, on Linux.
-_MLX_BYTES = 190 * _MB
-_LLAMA_BYTES = 130 * _MB
-_NUMPY_BYTES = 90 * _MB
-# For each token of the vocabulary: draws on rows, and the grammars' tables.
+# The resident set of an engine process with a model of a few kilobytes, on Linux, after a prompt of 2,048 tokens
+# (bench/memory_estimates.py): interpreter, libraries, what BLAS and malloc keep. Encoders' steps are shorter.
+_MLX_BYTES = 170 * _MB
+_MLX_ENCODER_BYTES = 92 * _MB
+_LLAMA_BYTES = 102 * _MB
+# llama.cpp's bookkeeping of a cell, which it counts as KV: position, number of sequences, sequence.
+_CELL_BYTES = 12
+# Scores before and after the softmax.
+_SCORES = 2
 _FLOAT32_MEMORY_SHARE = 0.6
 _CHUNK_TOKENS = {("mlx", False): 192, ("mlx", True): 2048, ("llama", False): 512, ("llama", True): 512}
 _POOL_BYTES = 4 * 1024**3
 _LLAMA_SCORES_BYTES = 512 * _MB
 _LLAMA_OUTPUTS = 32
 _KV_SHARE = 0.5
+# Of a model that only its files are known of: what is added to their size, and how many positions' KV are as large. (As
+# of models of 7 to 30 billion parameters in 4 bits.)
+_GUESSED_SHARE = 1.1
+_GUESSED_TOKENS = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,16 @@ def estimate(
     return _mlx(shape, gpu, kv_bits, tokens, rows, chunk, embedding, room_bytes)
 
 
+def guess(size_bytes: int, *, backend: str, context: int, rows: int, embedding: bool = False) -> Estimate:
+    """Of a model of which nothing is known but the size of its files."""
+    per_token = 0 if embedding else max(size_bytes // _GUESSED_TOKENS, 1024)
+    overhead = _MLX_BYTES if backend == "mlx" else _LLAMA_BYTES
+    note = "guessed from the size of its files: its configuration is like no other's"
+    return Estimate(
+        int(_GUESSED_SHARE * size_bytes), per_token, 0, 0, overhead, context or _NAMELESS_TOKENS, rows, (note,)
+    )
+
+
 def _mlx(
     shape: Shape, gpu: bool, kv_bits: int, tokens: int, rows: int, chunk: int, embedding: bool, room: int | None
 ) -> Estimate:
@@ -100,10 +120,15 @@ def _mlx(
         else sum(_mlx_kv(heads, width, number, kv_bits) for layer in shape.layers for heads, width in layer.kv)
     )
     state = 0 if embedding else 4 * sum(layer.state for layer in shape.layers)
-    scores = 0 if gpu else 4 * shape.heads * min(chunk, tokens) * tokens
+    # Beyond that a chunk of a prompt is as large as there is memory for its scores (``lmx.engine.budget.chunk_area``).
+    short = min(tokens, LEAST_TOKENS)
+    scores = 0 if gpu else _SCORES * 4 * shape.heads * min(chunk, tokens) * short
+    # A row that grows is copied. On a CPU malloc keeps what it had; on a GPU the pool does, which other steps use.
+    outgrown = 0 if gpu else short * per_token
     hidden = number * min(chunk, tokens) * (4 * shape.width + 3 * shape.inner_width)
     draws = 4 * 4 * rows * shape.vocab_size
-    return Estimate(weights, per_token, state, scores + hidden + draws, _MLX_BYTES, tokens, rows)
+    overhead = _MLX_ENCODER_BYTES if embedding else _MLX_BYTES
+    return Estimate(weights, per_token, state, scores + outgrown + hidden + draws, overhead, tokens, rows)
 
 
 def _mlx_kv(heads: int, width: int, number: int, bits: int) -> int:
@@ -119,18 +144,26 @@ def _llama(shape: Shape, gpu: bool, kv_bits: int, tokens: int, rows: int, chunk:
     number = {16: 2.0, 8: 34 / 32, 4: 18 / 32}[kv_bits]
     forward = chunk + rows
     growing = [layer for layer in shape.layers if not layer.window]
-    per_token = int(number * sum(heads * width for layer in growing for heads, width in layer.kv))
+    sliding = [layer for layer in shape.layers if layer.window]
+    per_token = _cell(growing, number)
     state = sum(4 * layer.state for layer in shape.layers)
-    for layer in shape.layers:
-        if layer.window:
-            slots = min(_quanta(layer.window + forward), _quanta(tokens))
-            state += int(number * slots * sum(heads * width for heads, width in layer.kv))
+    if sliding:
+        state += _cell(sliding, number) * (max(layer.window for layer in sliding) + forward)
     scores = min(4 * shape.heads * forward * _quanta(tokens), _LLAMA_SCORES_BYTES)
     hidden = 4 * forward * (2 * shape.width + 2 * shape.inner_width)
     logits = 4 * shape.vocab_size * max(rows, _LLAMA_OUTPUTS) * 2
     if embedding:
         per_token = state = 0
-    return Estimate(shape.weights_bytes, per_token, state, scores + hidden + logits, _LLAMA_BYTES, tokens, rows)
+    # Its buffer holds the rows only: blocks of prefixes come on top, those of a conversation at least.
+    prefixes = min(tokens, LEAST_TOKENS) * per_token + state
+    taken = scores + hidden + logits + prefixes
+    return Estimate(shape.weights_bytes, per_token, state, taken, _LLAMA_BYTES, tokens, rows)
+
+
+def _cell(kept: Sequence[Layer], number: float) -> int:
+    """Of a position in all of these layers, as llama.cpp counts it."""
+    values = sum(heads * width for layer in kept for heads, width in layer.kv)
+    return int(number * values) + _CELL_BYTES if values else 0
 
 
 def grant(found: Estimate, *, room_bytes: int, kv_budget_bytes: int = 0, context_asked: bool = False) -> int:

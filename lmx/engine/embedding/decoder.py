@@ -28,10 +28,10 @@ class Decoder:
         return [self.trunk(mx.array(group.tokens)) for group in groups]
 
 
-def load_decoder(folder: Path) -> Decoder:
+def load_decoder(folder: Path, wired_bytes: int = -1) -> Decoder:
     """Raises ModelInvalid, also for a model whose states before the head mlx-lm's code does not show."""
     loaded = adapter.load(folder, headless=True)
-    adapter.wire()
+    adapter.wire(wired_bytes)
     trunk: Any = getattr(loaded.model, "model", None)
     if trunk is None:
         raise ModelInvalid(

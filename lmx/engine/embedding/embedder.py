@@ -57,7 +57,7 @@ class MLXEmbedder:
             from lmx.engine.embedding.decoder import load_decoder
 
             # mlx-lm's code keeps arrays of its own, made by one thread and good for it alone.
-            decoder = load_decoder(folder)
+            decoder = load_decoder(folder, options.wired_bytes)
             head, loaded = Head(pooling, "last", decoder.width), decoder.loaded
             facts = _facts(
                 config, options, head, loaded.context_length, loaded.vocab_size, loaded.weights_bytes, loaded.dtype

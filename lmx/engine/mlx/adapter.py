@@ -360,12 +360,13 @@ def whole(kinds: Sequence[LayerKind], parts: Sequence[Any]) -> list[Any]:
     return caches
 
 
-def wire() -> None:
-    """Wire what is alive now, the weights (Metal only): unwired large models run 40× slower, and wiring buffers that
-    come and go is the known cause of kernel panics. mlx-lm's own calls wire all that the system recommends and are
-    never reached."""
+def wire(limit_bytes: int = -1) -> None:
+    """Wire what is alive now, the weights, or what this engine may of them (-1: all; Metal only): unwired large models
+    run 40× slower, and wiring buffers that come and go is the known cause of kernel panics. mlx-lm's own calls wire all
+    that the system recommends and are never reached."""
     if mx.metal.is_available():
         # MLX fills the wired set from all buffers, pooled ones too: those would later be given to KV, which comes and
         # goes, and leave some weights outside (resident.cpp).
         mx.clear_cache()
-        mx.set_wired_limit(min(mx.get_active_memory(), int(mx.device_info()["max_recommended_working_set_size"])))
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(mx.get_active_memory(), most if limit_bytes < 0 else min(most, limit_bytes)))

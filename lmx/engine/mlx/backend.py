@@ -80,7 +80,7 @@ class MLXBackend:
     def load(cls, options: Load) -> "MLXBackend":
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
-        adapter.wire()
+        adapter.wire(options.wired_bytes)
         mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
         backend = cls(loaded, options)
         # The model lives as long as the process: the collector need not look at it again.

@@ -20,6 +20,8 @@ Retire = Callable[[Slot, float, str], None]
 
 PATIENCE_SHARE = 0.25
 """Of ``wait_s``: how long working models still take new requests while somebody waits for their memory."""
+WIRED_SLACK = 1.05
+"""Of the estimated weights: what they are more than that must be wired too, or each step pages some in."""
 LATER_S = 10.0
 """When a client that is refused may try again."""
 
@@ -72,6 +74,8 @@ class Admission:
             assert slot.demand is not None
             slot.kv_bytes = slot.demand.kv_bytes(self._memory.room())
             self._memory.reserve(slot.id, slot.demand.estimate.total(slot.kv_bytes))
+            slot.wired_bytes = self._memory.wired_share(int(WIRED_SLACK * slot.demand.estimate.weights_bytes))
+            self._memory.wire(slot.id, slot.wired_bytes)
             slot.reserved = True
 
     def give_back(self, slot: Slot) -> None:
@@ -84,6 +88,7 @@ class Admission:
         assert slot.served is not None
         assert slot.served.engine.ready is not None
         fixed = self.fixed_bytes(slot)
+        self._memory.wire(slot.id, min(slot.wired_bytes, slot.served.engine.ready.weights_bytes))
         self._memory.settle(slot.id, fixed, fixed + slot.served.engine.ready.kv_budget_bytes)
 
     def fixed_bytes(self, slot: Slot) -> int:

@@ -1,10 +1,11 @@
 """What a model needs before it is loaded, and what it is given. Reads headers; blocking."""
 
+import logging
 from dataclasses import dataclass
 
 from lmx.config import Settings
 from lmx.hub.backends import has_gpu
-from lmx.hub.estimate import Estimate, estimate, grant, least_kv
+from lmx.hub.estimate import Estimate, estimate, grant, guess, least_kv
 from lmx.hub.inventory import ModelFolder
 from lmx.hub.shape import read_shape
 from lmx.serving.models.options import Options
@@ -13,6 +14,8 @@ from lmx.serving.models.options import Options
 _WHOLE_SHARE = 0.25
 _ROW_TOKENS = 1024
 _HEADERS = 64
+
+logger = logging.getLogger("lmx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,28 @@ class Demand:
 
 
 def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
-    """Of ``folder`` loaded with ``options``. Blocking. Raises ModelInvalid."""
-    found = estimate(
-        read_shape(folder.path),
+    """Of ``folder`` loaded with ``options``; of a model whose configuration is like no other's: as its files are large.
+    Blocking. Raises ModelInvalid."""
+    try:
+        found = _estimate(folder, options, settings, embeds=embeds)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        logger.warning("model %s: what it needs is guessed from the size of its files (%r)", folder.id, error)
+        found = guess(
+            folder.size_bytes,
+            backend=folder.backend,
+            context=options.context_length or folder.context_length,
+            rows=options.max_rows,
+            embedding=embeds,
+        )
+    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)
+
+
+def _estimate(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Estimate:
+    shape = read_shape(folder.path)
+    if folder.size_bytes and not shape.weights_bytes:
+        raise LookupError("no weights were found")
+    return estimate(
+        shape,
         backend=folder.backend,
         gpu=has_gpu() if folder.backend == "mlx" else settings.llama.gpu_layers != 0 and has_gpu(),
         kv_bits=options.kv_bits,
@@ -61,4 +83,3 @@ def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds:
         chunk=settings.engine.max_chunk_tokens,
         embedding=embeds,
     )
-    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)

@@ -573,9 +573,7 @@ class Models:
         assert slot.served is not None
         engine = slot.served.engine
         await self._admission.admit(slot)
-        wired_bytes = self.memory.wired_share(slot.demand.estimate.weights_bytes)
-        self.memory.wire(slot.id, wired_bytes)
-        engine.grant(slot.kv_bytes, wired_bytes)
+        engine.grant(slot.kv_bytes, slot.wired_bytes)
         slot.enter("running")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)

@@ -65,6 +65,8 @@ class Slot:
         """It has its memory."""
         self.kv_bytes = 0
         """What its engine was granted."""
+        self.wired_bytes = 0
+        """How much of its weights may be wired (Metal)."""
         self.load_s = 0.0
         self.outcome = ""
         """How its load ended, once it has: "ready", "failed" or "cancelled"."""
