@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import typer
 
-from lmx.cli import habits, jobs, local, models, running, settings, talk
+from lmx.cli import doctor, habits, jobs, local, models, running, service, settings, talk
 from lmx.cli.errors import CommandError
 from lmx.cli.output import note
+from lmx.errors import LmxError
 
 INTERRUPTED = 130
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (local, talk, models, jobs, running, settings, habits):
+for group in (local, talk, models, jobs, running, settings, service, doctor, habits):
     group.add(app)
 
 
@@ -38,6 +39,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         note(f"lmx: {error}")
         return error.code
+    except LmxError as error:
+        note(f"lmx: {error.message}")
+        return CommandError.code
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except typer.Exit as end:

@@ -23,6 +23,11 @@ def add(app: typer.Typer) -> None:
     app.add_typer(cache, name="cache")
 
 
+def file_of(config: Path | None) -> Path | None:
+    """The settings' file: the one that is named, or lmx.toml here, or none."""
+    return config or (CONFIG if CONFIG.exists() else None)
+
+
 def settings_of(config: Path | None, **given: dict[str, Any]) -> "Live":
     """The settings of this machine, with what the command line says over them. Raises LmxError."""
     import os
@@ -33,8 +38,7 @@ def settings_of(config: Path | None, **given: dict[str, Any]) -> "Live":
     overrides = {
         section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
     }
-    path = config or (CONFIG if CONFIG.exists() else None)
-    return Live(Sources.read(path, os.environ, overrides), config or CONFIG)
+    return Live(Sources.read(file_of(config), os.environ, overrides), config or CONFIG)
 
 
 def serve(

@@ -26,6 +26,8 @@ _MLX_ENCODER_BYTES = 92 * _MB
 _LLAMA_BYTES = 102 * _MB
 # llama.cpp's bookkeeping of a cell, which it counts as KV: position, number of sequences, sequence.
 _CELL_BYTES = 12
+# Its copy of a recurrent state begins with a few words, which it counts, too.
+_STATE_HEADER_BYTES = 1024
 # Scores before and after the softmax.
 _SCORES = 2
 _FLOAT32_MEMORY_SHARE = 0.6
@@ -145,8 +147,9 @@ def _llama(shape: Shape, gpu: bool, kv_bits: int, tokens: int, rows: int, chunk:
     forward = chunk + rows
     growing = [layer for layer in shape.layers if not layer.window]
     sliding = [layer for layer in shape.layers if layer.window]
-    per_token = _cell(growing, number)
+    per_token = max(_cell(growing, number), 1)
     state = sum(4 * layer.state for layer in shape.layers)
+    state += _STATE_HEADER_BYTES if state else 0
     if sliding:
         state += _cell(sliding, number) * (max(layer.window for layer in sliding) + forward)
     scores = min(4 * shape.heads * forward * _quanta(tokens), _LLAMA_SCORES_BYTES)

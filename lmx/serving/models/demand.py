@@ -13,7 +13,6 @@ from lmx.serving.models.options import Options
 # As ``lmx.engine.llama.backend`` decides where nobody tells it a budget.
 _WHOLE_SHARE = 0.25
 _ROW_TOKENS = 1024
-_HEADERS = 64
 
 logger = logging.getLogger("lmx")
 
@@ -31,7 +30,7 @@ class Demand:
     def least_bytes(self) -> int:
         """Without which it is not loaded."""
         least = least_kv(self.estimate, context_asked=self.context_asked)
-        return self.estimate.total(self.kv_budget_bytes or self._with_headers(least))
+        return self.estimate.total(self.kv_budget_bytes or least)
 
     def kv_bytes(self, room_bytes: int) -> int:
         """Of KV, when so much is free, of which it takes the least at any rate."""
@@ -44,12 +43,7 @@ class Demand:
             # shorter ones.
             tokens = max(found.context_length, found.rows * _ROW_TOKENS)
             granted = min(granted, tokens * found.kv_bytes_per_token + found.rows * found.state_bytes)
-        return self._with_headers(granted)
-
-    def _with_headers(self, kv_bytes: int) -> int:
-        """llama.cpp's state of a token, by which its engine counts, has some bytes of its own: a budget that lacked
-        them would not hold the last of all rows."""
-        return kv_bytes + kv_bytes // _HEADERS if self.backend == "llama" else kv_bytes
+        return granted
 
 
 def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
