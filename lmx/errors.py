@@ -137,6 +137,8 @@ class ConfigError(LmxError):
 
 
 class ModelInvalid(LmxError):
-    """A model folder or file is missing, truncated or of a kind that lmx cannot read."""
+    """A model folder or file is missing, truncated or of a kind that lmx cannot read: asking again does not help."""
 
+    status = 422
+    type = "invalid_request_error"
     code = "model_invalid"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class Server:
         self.lines: list[str] = []
         """What it has written to stderr."""
         self._mark = mark
+        # One for all: each makes an SSL context, which takes 20 ms.
+        self._http = httpx.Client(timeout=PATIENCE_S, verify=False, trust_env=False)
         self._ended = False
         self._more = threading.Condition()
         self._reader = threading.Thread(target=self._read)
@@ -75,17 +78,17 @@ class Server:
 
     def status(self) -> dict[str, Any]:
         """/admin/status."""
-        document: dict[str, Any] = httpx.get(f"{self.url}/admin/status", timeout=PATIENCE_S).raise_for_status().json()
+        document: dict[str, Any] = self._http.get(f"{self.url}/admin/status").raise_for_status().json()
         return document
 
     def engine(self) -> dict[str, Any]:
-        """What /admin/status says of the engine: lmx.serving.statistics.EngineStatistics."""
+        """What /admin/status says of the engine: lmx.serving.statistics.EngineStatistics; None before it is started."""
         record: dict[str, Any] = self.status()["models"][0]["engine"]
         return record
 
     def metrics(self) -> dict[str, float]:
         """/metrics: the sum of each sample over its labels."""
-        text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).raise_for_status().text
+        text = self._http.get(f"{self.url}/metrics").raise_for_status().text
         sums: dict[str, float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -94,13 +97,15 @@ class Server:
 
     def until(self, **wanted: Any) -> dict[str, Any]:
         """Ask /admin/status until the engine's record has these values; keys with ``engine_`` are the engine's own."""
+        gives_up = time.monotonic() + PATIENCE_S
         while True:
             record = self.engine()
-            own = record["engine"] or {}
-            seen = {k: own.get(k[7:]) if k.startswith("engine_") else record[k] for k in wanted}
+            own = (record or {}).get("engine") or {}
+            seen = {k: own.get(k[7:]) if k.startswith("engine_") else (record or {}).get(k) for k in wanted}
             if seen == wanted:
                 return record
             assert self.process.poll() is None, "\n".join(self.lines)
+            assert time.monotonic() < gives_up, f"{seen} never became {wanted}"
 
     def idle(self) -> None:
         """Until the engine itself reports that it holds nothing; the server's account and the metrics must agree."""
@@ -119,6 +124,7 @@ class Server:
         """Wait for the end; nothing that the server started may still run."""
         assert self.process.wait(PATIENCE_S) == returncode, "\n".join(self.lines)
         self._reader.join(PATIENCE_S)
+        self._http.close()
         assert self.left_behind() == []
 
     def left_behind(self) -> list[psutil.Process]:
@@ -138,6 +144,7 @@ class Server:
             process.kill()
         self.process.wait()
         self._reader.join()
+        self._http.close()
 
 
 @contextmanager

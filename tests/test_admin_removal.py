@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
 @in_trio
 async def test_a_model_is_removed_from_the_disk(own: Path, tmp_path: Path) -> None:
     async with face(own, tmp_path, hub=ALONE) as server:
-        await server.until("ant", "ready")
+        await server.until("org/ant", "ready")
         planned = await server.delete("models/org/bee?dry_run=true")
         assert planned["id"] == "org/bee"
         assert planned["paths"] == [str(own / "bee")]
@@ -59,7 +59,7 @@ async def test_what_is_in_memory_goes_with_force_only(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with face(own, tmp_path, hub=ALONE) as server:
-        await server.until("ant", "ready")
+        await server.until("org/ant", "ready")
         error = await server.delete("models/ant", 409)
         assert "force=true" in error["message"]
         assert (await server.delete("models/ant?force=false&dry_run"))["id"] == "org/ant"
@@ -88,7 +88,7 @@ async def test_broken_models_are_listed_and_removed(own: Path, tmp_path: Path) -
         broken = await server.get("models/org/bee")
         assert "truncated" in broken["problem"]
         assert broken["backend"] is None
-        error = await server.post("load", 500, model="bee")
+        error = await server.post("load", 422, model="bee")
         assert error["code"] == "model_invalid"
         await server.delete("models/org/bee")
         assert not (own / "bee").exists()
@@ -130,7 +130,7 @@ async def test_unused_models_are_cleaned_up(own: Path, tmp_path: Path, monkeypat
     now = time.time() + 10 * DAY_S
     monkeypatch.setattr("lmx.hub.disk.time", SimpleNamespace(time=lambda: now))
     async with face(own, tmp_path, hub=ALONE, models={"cat": {"pin": True}}) as server:
-        await server.until("ant", "ready")
+        await server.until("org/ant", "ready")
         server.models.state.note_uses({"org/bee": now - 2 * DAY_S, "org/dog": now - 8 * DAY_S})
         assert (await server.post("cleanup", days=11))["models"] == []
         planned = await server.post("cleanup", days=5)

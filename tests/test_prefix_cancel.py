@@ -108,7 +108,7 @@ def test_while_waiting_for_a_leader(server: Server, go: Callable[[socket.socket]
 
 
 def test_when_the_leader_leaves(server: Server, go: Callable[[socket.socket], None]) -> None:
-    text = f"{os.urandom(8).hex()} {PREFIX}"
+    text = f"{os.urandom(8).hex()} {LEADER}"
     leader = send(server, messages=[{"role": "user", "content": text}])
     server.until(live_leases=1, live_sequences=1, waiting=1)
     follower = send(server, messages=[{"role": "user", "content": text + "a"}], max_tokens=2, stream=False)
