@@ -122,6 +122,11 @@ class Load:
     """The folder there."""
     wired_bytes: int = -1
     """On Metal: at most so much of the weights is wired, of what all models together may have wired; -1: all."""
+    speculation: str = "auto"
+    """"off": no step verifies drafts, whatever a request says; "lookup": only those of the requests' own text; "auto":
+    of whatever source there is."""
+    draft_path: str = ""
+    """A draft model's folder, or GGUF file, with the same tokenizer; "": none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,10 @@ class Submit:
     """KV is shared with sequences of the same one only; None: with nobody, and kept for nobody."""
     session: str = ""
     """The conversation that it belongs to, as far as the client says."""
+    speculation: str = "auto"
+    """As in ``Load``, for this request."""
+    prediction: bytes = b""
+    """What the client says that the answer will be, or much of it; packed tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +254,10 @@ class Tokens:
     """None, "stop" (an end token, which is the last of ``tokens``), "complete" (by its grammar nothing can follow) or
     "length"."""
     logprobs: tuple[Logprobs, ...] = ()
+    drafted: int = 0
+    """Drafts that the step verified for it; all of ``tokens`` but the last were among them."""
+    source: str = ""
+    """Where these came from: "prediction", "lookup" or "model"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,8 +441,8 @@ def encode(message: Message) -> bytes:
 
 
 def _tokens(fields_: list[Any]) -> Tokens:
-    seq, tokens, finish, logprobs = fields_
-    return Tokens(seq, tuple(tokens), finish, tuple(Logprobs(d, tuple(i), tuple(p)) for d, i, p in logprobs))
+    seq, tokens, finish, logprobs, *drafted = fields_
+    return Tokens(seq, tuple(tokens), finish, tuple(Logprobs(d, tuple(i), tuple(p)) for d, i, p in logprobs), *drafted)
 
 
 def _decode(body: bytes) -> Message:

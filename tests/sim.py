@@ -177,7 +177,8 @@ class SimBackend:
     def free(self, sequence: Sequence) -> None:
         self._rows.pop(sequence.seq, None)
 
-    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "SimLaunch":
+    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> "SimLaunch":
+        assert not any(drafts)
         assert len(self._unread) < 2, "a third launch before the first was read"
         assert decode or chunks
         step = Ran(
@@ -213,7 +214,7 @@ class SimBackend:
         row.drawn += 1
         assert row.length == sequence.prompt_tokens + row.drawn - 1, "a position is missing"
         token = EOS if row.drawn == self._answers.get(sequence.seq) else 5 + (sequence.seq + row.drawn) % 900
-        return Draw(sequence, token, BAD in sequence.tokens[: sequence.prompt_tokens])
+        return Draw(sequence, (token,), BAD in sequence.tokens[: sequence.prompt_tokens])
 
     def begin(self, launch: "SimLaunch") -> None:
         """As MLX's back end does it: decoding is given to the device before the chunks' graph is made."""

@@ -72,8 +72,8 @@ def test_equals_mlx_lm_alone(name, tmp_path):
         cut = len(prompt) // 2 if name in CHUNKS_MATTER else 0
         for draw, expected in zip(found, alone(backend, prompt, sequence.tokens[len(prompt) :], cut), strict=True):
             assert not draw.bad
-            value, ids, values = draw.logprobs.drawn, draw.logprobs.top_ids, draw.logprobs.top
-            assert np.allclose([value, *values], expected[[draw.token, *ids]], atol=TOLERANCE)
+            value, ids, values = draw.logprobs[0].drawn, draw.logprobs[0].top_ids, draw.logprobs[0].top
+            assert np.allclose([value, *values], expected[[*draw.tokens, *ids]], atol=TOLERANCE)
             assert np.isclose(expected.max(), value, atol=TOLERANCE)
 
 
@@ -106,7 +106,7 @@ class Steps:
             start, sequence.computed_tokens = sequence.computed_tokens, end
             made.append(Chunk(sequence, start, end - start, last=end == sequence.prompt_tokens))
         for draw in self.backend.launch(list(decode), made).wait():
-            draw.sequence.tokens.append(draw.token)
+            draw.sequence.tokens += draw.tokens
             self.drawn.setdefault(draw.sequence.seq, []).append(draw)
 
 

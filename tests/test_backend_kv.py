@@ -97,13 +97,13 @@ class Run:
         last = end == len(self.sequence.tokens)
         draws = self.backend.launch([], [Chunk(self.sequence, start, end - start, last)]).wait()
         self.sequence.kv_tokens = end
-        self.sequence.tokens += [draw.token for draw in draws]
+        self.sequence.tokens += [draw.tokens[0] for draw in draws]
 
     def decode(self, steps: int) -> list[int]:
         for _ in range(steps):
             [draw] = self.backend.launch([self.sequence], []).wait()
             self.sequence.kv_tokens = len(self.sequence.tokens)
-            self.sequence.tokens.append(draw.token)
+            self.sequence.tokens += draw.tokens
         return self.sequence.tokens[len(PROMPT) :]
 
 

@@ -78,12 +78,12 @@ class Run:
         end = end or len(sequence.tokens)
         last = end == len(sequence.tokens)
         draws = self.backend.launch([], [Chunk(sequence, start, end - start, last)]).wait()
-        sequence.tokens += [draw.token for draw in draws]
+        sequence.tokens += [draw.tokens[0] for draw in draws]
 
     def decode(self, *sequences: Sequence, steps: int = 8) -> None:
         for _ in range(steps):
             for draw in self.backend.launch(sequences, []).wait():
-                draw.sequence.tokens.append(draw.token)
+                draw.sequence.tokens += draw.tokens
 
     def whole(self, tokens: list[int], salt: str | None = "") -> Sequence:
         """Computed, and free again."""

@@ -84,7 +84,7 @@ class Run:
         draws = self.backend.launch(decode, chunks).wait()
         for draw in draws:
             if not draw.bad:
-                draw.sequence.tokens.append(draw.token)
+                draw.sequence.tokens += draw.tokens
         return draws
 
     def prefill(self, *sequences: Sequence) -> None:
@@ -198,7 +198,7 @@ def test_no_value_of_a_request_ends_the_engine_or_touches_a_neighbour(run: Run, 
     for _ in range(3):
         draws += run.step([good, odd])
     assert not any(draw.bad for draw in draws)
-    assert all(0 <= draw.token < run.backend.facts.vocab_size for draw in draws)
+    assert all(0 <= draw.tokens[0] < run.backend.facts.vocab_size for draw in draws)
     run.end()
     assert answer(good) == alone(run, prompt(20), 4)
 

@@ -49,7 +49,7 @@ def left_after(backend: Backend, decode: list[Sequence], chunk: Chunk) -> tuple[
     waited = time.perf_counter()
     mx.synchronize()
     for draw in draws:
-        draw.sequence.tokens.append(draw.token)
+        draw.sequence.tokens += draw.tokens
     return waited - started, time.perf_counter() - waited
 
 
@@ -60,7 +60,7 @@ def test_nothing_is_left_of_a_step_that_was_waited_for(backend: Backend, beside:
     decode = [sequence(2, 9)] if beside else []
     for other in decode:
         backend.start(other)
-        other.tokens += [draw.token for draw in backend.launch([], [Chunk(other, 0, 9, last=True)]).wait()]
+        other.tokens += [draw.tokens[0] for draw in backend.launch([], [Chunk(other, 0, 9, last=True)]).wait()]
     long = sequence(1, 5 * CHUNK)
     backend.start(long)
     # A ratio to the step's own time: what a wait that returns too early leaves is nearly all of it, each time; what

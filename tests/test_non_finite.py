@@ -223,7 +223,7 @@ class Hand:
         def read() -> list[bool]:
             draws = launch.wait()
             for draw in draws:
-                draw.sequence.tokens.append(draw.token)
+                draw.sequence.tokens += draw.tokens
             return [draw.bad for draw in draws]
 
         return read

@@ -83,13 +83,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row drew in one step."""
+    """What one row drew in one step: a token, and after each of its drafts that were right another one."""
 
     sequence: Sequence
-    token: int
+    tokens: tuple[int, ...]
     bad: bool
     """The row's logits were not finite."""
-    logprobs: Logprobs | None = None
+    logprobs: tuple[Logprobs, ...] = ()
+    """Of each token, where they are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,10 @@ class Facts:
     publishes: str = "chunks"
     """When ``copy_out`` costs no more than the tokens that it copies: "chunks", any time; "end": it costs all of the
     sequence's tokens each time, so once, when it ends."""
+    max_depth: int = 0
+    """Most drafts of a row that a step verifies; 0: none, and ``probes["speculation"]`` says why."""
+    draft_model: str = ""
+    """The draft model's folder or file; "": there is none."""
     max_chunk_area: int = 0
     """Most tokens times context that prefill may compute in a step, for the memory that attention takes; 0: any
     number."""
@@ -227,9 +232,18 @@ class Backend(Protocol):
     def resume(self, sequence: Sequence, row: int, tokens: int) -> None:
         """``start``, on such a row, with the KV of its first ``tokens``, at most as many as ``parked`` said."""
 
-    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> Launch:
+    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> Launch:
         """Prepare one step, as far as that needs no device: every sequence of ``decode`` gets one token, and the
-        ``chunks`` (of other sequences, each of another one) are prefilled, in one forward pass or several."""
+        ``chunks`` (of other sequences, each of another one) are prefilled, in one forward pass or several.
+
+        ``drafts``: none, or for each sequence of ``decode`` what its next tokens may be, at most ``Facts.max_depth`` of
+        them. It draws a token, and after each draft that is what was drawn before it another one, each with its own
+        position's key, penalties and mask; what its row holds of the others is forgotten when the launch is read. Such
+        a launch is made when the one before was read, and read before the next is made."""
+
+    def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
+        """What the draft model says comes next, at most so many tokens for each; [] where it cannot say. Only where
+        ``Facts.draft_model``."""
 
     def free(self, sequence: Sequence) -> None:
         """Drop the sequence's KV. Whatever it holds, non-finite values too, reaches no other sequence. Unknown

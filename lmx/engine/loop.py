@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmx._sched import Join, NeverFits, Scheduler
-from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Launch, Scores, Sequence
+from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Draw, Launch, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
@@ -514,27 +514,9 @@ class StepLoop:
                     Failed(sequence.seq, "non_finite", "the model gave logits that are not finite for this request")
                 )
                 continue
-            sequence.tokens.append(draw.token)
-            sequence.kv_tokens = len(sequence.tokens) - 1
-            constraint, finish = sequence.constraint, None
-            if self._ends(sequence, draw.token):
-                finish = "stop"
-                finished.append(sequence.seq)
-            elif constraint and not constraint.advance(draw.token):
-                error = constraint.refusal
-                self._grammars.forget(constraint.grammar)
-                sequence.ended = True
-                finished.append(sequence.seq)
-                self._link.send(Failed(sequence.seq, error.code, str(error)))
-                continue
-            elif constraint and constraint.complete:
-                finish = "complete"
-                finished.append(sequence.seq)
-            elif sequence.generated_tokens >= sequence.max_tokens:
-                finish = "length"
-            sequence.ended = finish is not None
-            logprobs = (draw.logprobs,) if draw.logprobs else ()
-            rows.append(Tokens(sequence.seq, (draw.token,), finish, logprobs))
+            got = self._take(draw, finished)
+            if got:
+                rows.append(got)
         for scores in running.launch.scores():
             self._tell_scores(scores)
         for chunk in running.chunks:
@@ -543,6 +525,34 @@ class StepLoop:
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
         self._scheduler.commit(running.step, elapsed_ms, finished, learn)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
+
+    def _take(self, draw: Draw, finished: list[int]) -> Tokens | None:
+        """What a row drew, up to where its answer ends; None: it failed at its first token."""
+        sequence, taken = draw.sequence, 0
+        constraint, finish = sequence.constraint, None
+        for token in draw.tokens:
+            sequence.tokens.append(token)
+            taken += 1
+            if self._ends(sequence, token):
+                finish = "stop"
+                finished.append(sequence.seq)
+            elif constraint and not constraint.advance(token):
+                error = constraint.refusal
+                self._grammars.forget(constraint.grammar)
+                sequence.ended = True
+                finished.append(sequence.seq)
+                self._link.send(Failed(sequence.seq, error.code, str(error)))
+                return None
+            elif constraint and constraint.complete:
+                finish = "complete"
+                finished.append(sequence.seq)
+            elif sequence.generated_tokens >= sequence.max_tokens:
+                finish = "length"
+            if finish:
+                break
+        sequence.kv_tokens = len(sequence.tokens) - 1
+        sequence.ended = finish is not None
+        return Tokens(sequence.seq, draw.tokens[:taken], finish, draw.logprobs[:taken])
 
     def _publish(self, running: _Running) -> None:
         """Keep what a step that was read has added to the rows that go on."""

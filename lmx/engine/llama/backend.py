@@ -241,7 +241,11 @@ class LlamaBackend:
     def _count(self, tokens: Seq[int]) -> npt.NDArray[np.int32]:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
-    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> LlamaLaunch:
+    def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
+        raise AssertionError("there is no draft model")
+
+    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> LlamaLaunch:
+        assert not any(drafts), self.facts.max_depth
         return LlamaLaunch(partial(self._step, decode, chunks))
 
     def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk], scores: dict[int, Scores]) -> list[Draw]:
@@ -256,7 +260,7 @@ class LlamaBackend:
         computed = sum(len(part.tokens) for part in parts)
         self._parked.computed_tokens += computed
         self._make_room(computed + self.facts.max_rows)  # with as many tokens of no use as there may be
-        draws = {part.row.slot: Draw(part.row.sequence, 0, True) for part in parts}
+        draws = {part.row.slot: Draw(part.row.sequence, (0,), True) for part in parts}
         sound = [part for part in parts if not part.row.bad]
         draws |= self._compute(sound, scores)
         bad = [part for part in sound if draws[part.row.slot].bad]
@@ -266,10 +270,10 @@ class LlamaBackend:
             self._give_up(bad)
         for part in parts:
             row, draw = part.row, draws[part.row.slot]
-            row.next_token = draw.token
+            [row.next_token] = draw.tokens
             if part.draws and not draw.bad:
                 for counts in row.counts or ():
-                    counts[0, draw.token] += 1
+                    counts[0, row.next_token] += 1
         return [draws[part.row.slot] for part in parts if part.draws or draws[part.row.slot].bad]
 
     def _compute(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
@@ -393,22 +397,22 @@ class LlamaBackend:
         took 5.9 ms, one after the other 1.4)."""
         row, sampling = part.row, part.row.sequence.sampling
         if not part.draws:
-            return Draw(row.sequence, 0, not np.isfinite(logits.max()))
+            return Draw(row.sequence, (0,), not np.isfinite(logits.max()))
         try:
             row.sampling = row.sampling or SamplingBatch(np, [sampling], self.facts.vocab_size)
             masks = self._masker.masks([row.sequence])
             drawn = row.sampling.draw(logits[None], [draw_key(sampling.seed, len(row.tokens))], row.counts, masks)
-            logprobs = None
+            logprobs: tuple[Logprobs, ...] = ()
             if drawn.logprobs is not None:
                 assert drawn.top_ids is not None
                 assert drawn.top_logprobs is not None
                 ids, values = drawn.top_ids[0, : sampling.logprobs], drawn.top_logprobs[0, : sampling.logprobs]
-                logprobs = Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist()))
-            return Draw(row.sequence, int(drawn.tokens[0]), bool(drawn.bad[0]), logprobs)
+                logprobs = (Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist())),)
+            return Draw(row.sequence, (int(drawn.tokens[0]),), bool(drawn.bad[0]), logprobs)
         except Exception:
             # Arithmetic on one request's own values: nobody else's business, whatever is wrong with them.
             print(f"request {row.sequence.request_id}: its draw failed: {traceback.format_exc()}", file=sys.stderr)
-            return Draw(row.sequence, 0, True)
+            return Draw(row.sequence, (0,), True)
 
     def free(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.seq, None)

@@ -151,8 +151,9 @@ class MLXBackend:
         self._stopped.pop(sequence.seq, None)
         self._placement.leave(sequence)
 
-    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> "MLXLaunch":
+    def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> "MLXLaunch":
         self._assert_thread()
+        assert not any(drafts), self.facts.max_depth
         places = [self._placement[sequence] for sequence in decode]
         for place in places:
             self._placement.make_room(place, 1)
@@ -302,6 +303,9 @@ class MLXBackend:
         lane.add_counts(rows, drawn.tokens)
         launch.add(drawn, list(enumerate(sequences)))
         launch.watch(lane, rows)
+
+    def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
+        raise AssertionError("there is no draft model")
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         place = self._placement[sequence]
@@ -498,13 +502,13 @@ def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:
         assert drawn.top_logprobs is not None
         logprobs = [np.array(a).tolist() for a in (drawn.logprobs, drawn.top_ids, drawn.top_logprobs)]
 
-    def of(row: int, sequence: Sequence) -> Logprobs | None:
+    def of(row: int, sequence: Sequence) -> tuple[Logprobs, ...]:
         wanted = sequence.sampling.logprobs
         if logprobs is None or wanted < 0:
-            return None
-        return Logprobs(logprobs[0][row], tuple(logprobs[1][row][:wanted]), tuple(logprobs[2][row][:wanted]))
+            return ()
+        return (Logprobs(logprobs[0][row], tuple(logprobs[1][row][:wanted]), tuple(logprobs[2][row][:wanted])),)
 
-    return [Draw(sequence, tokens[row], bad[row], of(row, sequence)) for row, sequence in rows]
+    return [Draw(sequence, (tokens[row],), bad[row], of(row, sequence)) for row, sequence in rows]
 
 
 def _free_bytes() -> int:
