@@ -64,6 +64,7 @@ def read_writer(model_id: str, folder: ModelFolder, options: Options, live: Live
         prefix_ram_bytes=settings.engine.prefix_ram_bytes,
         prefix_disk_bytes=_prefix_disk_bytes(settings),
         prefix_dir=str(settings.prefix_path),
+        compile_decode=settings.engine.compile,
     )
     engine = Engine(model_id, load, lambda: live.now.engine, metrics, _environment(settings))
     return Served(model_id, folder, chat, engine, int(time.time()), options.context_length, options.names)
