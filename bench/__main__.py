@@ -33,6 +33,7 @@ NAMES = {
     "kv_quality": "what KV in 8 and 4 bits changes: KL and top-1 on real text, bytes, step time",
     "library": "milliseconds of looking for models on the disk, first and again",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",
+    "speculation": "decode tok/s with speculation against without, on text that repeats and text that does not",
     "switch": "seconds from one model to another that does not fit beside it, against a bare engine's start",
 }
 

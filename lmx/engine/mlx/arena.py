@@ -316,39 +316,62 @@ class Lane:
         count = max(active) + 1
         if tokens is None:
             tokens = self.last_tokens[:count, None]
+        return self._loaded.logits(self._decoded(active, tokens, [tokens.shape[1]] * len(active)))
+
+    def decode_each(self, active: Sequence[int], tokens: Sequence[Sequence[int]]) -> mx.array:
+        """One step of the rows in ``active`` with as many tokens as each is given, in one pass: rows with fewer are
+        padded, which writes nothing. Returns the logits after each token, (N, V), row by row."""
+        counts = [len(own) for own in tokens]
+        width = max(counts)
+        padded = np.zeros((max(active) + 1, width), np.int32)
+        for row, own in zip(active, tokens, strict=True):
+            padded[row] = [*own, *[own[-1]] * (width - len(own))]
+        hidden = self._decoded(active, mx.array(padded), counts)
+        rows = np.repeat(np.asarray(active, np.int32), counts)
+        steps = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        return self._loaded.logits(hidden[mx.array(rows), mx.array(steps)][:, None])[:, 0]
+
+    def _decoded(self, active: Sequence[int], tokens: mx.array, counts: Sequence[int]) -> mx.array:
+        """What such a step gives before the output head."""
         width = tokens.shape[1]
         assert width <= DUMMY_SLOTS, width  # nor does a GPU check where it writes
-        caches = self.begin_decode(active, width)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self.kinds, caches)))
-        self.end_decode(active, caches, width)
-        return logits
+        caches = self.begin_decode(active, width, counts)
+        hidden = self._loaded.hidden(tokens, whole(self.kinds, caches))
+        self.end_decode(active, caches, counts)
+        return hidden
 
-    def begin_decode(self, active: Sequence[int], width: int) -> list[Any]:
-        """What model code sees of each layer in such a step."""
+    def begin_decode(self, active: Sequence[int], width: int, counts: Sequence[int]) -> list[Any]:
+        """What model code sees of each layer in a step of ``width`` tokens a row, ``counts`` of them each row's own."""
         count = max(active) + 1
-        lengths, slots = self.places(active, count, width)
-        span = int(lengths.max()) + width
-        positions = (lengths[:, None] + np.arange(width)).astype(np.int32)
+        steps = np.arange(width, dtype=np.int32)
+        lengths = self.stands(active, count)
+        own = np.full(count, counts[0], np.int32)
+        own[list(active)] = counts
+        # What is written beside a row's own tokens goes where rows that do not decode write.
+        kept = np.zeros((count, width), bool)
+        kept[list(active)] = steps < own[list(active), None]
+        slots = Slots(
+            np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps),
+            np.where(kept[:, 0], own, width).tolist(),
+        )
+        positions = lengths[:, None] + np.minimum(steps, own[:, None] - 1)
+        span = int((lengths + own).max())
         masks = Masks(positions, span, mask_heads(self._loaded, self.kinds))
         offset = mx.array(lengths)
-        return decode_caches(
-            self._layers,
-            count,
-            partial(DecodeView, offset=offset, slots=Slots(slots), write=self._write, masks=masks, span=span),
-        )
+        view = partial(DecodeView, offset=offset, slots=slots, write=self._write, masks=masks, span=span)
+        return decode_caches(self._layers, count, view)
 
-    def places(
-        self, active: Sequence[int], count: int, width: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Of the first ``count`` rows in such a step: the position of each one's first token (count,), and the slots
-        that it writes (count, width)."""
-        steps = np.arange(width, dtype=np.int32)
-        alive = np.zeros(count, bool)
-        alive[list(active)] = True
+    def stands(self, active: Sequence[int], count: int) -> npt.NDArray[np.int32]:
+        """The position of the first token of each of the first ``count`` rows, in a step of the rows in ``active``."""
         # The others stand where an active row stands, so that they change neither the span nor its first slot.
-        lengths = np.where(alive, self.lengths[:count], self.lengths[active[0]]).astype(np.int32)
-        slots = np.where(alive[:, None], lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps)
-        return lengths, slots.astype(np.int32)
+        lengths = np.full(count, self.lengths[active[0]], np.int32)
+        lengths[list(active)] = self.lengths[list(active)]
+        return lengths
+
+    def end_decode(self, active: Sequence[int], caches: Sequence[Any], counts: Sequence[int]) -> None:
+        """Keep what the step wrote."""
+        keep_states(self._layers, caches)
+        self.lengths[list(active)] += np.asarray(counts, np.int32)
 
     def lend(self) -> list[list[mx.array]]:
         """The buffers of each layer, for a compiled step of one token a row, which ends with ``take_back``."""
@@ -360,11 +383,6 @@ class Lane:
             assert not isinstance(layer, OwnLayer)
             layer.arrays = list(arrays)
         self.lengths[list(active)] += 1
-
-    def end_decode(self, active: Sequence[int], caches: Sequence[Any], width: int) -> None:
-        """Keep what the step wrote."""
-        keep_states(self._layers, caches)
-        self.lengths[list(active)] += width
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a
