@@ -14,7 +14,7 @@ debug = os.environ.get("LMX_SCHED_DEBUG") == "1"
 extension = Extension(
     "lmx._sched",
     ["lmx/_sched.pyx"],
-    depends=["lmx/_sched.pxd", "lmx/_order.pxd", "lmx/_cost.pxd"],
+    depends=["lmx/_sched.pxd", "lmx/_order.pxd", "lmx/_cost.pxd", "lmx/_depth.pxd"],
     # -ffp-contract=off: the same floats as the Python reference also where the CPU fuses multiply and add (arm64).
     extra_compile_args=["-ffp-contract=off", *(["-O1", "-g", "-UNDEBUG"] if debug else ["-O3"])],
 )

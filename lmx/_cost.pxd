@@ -27,6 +27,10 @@ cdef struct Step:  # what an uncommitted step is made of, for the cost model
     int chunks
     bint holds  # decoding rows wait for it
     double predicted_ms  # if it holds
+    int depth  # most drafts of a row
+    int asked  # 1: the draft model was, too
+    bint probe  # it is planned to learn what it costs
+    double gain  # of the best that was known: tokens by those of plain steps in the same time
     int whole  # prompts that are prefilled whole, in one pass: padded to the longest
     long long longest
 

@@ -4,20 +4,23 @@ Pure decisions: no MLX, no I/O, no clock of its own. The engine's step loop is i
 
     for seq in scheduler.upcoming(8):    # with a store of prefixes: what could these start with?
         scheduler.recache(seq, tokens)
+    for seq in decoding:                 # with draft sources: what may come next
+        scheduler.offer(seq, tokens)
     plan = scheduler.plan(now)           # decide step k (one more step may still be running)
-    ...launch it on the device...
-    scheduler.commit(k, elapsed_ms, finished=(seq, ...))   # its outcome, when it is read back
+    ...launch it on the device, with plan.drafts...
+    scheduler.commit(k, elapsed_ms, finished=(seq, ...), accepted={seq: 2})   # its outcome, when it is read back
     for seq in scheduler.releasable():   # in no plan that is still to be committed
         ...drop its KV...
         freed_bytes = scheduler.release(seq)
 
 ``plan()`` may be called again before the last step is committed (one-step lookahead): planned
-tokens count as done at once, and a sequence that finishes or is cancelled meanwhile is simply in no later plan.
+tokens count as done at once, and a sequence that finishes or is cancelled meanwhile is simply in no later plan. Not
+around a step that verifies drafts: it is planned when all before it are committed, and committed before the next.
 
 Every float must be finite and not negative, every count a whole number in its range; else ValueError with the value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,6 +82,12 @@ class Plan:
         """Those that decode in this step; empty also while rows that were just started wait for others to start with
         them. The same tuple object as in the last step while nobody joins or leaves."""
     @property
+    def depth(self) -> int:
+        """Most drafts that the step verifies for one of ``decode``; 0: none."""
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """For each of ``decode``, how many of the drafts that were offered for it the step verifies; () if none."""
+    @property
     def joins(self) -> tuple[Join, ...]:
         """Those of ``prefills`` whose first chunk this is although it does not start at 0: they need a row, too."""
     @property
@@ -106,6 +115,7 @@ class Scheduler:
         max_chunk_area: int = 0,
         itl_target_ms: float = 250.0,
         max_step_ms: float = 4000.0,
+        max_depth: int = 0,
     ) -> None:
         """
         A sequence takes a row and KV when its prefill begins, and keeps both until ``release``: its prompt's KV and one
@@ -147,6 +157,14 @@ class Scheduler:
           sequence that gives way has in its KV. Each gives way so at most twice; and what is computed again for it is
           at most a 16th of what was prefilled and a quarter of what was generated, up to 32,768 tokens, and 4,096 at
           the start.
+
+        A step verifies at most ``max_depth`` drafts (up to 15; 0: never any) for a decoding row, where nothing is in
+        flight: as many as promise the most tokens in the time. What is expected of drafts is learnt for each sequence
+        and source, by position; what they cost, for rows (in buckets), depth, and whether a draft model was asked, by
+        measuring such steps. Depths that were not measured are tried where they would pay if they cost little, the
+        deeper ones after the others, and those that lost again after 256 steps, 512 and so on; of the time all that
+        costs at most a hundredth, beyond some six steps at the start. KV for drafts is what is left: nobody gives way
+        to them.
         """
     def submit(
         self,
@@ -211,12 +229,36 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """Decide the next step. ``now`` (seconds, any zero) only decides which deadlines have passed. Raises
         RuntimeError when two steps are uncommitted."""
-    def commit(self, step: int, elapsed_ms: float, finished: Sequence[int] = (), learn: bool = True) -> None:
+    def offer(self, seq: int, tokens: int, source: int = 0) -> None:
+        """A draft source has so many tokens for what this sequence gets after its newest one: 0 of no cost, 1 the draft
+        model, whose passes are then part of the step that is measured. Believed in the next plan only; the last one
+        counts. Passed over for a sequence that is unknown or not decoding."""
+    def expected_depth(self) -> int:
+        """About the ``depth`` that ``plan`` would choose by what was offered since the last one, were nothing in
+        flight; 0: so there is nothing to wait for. Nothing is changed: what is in flight can be committed, offers be
+        made anew, and then ``plan`` called."""
+    def foresaw(self, seq: int, tokens: int, right: int, source: int = 0) -> None:
+        """Of steps that verified none of them: a source would have had so many tokens for this sequence, of which the
+        first ``right`` were right, and the next one, if any, wrong. Passed over for an unknown sequence. So acceptance
+        is learnt where nothing is verified."""
+    def commit(
+        self,
+        step: int,
+        elapsed_ms: float,
+        finished: Sequence[int] = (),
+        learn: bool = True,
+        accepted: Mapping[int, int] | None = None,
+    ) -> None:
         """Take the outcome of a planned step: its measured cost, and the sequences that ended in it (EOS, an
         error; one that has ended already is passed over). A sequence that reached ``max_tokens`` ends by itself. Steps
         are committed in their order. ``learn=False``: ``elapsed_ms`` says nothing about the cost (it is only known to
         lie between bounds that hold the prediction). Raises ValueError, with nothing changed, for another step or an
-        unknown id."""
+        unknown id.
+
+        ``accepted``: of rows that had drafts, how many of these were right and count, so that the row got so many
+        tokens and one (missing: 0); ValueError for more than it had. One that was cancelled meanwhile is passed over.
+        ``elapsed_ms`` of a step with drafts counts from when the step before was read, so that what the device waited
+        for (the sources, the launch) is in it."""
     def releasable(self) -> tuple[int, ...]:
         """Ended sequences in no uncommitted step, in no particular order; each stays listed until ``release``. One
         whose KV others wait to take over is listed after the next ``plan``, in which they may start."""
@@ -225,6 +267,9 @@ class Scheduler:
         ValueError for one that is not releasable."""
     def next_deadline(self) -> float:
         """Earliest deadline of a live sequence, infinity if none."""
-    def predict_ms(self, decode_rows: int, decode_context: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
-        """The fitted cost of such a step (``decode_context``: summed over the rows; ``chunks``: start and tokens)."""
+    def predict_ms(
+        self, decode_rows: int, decode_context: int, chunks: Sequence[tuple[int, int]] = (), depth: int = 0
+    ) -> float:
+        """The fitted cost of such a step (``decode_context``: summed over the rows; ``chunks``: start and tokens;
+        ``depth``: drafts verified, of a source that costs nothing)."""
     def statistics(self) -> SchedulerStatistics: ...

@@ -3,17 +3,19 @@
 Pure decisions in C structs: no MLX, no I/O, no clock (the time is an argument), no randomness; the same calls give the
 same plans. The engine's step loop is its only caller, from one thread. ``_sched.pyi`` is the contract,
 ``tests/sched_reference.py`` the same policy in plain Python. Read ``plan()`` and what stands below it for the
-policy; "who is next" stands in ``_order.pxd``; the use of the cost model (``_cost.pxd``) follows, then the public
-bookkeeping, then the C plumbing.
+policy; "who is next" stands in ``_order.pxd``, how many drafts a step verifies in ``_depth.pxd``; the use of the cost
+model (``_cost.pxd``) follows, then the public bookkeeping, then the C plumbing.
 
 **Planned counts as done.** A step changes lengths, counters and states while it is planned, before it has run: so the
 next one can be planned at once, and nothing has to be settled when it is committed but its cost and who ended in it.
+Of a step that verifies drafts only the token that each row gets for sure counts so; commit() settles the others, and
+no step is planned before.
 
     state        row, KV   it becomes      by
     WAITING      no        QUEUED          _follow: its parent is past what they share, or is not waited for any more
     QUEUED       no        PREFILLING      _admit: its first chunk is planned
     PREFILLING   yes       DECODING        _take: its last chunk is planned (which draws its first token too)
-    DECODING     yes       ENDED           _generate: its last token is planned
+    DECODING     yes       ENDED           _generate: its last token is planned; _settle: it was among the drafts
     PREFILLING, DECODING   QUEUED          _preempt: its row and KV are free at once; it prefills again
     any          as it was ENDED           _end, by cancel() and commit(finished), or a deadline in plan()
     ENDED        as it was (forgotten)     release(), when no uncommitted step has it any more
@@ -26,6 +28,24 @@ from libc.string cimport memset
 cimport cython
 
 from lmx._cost cimport Fit, Step, add_area, chunk_context, decode_features, observe, predict, prefill_features, start_fit
+from lmx._depth cimport (
+    MAX_DEPTH,
+    SOURCES,
+    Choice,
+    Depths,
+    Drafting,
+    Offers,
+    add_offer,
+    bucket_of,
+    choose,
+    earn,
+    expected_ratio,
+    learn_acceptance,
+    learn_cell,
+    pay,
+    plain_ratio,
+    start_depths,
+)
 from lmx._order cimport Client, Clients, activate, first, first_begun, idle, into_line, line_up, place, turn_of
 
 from dataclasses import dataclass
@@ -89,6 +109,8 @@ class Prefill:
 cdef class Plan:
     cdef readonly long long step
     cdef readonly tuple decode
+    cdef readonly int depth
+    cdef readonly tuple drafts
     cdef readonly tuple joins
     cdef readonly tuple prefills
     cdef readonly tuple preempted
@@ -99,10 +121,12 @@ cdef class Plan:
 cdef class Scheduler:
     cdef Seq *seqs
     cdef Stops *stops
+    cdef Drafting *drafting
     cdef int capacity
     cdef Slots queue, running, ending  # queue: by turn; running: PREFILLING and DECODING, oldest admission first
     cdef Slots waiting  # in order of arrival
     cdef Slots line  # what line_up() found
+    cdef Slots verifying  # the rows of the uncommitted step that have drafts
     cdef bint followed  # _follow() was called, and nothing has changed since but by recache()
     cdef long long placed, backlog  # in _leads(): for which priority _place() was called, and what it found
     cdef dict slot_of
@@ -125,6 +149,9 @@ cdef class Scheduler:
     cdef double held_ms  # how long rows wait for prompts to start with them, in committed steps
     cdef double due  # no live sequence has an earlier deadline
     cdef Fit decode_fit, prefill_fit
+    cdef int max_depth
+    cdef int offers  # since the last plan
+    cdef Depths depths
     cdef Step uncommitted[2]
     cdef long long plans, planned, committed, preemptions
     cdef Plan last_plan
@@ -137,10 +164,12 @@ cdef class Scheduler:
         _check_time("now", now)
         if self.planned - self.committed > 1:
             raise RuntimeError(f"steps {self.committed + 1} and {self.planned} are both uncommitted: commit one first")
+        if self.verifying.size:
+            raise RuntimeError(f"step {self.planned} verifies drafts and is uncommitted: commit it first")
         cdef Plan plan = self.last_plan
         cdef Step *step = &self.uncommitted[(self.planned + 1) & 1]
-        plan.step = 0
-        plan.decode = plan.joins = plan.prefills = plan.preempted = plan.expired = ()
+        plan.step = plan.depth = 0
+        plan.drafts = plan.decode = plan.joins = plan.prefills = plan.preempted = plan.expired = ()
         memset(step, 0, sizeof(Step))
         self.plans += 1
         if now >= self.due:
@@ -159,9 +188,12 @@ cdef class Scheduler:
             if slot >= 0 and self._holds(slot):
                 step.holds = True
             else:
+                if self.offers:
+                    self._verify(plan, step, slot)
                 self._decode(plan, step)
             if slot >= 0:
                 self._prefill(plan, step, slot)
+        self.offers = 0
         if step.rows or step.chunk:
             if not step.holds:
                 self.held_ms = 0.0
@@ -393,8 +425,85 @@ cdef class Scheduler:
         for i in range(self.running.size):
             self.clients.items[self.seqs[self.running.items[i]].client].rows += 1
 
+    cdef void _verify(self, Plan plan, Step *step, int joining):
+        """Drafts for the decoding rows, and KV for them: what can be had beside that of the rows' next tokens, and of
+        the prompt that joins.
+
+        Only where nothing is in flight: what is offered follows the newest token.
+        """
+        cdef int i, depth
+        cdef long long room_bytes
+        cdef Seq *seq
+        cdef Drafting *draft
+        if self.committed < self.planned:
+            return
+        cdef Choice choice = self._choose(self.plans - 1, joining < 0)
+        room_bytes = self.kv_budget_bytes - self.kv_used_bytes
+        if joining >= 0 and self.seqs[joining].state == QUEUED:
+            room_bytes -= self.seqs[joining].asked_bytes
+        depth = choice.depth
+        while depth > 0 and self._growth_bytes(depth, choice.asked) > room_bytes:
+            depth -= 1
+        step.gain = choice.gain
+        step.probe = choice.probe and depth == choice.depth
+        step.asked = choice.asked if depth else 0
+        drafts = []
+        for i in range(self.running.size if depth else 0):
+            seq = &self.seqs[self.running.items[i]]
+            if seq.state == DECODING:
+                draft = &self.drafting[self.running.items[i]]
+                draft.verifies = self._drafts(self.running.items[i], depth, choice.asked, self.plans - 1)
+                draft.verified_source = draft.source
+                step.depth = max(step.depth, draft.verifies)
+                drafts.append(draft.verifies)
+                if draft.verifies:
+                    append_slot(&self.verifying, self.running.items[i])
+        plan.depth = step.depth
+        plan.drafts = tuple(drafts)
+
+    cdef inline int _drafts(self, int slot, int depth, int asked, long long plans) noexcept:
+        """How many of a decoding one's drafts a step of this depth verifies; ``plans``: before the offer."""
+        cdef Drafting *draft = &self.drafting[slot]
+        cdef Seq *seq = &self.seqs[slot]
+        if draft.offered_in != plans or draft.source > asked:
+            return 0
+        return <int>min(min(draft.offered, depth), seq.max_tokens - seq.generated - 1)
+
+    cdef long long _growth_bytes(self, int depth, int asked) noexcept:
+        """The KV that the decoding rows take in a step of this depth."""
+        cdef int i, slot
+        cdef long long growth = 0
+        for i in range(self.running.size):
+            slot = self.running.items[i]
+            if self.seqs[slot].state == DECODING:
+                growth += max(
+                    0,
+                    self._kv_bytes(self.seqs[slot].length + 1 + self._drafts(slot, depth, asked, self.plans - 1))
+                    - self.seqs[slot].held_bytes,
+                )
+        return growth
+
+    cdef Choice _choose(self, long long plans, bint probes) noexcept:
+        cdef Offers offers
+        cdef Choice choice
+        cdef int i, slot, most
+        memset(&offers, 0, sizeof(Offers))
+        memset(&choice, 0, sizeof(Choice))
+        if not self.decode_fit.seen:
+            return choice
+        for i in range(self.running.size):
+            slot = self.running.items[i]
+            if self.seqs[slot].state == DECODING:
+                offers.rows += 1
+                most = self._drafts(slot, self.max_depth, SOURCES, plans)
+                if most > 0:
+                    add_offer(&self.depths, &offers, &self.drafting[slot], most)
+        if offers.most[SOURCES - 1]:
+            choice = choose(&self.depths, &offers, probes)
+        return choice
+
     cdef void _decode(self, Plan plan, Step *step):
-        """One token for every decoding row."""
+        """One token for every decoding row, and room for its drafts."""
         cdef int i, slot
         cdef Seq *seq
         if self.decoding_changed:
@@ -411,11 +520,20 @@ cdef class Scheduler:
                 if self._kv_bytes(seq.length) > seq.held_bytes:
                     seq.held_bytes += self.quantum_bytes
                     self.kv_used_bytes += self.quantum_bytes
+                if step.depth:
+                    self._hold_spare(slot)
                 step.rows += 1
                 step.context += seq.length
                 self._generate(slot)
             if seq.state != ENDED:
                 i += 1
+
+    cdef inline void _hold_spare(self, int slot) noexcept:
+        cdef Seq *seq = &self.seqs[slot]
+        cdef Drafting *draft = &self.drafting[slot]
+        draft.spare_bytes = max(0, self._kv_bytes(seq.length + draft.verifies) - seq.held_bytes)
+        seq.held_bytes += draft.spare_bytes
+        self.kv_used_bytes += draft.spare_bytes
 
     cdef void _prefill(self, Plan plan, Step *step, int slot):
         """A chunk of this prompt; if it ends the prompt, the next ones in order with it, as far as time allows."""
@@ -744,7 +862,10 @@ cdef class Scheduler:
         if step.rows == 0:
             return 0.0
         decode_features(x, step)
-        return predict(&self.decode_fit, x)
+        cdef double cost_ms = predict(&self.decode_fit, x)
+        if step.depth:
+            cost_ms *= expected_ratio(&self.depths, step.asked, step.rows, step.depth)
+        return cost_ms
 
     cdef double _predict_ms(self, Step *step, long long start, long long tokens) noexcept:
         """The step's cost with ``tokens`` more of a prompt, from position ``start`` on."""
@@ -756,19 +877,26 @@ cdef class Scheduler:
         return cost_ms
 
     cdef void _learn(self, Step *step, double elapsed_ms) noexcept:
-        """A step without a chunk teaches the decode cost; one with chunks, what they added to it."""
+        """A step without a chunk teaches the decode cost; one with chunks, what they added to it. With drafts: what they
+        make of the decode cost, which stays what it was, unless the machine's speed has changed."""
         cdef double x[3]
         cdef double decode_ms, share
         cdef bint first = not (self.decode_fit.seen or self.prefill_fit.seen)
         if not step.chunk:
             decode_features(x, step)
-            observe(&self.decode_fit, x, elapsed_ms)
+            if not step.depth:
+                observe(&self.decode_fit, x, elapsed_ms)
+            if self.max_depth and self.decode_fit.seen:
+                elapsed_ms = min(max(elapsed_ms, 1e-3), 1e9) / predict(&self.decode_fit, x)
+                self.decode_fit.scale *= learn_cell(
+                    &self.depths, step.asked, step.rows, step.depth, elapsed_ms, step.probe
+                )
         else:
             prefill_features(x, step.chunk, step.chunk_context)
             decode_ms = self._decode_ms(step)
             if elapsed_ms >= decode_ms:
                 observe(&self.prefill_fit, x, elapsed_ms - decode_ms)
-            else:
+            elif not step.depth:
                 # Then decoding is what was predicted too long (cold first steps), not the chunk that cost nothing.
                 share = decode_ms / (decode_ms + predict(&self.prefill_fit, x))
                 decode_features(x, step)
@@ -776,12 +904,13 @@ cdef class Scheduler:
         if first:  # both are costs of the same machine
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 
-    def predict_ms(self, decode_rows, decode_context, chunks=()):
+    def predict_ms(self, decode_rows, decode_context, chunks=(), depth=0):
         cdef Step step
         cdef long long start, tokens
         memset(&step, 0, sizeof(Step))
         step.rows = _whole("decode_rows", decode_rows, 0)
         step.context = _whole("decode_context", decode_context, 0)
+        step.depth = _whole("depth", depth, 0, MAX_DEPTH)
         for chunk in chunks:
             start, tokens = _whole("chunk start", chunk[0], 0), _whole("chunk tokens", chunk[1], 0)
             step.chunk += tokens
@@ -803,7 +932,9 @@ cdef class Scheduler:
         max_chunk_area=0,
         double itl_target_ms=250.0,
         double max_step_ms=4000.0,
+        max_depth=0,
     ):
+        self.max_depth = _whole("max_depth", max_depth, 0, MAX_DEPTH)
         self.max_rows = _whole("max_rows", max_rows, 1)
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1, 2**61)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0, 2**61)
@@ -831,6 +962,7 @@ cdef class Scheduler:
         # The shape of the costs, measured with SmolLM2-135M on a CPU; the first measurement sets their scale.
         start_fit(&self.decode_fit, 50.0, 3.0, 0.002)
         start_fit(&self.prefill_fit, 50.0, 2.0, 0.0005)
+        start_depths(&self.depths)
 
     cdef void _set_budget(self, long long budget_bytes) noexcept:
         self.kv_budget_bytes = budget_bytes
@@ -900,6 +1032,7 @@ cdef class Scheduler:
         self.slot_of[seq] = slot
         self.followed = False
         memset(s, 0, sizeof(Seq))
+        memset(&self.drafting[slot], 0, sizeof(Drafting))
         self.arrivals += 1
         s.id = id_
         s.priority = rank
@@ -985,20 +1118,89 @@ cdef class Scheduler:
         self._end(slot)
         return True
 
-    def commit(self, step, double elapsed_ms, finished=(), bint learn=True):
+    def offer(self, seq, tokens, source=0):
+        cdef int slot = self.slot_of.get(seq, -1), offered = _drafts_of("tokens", tokens), kind = _source(source)
+        if slot >= 0 and self.seqs[slot].state == DECODING and self.max_depth:
+            self.drafting[slot].offered = offered
+            self.drafting[slot].source = kind
+            self.drafting[slot].offered_in = self.plans
+            self.offers += 1
+
+    def foresaw(self, seq, tokens, right, source=0):
+        cdef int slot = self.slot_of.get(seq, -1), drafts = _drafts_of("tokens", tokens), kind = _source(source)
+        cdef int accepted = _whole("right", right, 0, tokens)
+        if slot >= 0 and drafts:
+            accepted = min(accepted, MAX_DEPTH)
+            learn_acceptance(&self.depths, &self.drafting[slot], kind, accepted, accepted < drafts)
+
+    def expected_depth(self):
+        if self.offers == 0 or self.verifying.size:
+            return 0
+        return self._choose(self.plans, True).depth
+
+    def commit(self, step, double elapsed_ms, finished=(), bint learn=True, accepted=None):
         _check_time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
         for seq in finished:
             if seq not in self.slot_of:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
+        for seq in accepted or ():
+            slot = self.slot_of.get(seq, -1)
+            most = self.drafting[<int>slot].verifies if slot >= 0 and self.verifying.size else 0
+            _whole(f"accepted of seq {seq}", accepted[seq], 0, most)
         self.committed += 1
-        if self.uncommitted[self.committed & 1].holds:
+        cdef Step *outcome = &self.uncommitted[self.committed & 1]
+        if outcome.holds:
             self.held_ms += elapsed_ms
+        if outcome.rows and self.max_depth:
+            earn(&self.depths)
+            right = self._settle(finished, accepted or {})
+            if learn and outcome.probe and not outcome.chunk:
+                self._pay(outcome, elapsed_ms, right)
         if learn:
-            self._learn(&self.uncommitted[self.committed & 1], elapsed_ms)
+            self._learn(outcome, elapsed_ms)
         for seq in finished:
             self.cancel(seq)
+
+    cdef int _settle(self, finished, accepted) except -1:
+        """The drafts of the committed step that were right count as done now; the KV that was held for the others is
+        given back. Returned is how many were right. Of who ended meanwhile nothing is known."""
+        cdef int i, slot, right, total = 0
+        cdef Seq *seq
+        cdef Drafting *draft
+        cdef long long unused_bytes
+        for i in range(self.verifying.size):
+            slot = self.verifying.items[i]
+            seq = &self.seqs[slot]
+            draft = &self.drafting[slot]
+            right = accepted.get(seq.id, 0) if seq.state == DECODING else 0
+            if seq.state == DECODING:
+                # What comes after an answer's end is neither right nor wrong.
+                learn_acceptance(
+                    &self.depths, draft, draft.verified_source, right, right < draft.verifies and seq.id not in finished
+                )
+                seq.length += right
+                seq.generated += right
+                self.clients.items[seq.client].served += right
+                self.earned = min(self.earned + EARNED_GENERATED * right, MAX_EARNED)
+                unused_bytes = min(draft.spare_bytes, max(0, seq.held_bytes - self._kv_bytes(seq.length)))
+                seq.held_bytes -= unused_bytes
+                self.kv_used_bytes -= unused_bytes
+                if seq.generated == seq.max_tokens:
+                    self._end(slot)
+            draft.verifies = 0
+            draft.spare_bytes = 0
+            total += right
+        self.verifying.size = 0
+        return total
+
+    cdef void _pay(self, Step *step, double elapsed_ms, int right) noexcept:
+        """What a probe has lost: its time by what the best that was known takes for as many tokens."""
+        cdef double x[3]
+        decode_features(x, step)
+        elapsed_ms /= predict(&self.decode_fit, x) * plain_ratio(&self.depths, bucket_of(step.rows))
+        pay(&self.depths, elapsed_ms - (step.rows + right) / (step.rows * step.gain))
 
     def releasable(self):
         if self.ending.size == 0:
@@ -1059,6 +1261,8 @@ cdef class Scheduler:
         cdef int i, size = max(64, 2 * self.capacity)
         self.seqs = <Seq *>resized(self.seqs, size * sizeof(Seq))
         self.stops = <Stops *>resized(self.stops, size * sizeof(Stops))
+        self.drafting = <Drafting *>resized(self.drafting, size * sizeof(Drafting))
+        self.verifying.items = <int *>resized(self.verifying.items, size * sizeof(int))
         self.queue.items = <int *>resized(self.queue.items, size * sizeof(int))
         self.running.items = <int *>resized(self.running.items, size * sizeof(int))
         self.ending.items = <int *>resized(self.ending.items, size * sizeof(int))
@@ -1073,6 +1277,8 @@ cdef class Scheduler:
     def __dealloc__(self):
         free(self.seqs)
         free(self.stops)
+        free(self.drafting)
+        free(self.verifying.items)
         free(self.clients.items)
         free(self.queue.items)
         free(self.running.items)
@@ -1085,6 +1291,14 @@ cdef long long _whole(name, value, low, high=2**31 - 1) except? -1:
     if not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     return value
+
+
+cdef int _drafts_of(name, value) except -1:
+    return <int>min(_whole(name, value, 0), MAX_DEPTH + 1)
+
+
+cdef int _source(value) except -1:
+    return <int>_whole("source", value, 0, SOURCES - 1)
 
 
 cdef int _check_time(name, double value) except -1:

@@ -93,6 +93,14 @@ class Draw:
     """Of each token, where they are wanted."""
 
 
+def verified(drafts: Seq[int], drawn: Seq[int]) -> int:
+    """How many of a row's drafts count: each that is what was drawn in its place, as all before it were."""
+    count = 0
+    while count < len(drafts) and drafts[count] == drawn[count]:
+        count += 1
+    return count
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Log-probabilities of a sequence's prompt tokens from ``start`` on, each given those before it."""

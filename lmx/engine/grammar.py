@@ -53,10 +53,20 @@ class Constraint:
     def fill(self, bits: npt.NDArray[np.int32], row: int, most_s: float) -> None:
         """Write the mask of its next token. One whose masks take longer than that, on average, fails."""
         started = time.perf_counter()
-        fill_next_token_bitmask(self.matcher, bits, row)
+        self.fill_draft(bits, row)
         self.masks_s += time.perf_counter() - started
         if self.masks_s > _FREE_S + most_s * (self.tokens + 1):
             self._overdue = f"too complex: the masks of {self.tokens + 1} tokens took {self.masks_s:.1f} s"
+
+    def fill_draft(self, bits: npt.NDArray[np.int32], row: int) -> None:
+        """The same after drafts, which no answer fails for."""
+        fill_next_token_bitmask(self.matcher, bits, row)
+
+    def follow(self, draft: int) -> bool:
+        """Take a draft, for ``rollback``; False: it cannot come here, and nothing has changed."""
+        followed = bool(self.matcher.try_consume_tokens([draft]))
+        self.tokens += followed
+        return followed
 
     def advance(self, token: int) -> bool:
         """Take the token that was drawn. False: no further one can be found, ``refusal`` says why."""
@@ -212,14 +222,38 @@ class Masker:
         for i, row in masked:
             if row.constraint:
                 row.constraint.fill(bits, i, self._most_s)
-            self._ends(masks[i], row)
+            self._ends(masks[i], row, row.generated_tokens)
         return masks
 
-    def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence) -> None:
+    def along(self, row: EngineSequence, drafts: Sequence[int]) -> Masks:
+        """The same for one row's draws in a step that verifies drafts: of its next token, then of those after each
+        draft. After a draft that its grammar refuses, which so is never drawn, and where no mask is needed any more,
+        anything may be drawn."""
+        bits = np.full((1 + len(drafts), self._words), -1, np.int32)
+        masks = bits.view(np.uint32)
+        constraint, followed = row.constraint, 0
+        for i, draft in enumerate((*drafts, None)):
+            generated = row.generated_tokens + i
+            if constraint is None and generated >= row.min_tokens:
+                break
+            if constraint and i:
+                constraint.fill_draft(bits, i)
+            elif constraint:
+                constraint.fill(bits, i, self._most_s)
+            self._ends(masks[i], row, generated)
+            if constraint and draft is not None:
+                if not constraint.follow(draft):
+                    break
+                followed += 1
+        if constraint and followed:
+            constraint.rollback(followed)
+        return masks
+
+    def _ends(self, mask: npt.NDArray[np.uint32], row: EngineSequence, generated: int) -> None:
         """An answer's own end tokens, and those that come too early. Where nothing else can follow, they may come."""
         if row.stop_ids and row.constraint and row.constraint.accepting:
             _set(mask, row.stop_ids, True)
-        early = row.generated_tokens < row.min_tokens
+        early = generated < row.min_tokens
         unwanted = self._end_ids if early or row.ignore_eos else ()
         if early:
             unwanted += row.stop_ids

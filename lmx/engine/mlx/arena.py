@@ -314,24 +314,48 @@ class Lane:
         count = max(active) + 1
         if tokens is None:
             tokens = self.last_tokens[:count, None]
+        return self._loaded.logits(self._decoded(active, tokens, [tokens.shape[1]] * len(active)))
+
+    def decode_each(self, active: Sequence[int], tokens: Sequence[Sequence[int]]) -> mx.array:
+        """One step of the rows in ``active`` with as many tokens as each is given, in one pass: rows with fewer are
+        padded, which writes nothing. Returns the logits after each token, (N, V), row by row."""
+        counts = [len(own) for own in tokens]
+        width = max(counts)
+        padded = np.zeros((max(active) + 1, width), np.int32)
+        for row, own in zip(active, tokens, strict=True):
+            padded[row] = [*own, *[own[-1]] * (width - len(own))]
+        hidden = self._decoded(active, mx.array(padded), counts)
+        rows = np.repeat(np.asarray(active, np.int32), counts)
+        steps = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        return self._loaded.logits(hidden[mx.array(rows), mx.array(steps)][:, None])[:, 0]
+
+    def _decoded(self, active: Sequence[int], tokens: mx.array, counts: Sequence[int]) -> mx.array:
+        """What such a step gives before the output head."""
         width = tokens.shape[1]
         assert width <= DUMMY_SLOTS, width  # nor does a GPU check where it writes
-        caches = self.begin_decode(active, width)
-        logits = self._loaded.logits(self._loaded.hidden(tokens, whole(self.kinds, caches)))
-        self.end_decode(active, caches, width)
-        return logits
+        caches = self.begin_decode(active, width, counts)
+        hidden = self._loaded.hidden(tokens, whole(self.kinds, caches))
+        self.end_decode(active, caches, counts)
+        return hidden
 
-    def begin_decode(self, active: Sequence[int], width: int) -> list[Any]:
-        """What model code sees of each layer in such a step."""
+    def begin_decode(self, active: Sequence[int], width: int, counts: Sequence[int]) -> list[Any]:
+        """What model code sees of each layer in a step of ``width`` tokens a row, ``counts`` of them each row's own."""
         count = max(active) + 1
         steps = np.arange(width, dtype=np.int32)
-        alive = np.zeros(count, bool)
-        alive[list(active)] = True
         # The others stand where an active row stands, so that they change neither the span nor its first slot.
-        lengths = np.where(alive, self.lengths[:count], self.lengths[active[0]]).astype(np.int32)
-        positions = lengths[:, None] + steps
-        slots = Slots(np.where(alive[:, None], positions, self.slots - DUMMY_SLOTS + steps))
-        span = int(lengths.max()) + width
+        lengths = np.full(count, self.lengths[active[0]], np.int32)
+        lengths[list(active)] = self.lengths[list(active)]
+        own = np.full(count, counts[0], np.int32)
+        own[list(active)] = counts
+        # What is written beside a row's own tokens goes where rows that do not decode write.
+        kept = np.zeros((count, width), bool)
+        kept[list(active)] = steps < own[list(active), None]
+        slots = Slots(
+            np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps),
+            np.where(kept[:, 0], own, width).tolist(),
+        )
+        positions = lengths[:, None] + np.minimum(steps, own[:, None] - 1)
+        span = int((lengths + own).max())
         # mlx-lm's attention over packed KV broadcasts one mask over all heads.
         packed = any(kind.bits < 16 for kind in self.kinds)
         masks = Masks(positions, span, 1 if packed else self._loaded.query_heads)
@@ -348,12 +372,12 @@ class Lane:
                 caches.append(cache)
         return caches
 
-    def end_decode(self, active: Sequence[int], caches: Sequence[Any], width: int) -> None:
+    def end_decode(self, active: Sequence[int], caches: Sequence[Any], counts: Sequence[int]) -> None:
         """Keep what the step wrote."""
         for layer, cache in zip(self._layers, caches, strict=True):
             if isinstance(layer, StateLayer):
                 layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
-        self.lengths[list(active)] += width
+        self.lengths[list(active)] += np.asarray(counts, np.int32)
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a

@@ -5,7 +5,6 @@ lane, which row), never what runs. Called by the step loop only.
 """
 
 import gc
-import operator
 import platform
 import threading
 from collections.abc import Callable, Collection
@@ -14,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -23,12 +21,14 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, cpu, device, probe, together
+from lmx.engine.mlx import adapter, cpu, device, draws, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.blocks import Forms, MLXBlock
+from lmx.engine.mlx.draws import Batches, Read
 from lmx.engine.mlx.placement import Place, Placement
+from lmx.engine.mlx.verify import Verification
 from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
-from lmx.protocol import Load, Logprobs, Sampling
+from lmx.protocol import Load
 
 # Without a setting, KV may take this share of the memory that is free after the load.
 _KV_MEMORY_SHARE = 0.5
@@ -46,7 +46,6 @@ _POOL_BYTES = 4 * 1024**3
 _POOL_SHARE = 1 / 16
 # Prompt tokens whose logits are held at once, for their log-probabilities: 40 MB for a vocabulary of 152,000.
 _SCORED_TOKENS = 64
-_DUMMY = Sampling(seed=0, temperature=0.0)
 
 
 class MLXBackend:
@@ -62,6 +61,7 @@ class MLXBackend:
         if self._probe.kv:
             self._device.words["kv"] = self._probe.kv
         apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
+        self._device.words["speculation"] = self._probe.speculation
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
@@ -73,8 +73,9 @@ class MLXBackend:
         """The states of sequences in prefill at those of their ``stops`` that nobody asked for yet."""
         self._copies: list[mx.array] = []
         """Of blocks that the device may be about to make."""
-        self._batches: WeakKeyDictionary[Lane, tuple[list[Sequence | None], SamplingBatch]] = WeakKeyDictionary()
-        """Of each lane's last step; good as long as the same sequences decode in the same rows."""
+        self._batches = Batches(self.facts.vocab_size)
+        self._verified = Batches(self.facts.vocab_size)
+        """Of steps that verify drafts."""
 
     @classmethod
     def load(cls, options: Load) -> "MLXBackend":
@@ -119,6 +120,7 @@ class MLXBackend:
             probes=probes,
             forks=self._probe.path == "arena" and all(kind.kind == "kv" for kind in self._probe.kinds),
             max_chunk_area=area,
+            max_depth=self._probe.max_depth,
             prefixes=_prefixes(self._probe),
             window=max((kind.window or 0 for kind in self._probe.kinds if kind.kind == "kv"), default=0),
         )
@@ -153,10 +155,12 @@ class MLXBackend:
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> "MLXLaunch":
         self._assert_thread()
-        assert not any(drafts), self.facts.max_depth
         places = [self._placement[sequence] for sequence in decode]
+        guesses = {sequence.seq: guess for sequence, guess in zip(decode, drafts, strict=True)} if any(drafts) else {}
         for place in places:
-            self._placement.make_room(place, 1)
+            guess = guesses.get(place.sequence.seq, ())
+            assert len(guess) <= self.facts.max_depth, (guess, self.facts.max_depth)
+            self._placement.make_room(place, 1 + len(guess))
         self._placement.settle()
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
         decoding: list[tuple[Lane, list[Place]]] = []
@@ -165,13 +169,28 @@ class MLXBackend:
             if members:
                 self._placement.compact(lane, members)
                 decoding.append((lane, members))
+        touched = [lane for lane, _ in decoding]
+        if guesses:
+            self._verify(launch, decoding, guesses)
         for (lane, members), logits in zip(decoding, self._forward(decoding), strict=True):
             if any(place.sequence.masked for place in members):
                 launch.defer(lane, logits, partial(self._decode, launch, lane, members, logits, late=True))
             else:
                 self._decode(launch, lane, members, logits)
-        launch.begin = partial(self._begin, launch, [lane for lane, _ in decoding], chunks)
+        launch.begin = partial(self._begin, launch, touched, chunks)
         return launch
+
+    def _verify(
+        self, launch: "MLXLaunch", decoding: list[tuple[Lane, list[Place]]], drafts: dict[int, Seq[int]]
+    ) -> None:
+        """The lanes that have drafts, which ``decoding`` is left without: each by itself, since in one pass the rows of
+        the others would be padded as well."""
+        for lane, members in list(decoding):
+            mine = [drafts[place.sequence.seq] for place in members]
+            if any(mine):
+                decoding.remove((lane, members))
+                self._drop_counts(lane)
+                launch.verify(lane, Verification(lane, members, mine, self._verified, self._masker))
 
     def _begin(self, launch: "MLXLaunch", decoded: list[Lane], chunks: Seq[Chunk]) -> None:
         """Let the device decode, and prefill after that."""
@@ -209,15 +228,8 @@ class MLXBackend:
         by_row: list[Sequence | None] = [None] * count
         for place in members:
             by_row[place.row] = place.sequence
-        members_then, batch = self._batches.get(lane, ([], None))
-        if batch is None or len(members_then) != count or any(map(operator.is_not, members_then, by_row)):
-            sampling = [sequence.sampling if sequence else _DUMMY for sequence in by_row]
-            batch = SamplingBatch(mx, sampling, self.facts.vocab_size)
-            self._batches[lane] = (by_row, batch)
-        if lane.counts is not None and not any(
-            penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
-        ):
-            lane.counts = None
+        batch = self._batches.get(lane, by_row)
+        self._drop_counts(lane)
         # The draw fills the position after the one that was just computed.
         keys = [
             draw_key(sequence.sampling.seed, int(lane.lengths[row])) if sequence else 0
@@ -235,6 +247,13 @@ class MLXBackend:
             lane.add_counts(range(count), drawn.tokens)
         launch.add(drawn, [(place.row, place.sequence) for place in members])
         launch.watch(lane, rows)
+
+    def _drop_counts(self, lane: Lane) -> None:
+        """If none of its rows has penalties any more."""
+        if lane.counts is not None and not any(
+            penalised(place.sequence.sampling) for place in self._placement.of_lane(lane)
+        ):
+            lane.counts = None
 
     def _prefill(self, lane: Lane, chunks: Seq[Chunk], launch: "MLXLaunch") -> None:
         """Prefill chunks of one lane and draw for those that are ``last``."""
@@ -387,6 +406,7 @@ class MLXLaunch:
 
     def __init__(self, order: Seq[int]) -> None:
         self._draws: list[tuple[Drawn, list[tuple[int, Sequence]]]] = []
+        self._verifications: list[Verification] = []
         self._written: list[tuple[mx.array, Seen, Chunk]] = []
         self._order = {seq: index for index, seq in enumerate(order)}
         self._watched: list[tuple[Seen, int]] = []
@@ -397,6 +417,13 @@ class MLXLaunch:
 
     def add(self, drawn: Drawn, rows: list[tuple[int, Sequence]]) -> None:
         self._draws.append((drawn, rows))
+
+    def verify(self, lane: Lane, verification: Verification) -> None:
+        self._verifications.append(verification)
+        if verification.masked:
+            self.defer(lane, verification.logits, verification.draw)
+        else:
+            verification.draw()
 
     def defer(self, lane: Lane, logits: mx.array, draw: Callable[[], None]) -> None:
         """``draw`` from these logits of the lane's rows when the step before was read."""
@@ -435,12 +462,8 @@ class MLXLaunch:
 
     def _results(self) -> list[mx.array]:
         """What there is when the step is done, and not before. (Most arrays of a lane's state are no step's last.)"""
-        drawn = [
-            array
-            for drawn, _ in self._draws
-            for array in (drawn.tokens, drawn.bad, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
-            if array is not None
-        ]
+        drawn = [array for drawn, _ in self._draws for array in draws.arrays(drawn)]
+        drawn += [array for verification in self._verifications for array in verification.results]
         return drawn + [largest for largest, _, _ in self._written] + [logits for _, logits, _ in self._deferred]
 
     def wait(self) -> list[Draw]:
@@ -454,8 +477,10 @@ class MLXLaunch:
         for draw, (seen, length) in zip(found, self._watched, strict=True):
             if not draw.bad:
                 seen.found(length - 1, length)
+        for verification in self._verifications:
+            found += verification.settle()
         # A finished launch must not keep its arrays alive.
-        self._draws, self._written, self._watched = [], [], []
+        self._draws, self._verifications, self._written, self._watched = [], [], [], []
         return sorted(found, key=lambda draw: self._order[draw.sequence.seq])
 
 
@@ -495,20 +520,10 @@ def _scored(chunk: Chunk) -> list[int]:
 
 
 def _read(drawn: Drawn, rows: list[tuple[int, Sequence]]) -> list[Draw]:
-    tokens, bad = np.array(drawn.tokens).tolist(), np.array(drawn.bad).tolist()
-    logprobs = None
-    if drawn.logprobs is not None:
-        assert drawn.top_ids is not None
-        assert drawn.top_logprobs is not None
-        logprobs = [np.array(a).tolist() for a in (drawn.logprobs, drawn.top_ids, drawn.top_logprobs)]
-
-    def of(row: int, sequence: Sequence) -> tuple[Logprobs, ...]:
-        wanted = sequence.sampling.logprobs
-        if logprobs is None or wanted < 0:
-            return ()
-        return (Logprobs(logprobs[0][row], tuple(logprobs[1][row][:wanted]), tuple(logprobs[2][row][:wanted])),)
-
-    return [Draw(sequence, (tokens[row],), bad[row], of(row, sequence)) for row, sequence in rows]
+    read = Read(drawn)
+    return [
+        Draw(sequence, (read.tokens[row],), read.bad[row], read.logprobs([row], sequence)) for row, sequence in rows
+    ]
 
 
 def _free_bytes() -> int:

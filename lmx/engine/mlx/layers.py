@@ -159,14 +159,16 @@ def _copies(views: Sequence[mx.array]) -> list[mx.array]:
 
 
 class Slots:
-    """Where one forward pass writes: token l of row b into slot ``positions[b, l]``, for rows [0, B).
+    """Where one forward pass writes: token l of row b into slot ``positions[b, l]``, for rows [0, B). The first
+    ``counts[b]`` of them follow each other; the others are padding, and may also stay unwritten.
 
     The same for all its layers, so what the writes index with is made once a pass for each shape, and as uint32, which
     MLX need not cast (before that a write into some of a lane's rows took 12 operations, most of them for indices).
     """
 
-    def __init__(self, positions: npt.NDArray[np.int32]) -> None:
+    def __init__(self, positions: npt.NDArray[np.int32], counts: Sequence[int] | None = None) -> None:
         self._positions = positions.astype(np.uint32)
+        self.counts = counts or [positions.shape[1]] * len(positions)
         self._along: dict[tuple[int, ...], mx.array] = {}
         self._of_heads: dict[int, tuple[mx.array, ...]] = {}
         self._starts: list[mx.array] = []
@@ -203,8 +205,8 @@ def scatter_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
 
 def slice_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
     """The same, row by row: for back ends whose scatter copies the buffer."""
-    for row, start in enumerate(slots.starts()):
-        buffer = mx.slice_update(buffer, new[row : row + 1], start, axes=(0, 2))
+    for row, (start, count) in enumerate(zip(slots.starts(), slots.counts, strict=True)):
+        buffer = mx.slice_update(buffer, new[row : row + 1, :, :count], start, axes=(0, 2))
     return buffer
 
 

@@ -6,10 +6,11 @@ a mask hides would spread through 0 · NaN in any attention kernel; the arena ne
 holes, and is computed in part and whole. A model with sliding windows also runs at positions beyond each window. Each
 row's logits are held against the same tokens run alone on mlx-lm's own caches. Packed KV, where it is asked for, must
 say the same read packed as unpacked; how much the packing itself changes is the user's choice (``bench.kv_quality``).
-Called once, by the back end's load.
+Where steps may verify drafts, several tokens of a row in one pass must say the same as single ones. Called once, by the
+back end's load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,12 +21,16 @@ from mlx.utils import tree_flatten
 
 from lmx.engine.mlx.adapter import CacheList, LayerKind, LoadedModel, layer_kinds, make_prompt_cache, parts, refusal
 from lmx.engine.mlx.arena import Lane
-from lmx.engine.mlx.layers import SLOT_QUANTUM, Write, round_slots, scatter_write
+from lmx.engine.mlx.layers import DUMMY_SLOTS, SLOT_QUANTUM, Write, round_slots, scatter_write
 
 _LENGTHS = (5, 11, 2)
 _STEPS = 4
 # Of the decode steps, so many compute some of the lane's rows, the others all: another write, where there are two.
 _PARTIAL_STEPS = 2
+# Tokens of a row that a step may verify together: where MLX's kernels change, and the most that a lane has room for.
+# The first so many are also computed one by one.
+_WIDTHS = (2, 8, DUMMY_SLOTS)
+_SINGLES = 3
 # Beyond a window: so many tokens in a chunk, then so many decode steps together with a short row and alone.
 _CHUNK, _TOGETHER, _ALONE = 4, 2, 2
 # A window is exercised if the keys and values up to its end take no more than this share of the free memory.
@@ -47,6 +52,10 @@ class ProbeResult:
     kv_bytes_per_sequence: int
     kv: str
     """How keys and values are held and why, where packing them was asked for."""
+    max_depth: int = 0
+    """Most drafts of a row in one pass, beside the token before them."""
+    speculation: str = ""
+    """Why not more."""
 
     @property
     def kv_bits(self) -> int:
@@ -56,7 +65,13 @@ class ProbeResult:
 def run(loaded: LoadedModel, write: Write, *, force_single: bool = False, kv_bits: int = 16) -> ProbeResult:
     """Probe the model, with the ``write`` that suits the device. What the model does wrong becomes the reason, not an
     exception."""
-    found = _probe(loaded, write, force_single)
+    found = _packed(loaded, write, _probe(loaded, write, force_single), kv_bits)
+    width, words = compare_widths(loaded, found)
+    return replace(found, max_depth=width - 1, speculation=words)
+
+
+def _packed(loaded: LoadedModel, write: Write, found: ProbeResult, kv_bits: int) -> ProbeResult:
+    """The same with packed KV, where that is asked for and can be."""
     if kv_bits == 16:
         return found
     if found.path == "single":
@@ -156,6 +171,60 @@ def compare_packed(loaded: LoadedModel, kinds: list[LayerKind], write: Write) ->
         return f"its code refuses packed keys and values: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     off = max(map(_difference, alone, batched))
     return f"logits with packed KV differ from those with the same unpacked by {off:.1%} of the largest" if off else ""
+
+
+def compare_widths(loaded: LoadedModel, found: ProbeResult) -> tuple[int, str]:
+    """How many tokens of a row one pass may compute so that each is as if alone, and that in words."""
+    if found.path == "single":
+        return 1, f"no drafts are verified: one sequence at a time runs on mlx-lm's caches ({found.reason})"
+    if any(kind.kind != "kv" for kind in found.kinds):
+        return 1, "no drafts are verified: a recurrent state cannot go back to where a draft was wrong"
+    width, limit = 1, ""
+    try:
+        for tried in _widths(loaded, list(found.kinds), found.write):
+            width, limit = tried
+    except Exception as error:
+        limit = f"its code refuses more tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    what = f"up to {width - 1} drafts of a row are verified" if width > 1 else "no drafts are verified"
+    return width, f"{what}: {limit}" if limit else f"{what}, as if they were single tokens"
+
+
+def _widths(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> Iterator[tuple[int, str]]:
+    """The widths that are right; the last again with what is wrong beyond it, if anything is."""
+    rng = np.random.default_rng(2)
+    lane = Lane(loaded, kinds, 3, SLOT_QUANTUM, write)
+    rows = [lane.acquire(index) for index in range(3)]
+    lane.release(rows.pop(1))
+    prompts = [rng.integers(0, loaded.vocab_size, length).tolist() for length in _LENGTHS[:2]]
+    forced = [rng.integers(0, loaded.vocab_size, max(_WIDTHS)).tolist() for _ in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        lane.prefill(row, prompt, last=False)
+    expected = [_unpacked(loaded, kinds, write, *row)[1:] for row in zip(prompts, forced, strict=True)]
+
+    def off(counts: Sequence[int]) -> float:
+        """How far the rows' next tokens, so many of each, are from that in one pass."""
+        lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(_LENGTHS) + max(_WIDTHS))
+        starts = [int(lane.lengths[row]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        pieces = [own[start : start + count] for own, start, count in zip(forced, starts, counts, strict=True)]
+        logits = np.array(lane.decode_each(rows, pieces).astype(mx.float32))
+        right = [own[start : start + count] for own, start, count in zip(expected, starts, counts, strict=True)]
+        return _difference(np.concatenate(right), logits)
+
+    def back() -> None:
+        for row, prompt in zip(rows, prompts, strict=True):
+            lane.rewind(row, len(prompt))
+
+    if most := max(off([1, 1]) for _ in range(_SINGLES)):
+        yield 1, f"single tokens differ from the same in a chunk by {most:.1%} of the largest logit"
+        return
+    good = 1
+    for width in _WIDTHS:
+        back()
+        if most := off([width, width // 2]):
+            yield good, f"of {width} tokens one differs from single ones by {most:.1%} of the largest logit"
+            return
+        good = width
+        yield good, ""
 
 
 def _unpacked(

@@ -90,7 +90,7 @@ def install(loaded: LoadedModel) -> None:
 
 def decode(loaded: LoadedModel, parts: Sequence[tuple[Lane, Sequence[int]]]) -> list[mx.array]:
     """One step of the active rows of each lane, as ``Lane.decode`` does it; the logits of each."""
-    caches = [lane.begin_decode(active, 1) for lane, active in parts]
+    caches = [lane.begin_decode(active, 1, [1] * len(active)) for lane, active in parts]
     counts = [max(active) + 1 for _, active in parts]
     cuts = np.cumsum(counts)[:-1].tolist()
     offsets: mx.array | None = None
@@ -112,7 +112,7 @@ def decode(loaded: LoadedModel, parts: Sequence[tuple[Lane, Sequence[int]]]) -> 
             for index, cache in enumerate(apart):
                 cache.cache = [pieces[index] for pieces in split]
     for (lane, active), mine in zip(parts, caches, strict=True):
-        lane.end_decode(active, mine, 1)
+        lane.end_decode(active, mine, [1] * len(active))
     return list(mx.split(logits, cuts))
 
 
