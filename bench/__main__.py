@@ -22,6 +22,7 @@ NAMES = {
     "constrained": "decode tok/s of 8 rows under a JSON schema, against free ones; compiling 200 tools",
     "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
+    "compiled": "milliseconds of a decode step, eager against compiled, by rows",
     "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",

@@ -127,6 +127,8 @@ class Load:
     of whatever source there is."""
     draft_path: str = ""
     """A draft model's folder, or GGUF file, with the same tokenizer; "": none."""
+    compile_decode: str = "auto"
+    """Decode steps as compiled graphs (MLX): "auto": where that is faster; "on": wherever it says the same; "off"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ class Depths:
                 return min(len(expected), FIRST_TOP), asked
         best = PROMISE * choice.gain
         cell = self.cells[0, bucket, 0]
-        if choice.depth and (cell.seen == 0 or self.steps >= cell.due) and 1.0 / LOWEST > best:
+        if choice.depth and (cell.seen == 0 or self.steps >= cell.due) and best < 1.0 / LOWEST:
             return 0, 0
         found, probe = 0.0, None
         for asked, expected in variants.items():

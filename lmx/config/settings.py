@@ -148,6 +148,7 @@ class EngineSettings(Section):
     itl_target_ms: float = at_load(250.0, gt=0)
     lookahead: Literal["auto", "on", "off"] = at_load("auto")
     batching: Literal["auto", "single"] = at_load("auto")
+    compile: Literal["auto", "on", "off"] = at_load("auto")
     hang_timeout_s: float = Field(30.0, gt=0)
     load_timeout_s: float = Field(1800.0, gt=0)
     free_timeout_s: float = Field(30.0, gt=0)

@@ -21,7 +21,7 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, cpu, device, draws, probe, together
+from lmx.engine.mlx import adapter, compiled, cpu, device, draws, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.blocks import Forms, MLXBlock
 from lmx.engine.mlx.draws import Batches, Read
@@ -63,6 +63,7 @@ class MLXBackend:
         apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
         self._device.words["speculation"] = self._probe.speculation
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
+        self._compiled, self._device.words["compiled"] = compiled.choose(loaded, self._probe, options.compile_decode)
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
@@ -216,7 +217,8 @@ class MLXBackend:
         parts = [(lane, [place.row for place in members]) for lane, members in decoding]
         if len(parts) > 1 and self._decodes_together:
             return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
-        return [lane.decode(rows)[:, 0] for lane, rows in parts]
+        decode = self._compiled.decode if self._compiled else Lane.decode
+        return [decode(lane, rows)[:, 0] for lane, rows in parts]
 
     def _decode(
         self, launch: "MLXLaunch", lane: Lane, members: list[Place], logits: mx.array, *, late: bool = False
