@@ -193,7 +193,7 @@ class _Places:
     def __init__(self, slots: mx.array) -> None:
         """(B,), uint32."""
         self._slots = slots
-        self.counts = [1] * slots.shape[0]
+        self.counts: Sequence[int] = [1] * slots.shape[0]
 
     def along(self, shape: tuple[int, ...]) -> mx.array:
         return mx.broadcast_to(self._slots[:, None, None, None], shape)
