@@ -255,9 +255,15 @@ class Tokens:
     "length"."""
     logprobs: tuple[Logprobs, ...] = ()
     drafted: int = 0
-    """Drafts that the step verified for it; all of ``tokens`` but the last were among them."""
+    """Drafts that the step verified for it; all of ``tokens`` but the last were among them (and that, too, where the
+    answer ended within them)."""
     source: str = ""
     """Where these came from: "prediction", "lookup" or "model"."""
+
+    @property
+    def accepted(self) -> int:
+        """How many of them were right, and are among ``tokens``."""
+        return min(self.drafted, len(self.tokens) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from quart import request
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
 from lmx.api.core.call import current_call
-from lmx.api.core.parse import parse_object, validate
+from lmx.api.core.parse import parse_object, validate, wishes
 from lmx.api.core.prepare import Prepared, check_length, prepare
 from lmx.api.core.prepare_embeddings import prepare_embeddings
 from lmx.api.core.schemas import Request
@@ -64,8 +64,7 @@ async def _receive(
         return await _receive_large(kind, pieces, models, live, served_kind)
     given = parse_object(b"".join(pieces))
     body = validate(kind, given)
-    given_s = getattr(body, "timeout", None), getattr(body, "ttl", None)
-    served = await _take(models, live, body.model, served_kind, *given_s)
+    served = await _take(models, live, body.model, served_kind, *wishes(body))
     prepared = await trio.to_thread.run_sync(_prepare, body, given, served, abandon_on_cancel=True)
     return body, served, prepared
 
@@ -75,13 +74,14 @@ async def _take(
     live: Live,
     name: str | None,
     kind: type[Model],
-    timeout_s: float | None = None,
-    ttl_s: float | None = None,
+    timeout_s: float | None,
+    ttl_s: float | None,
+    draft_model: str | None,
 ) -> Model:
     """The model that is asked for, held until the request ends; waits for its words, not for its engine."""
     call = current_call()
     with trio.move_on_at(call.deadline(timeout_s, live.now.server)):
-        lease = await models.take(name, kind, ttl_s)
+        lease = await models.take(name, kind, ttl_s, draft_model)
         call.releases.append(lease.release)
         call.model = lease.slot.id
         served = await lease.served()
@@ -158,7 +158,7 @@ async def _receive_large(
         answer = await reader.receive()
         if answer[0] == "model":
             try:
-                served = await _take(models, live, answer[1], served_kind)
+                served = await _take(models, live, answer[1], served_kind, *answer[2:])
             except LmxError as error:
                 refusal = error
                 await reader.send(None)

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from lmx.api.core import prepare_embeddings
-from lmx.api.core.parse import parse_object, validate
+from lmx.api.core.parse import parse_object, validate, wishes
 from lmx.api.core.prepare import KINDS, prepare, slimmed
 from lmx.chat.encoder import TextEncoder
 from lmx.chat.model import ChatModel, Source
@@ -68,7 +68,7 @@ class Reader:
             given = parse_object(raw)
             embeds = kind in prepare_embeddings.KINDS
             body = validate((prepare_embeddings.KINDS if embeds else KINDS)[kind], given)
-            self._send(("model", body.model))
+            self._send(("model", body.model, *wishes(body)))
             model = self._receive()
             if model is None:
                 return None

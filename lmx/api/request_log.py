@@ -44,6 +44,8 @@ def log_request(method: str, path: str, call: Call) -> None:
         fields |= {"prompt_tokens": call.prompt_tokens, "cached_tokens": call.cached_tokens}
         fields["completion_tokens"] = call.completion_tokens
         fields |= call.broke or {}
+        if drafted := call.drafts:
+            fields |= {"draft_tokens": drafted[0], "accepted_draft_tokens": drafted[1]}
     if call.first_token_at is not None:
         fields["ttft_ms"] = _ms(call.first_token_at - call.started)
     if call.first_token_at is not None and call.completion_tokens > call.choices:

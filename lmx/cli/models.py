@@ -129,6 +129,8 @@ def load(
     context_length: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="16, 8 or 4.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests that are computed together.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="A smaller model that says what comes next.")] = None,
+    speculation: Annotated[str | None, typer.Option(help="auto, lookup or off: whose drafts are verified.")] = None,
     ttl: Annotated[float | None, typer.Option(help="Seconds without a request after which it goes; 0: never.")] = None,
     pin: Annotated[bool | None, typer.Option("--pin/--no-pin", help="Never unload it for another one.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it takes requests.")] = True,
@@ -138,6 +140,7 @@ def load(
 ) -> None:
     """Load a model into memory."""
     given = {"context_length": context_length, "kv_bits": kv_bits, "max_batch": max_batch, "ttl": ttl, "pin": pin}
+    given |= {"draft_model": draft_model, "speculation": speculation}
     body = {"model": model, **{name: value for name, value in given.items() if value is not None}}
     with Client(host, key) as client:
         if not wait:

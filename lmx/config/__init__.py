@@ -15,6 +15,7 @@ from lmx.config.settings import (
     NamedModelSettings,
     ServerSettings,
     Settings,
+    Speculation,
 )
 from lmx.config.sources import Sources, load_settings
 
@@ -30,5 +31,6 @@ __all__ = [
     "ServerSettings",
     "Settings",
     "Sources",
+    "Speculation",
     "load_settings",
 ]

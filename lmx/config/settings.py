@@ -74,6 +74,9 @@ class ServerSettings(Section):
     log_prompts: bool = False
 
 
+Speculation = Literal["auto", "lookup", "off"]
+
+
 class KVBits(IntEnum):
     """Of a key's or a value's number."""
 
@@ -112,6 +115,7 @@ class ModelSettings(Section):
     backends: dict[str, BackendName] = at_load({})
     context_length: int = at_load(0, ge=0, le=2**31 - 1)
     kv_bits: KVBits = at_load(KVBits.WHOLE)
+    speculation: Speculation = at_load("auto")
     tool_format: str = at_load("")
     reasoning_format: str = at_load("")
     preload: list[str] = at_start([])
@@ -207,6 +211,7 @@ class NamedModelSettings(Section):
     kv_budget_bytes: int | None = at_load(None, ge=0, le=2**63 - 1)
     backend: BackendName | None = at_load(None)
     draft_model: str | None = at_load(None)
+    speculation: Speculation | None = at_load(None)
     ttl_s: float | None = Field(None, ge=0)
     pin: bool | None = None
     tool_format: str | None = at_load(None)

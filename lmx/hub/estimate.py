@@ -6,7 +6,7 @@ lifecycle, and by whoever shows what a model would need. Never imports MLX.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmx.hub.layers import Layer
 from lmx.hub.shape import Shape
@@ -64,6 +64,16 @@ class Estimate:
 
     def total(self, kv_bytes: int) -> int:
         return self.fixed_bytes + kv_bytes
+
+    def beside(self, draft: "Estimate") -> "Estimate":
+        """With a draft model in the same process, whose rows hold the same tokens."""
+        return replace(
+            self,
+            weights_bytes=self.weights_bytes + draft.weights_bytes,
+            kv_bytes_per_token=self.kv_bytes_per_token + draft.kv_bytes_per_token,
+            prefill_bytes=max(self.prefill_bytes, draft.prefill_bytes),
+            notes=self.notes + draft.notes,
+        )
 
     @property
     def fixed_bytes(self) -> int:

@@ -41,6 +41,9 @@ class GenerateRequest:
     session: str = ""
     request_id: str = ""
     """The client's or ours, for logs."""
+    speculation: str = "auto"
+    """This and the following change no answer."""
+    prediction: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ AnyRequest = GenerateRequest | EmbedRequest
 
 State = Literal["queued", "prefill", "decode"]
 
+Drafted = dict[str, tuple[int, int]]
+"""By their source: drafts that were verified, and those of them that were right."""
+
 
 class Stream(Protocol):
     """What is told of a lease, whatever it brings."""
@@ -70,6 +76,9 @@ class Stream(Protocol):
 
     @property
     def cached_tokens(self) -> int: ...
+
+    @property
+    def drafts(self) -> Drafted: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class Lease:
         "cancel_reason",
         "closed",
         "deadline",
+        "drafts",
         "drawn_tokens",
         "error",
         "finish",
@@ -137,6 +147,7 @@ class Lease:
         """An engine died over it: it must get so many tokens alone before others join it."""
         self.drawn_tokens = 0
         """Or vectors made."""
+        self.drafts: Drafted = {}
         self.closed = False
         """The reader has left."""
         self.freed = trio.Event()
@@ -164,6 +175,9 @@ class Lease:
         """Take one step's tokens."""
         self.tokens += row.tokens
         self.drawn_tokens += len(row.tokens)
+        if row.drafted:
+            drafted, accepted = self.drafts.get(row.source, (0, 0))
+            self.drafts[row.source] = (drafted + row.drafted, accepted + row.accepted)
         if row.logprobs:
             self.logprobs += row.logprobs
         if row.finish is not None:
@@ -230,6 +244,11 @@ class TokenStream:
         return self._lease.cached_tokens
 
     @property
+    def drafts(self) -> Drafted:
+        """Until now."""
+        return self._lease.drafts
+
+    @property
     def started(self) -> protocol.Started | None:
         """How it began in the engine; known from the first chunk on."""
         return self._lease.started
@@ -270,6 +289,11 @@ class VectorStream:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+
+    @property
+    def drafts(self) -> Drafted:
+        """None: nothing is drawn."""
+        return self._lease.drafts
 
     @property
     def state(self) -> State:

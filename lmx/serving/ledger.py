@@ -307,6 +307,8 @@ class Ledger:
             request.parent,
             request.salt,
             request.session,
+            request.speculation,
+            protocol.pack_tokens(request.prediction),
         )
 
     # --- messages ----------------------------------------------------------------------------------
@@ -351,6 +353,8 @@ class Ledger:
             if lease is None or not row.tokens:
                 continue
             self._meter.tokens(lease, len(row.tokens), now)
+            if row.drafted:
+                self._meter.drafts(row)
             first = lease.first_token_at is None
             if first:
                 lease.first_token_at = now

@@ -29,6 +29,7 @@ class Meter:
         self._prompt_tokens = metrics.prompt_tokens.labels(model)
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._generated_tokens = metrics.generated_tokens.labels(model)
+        self._drafts = metrics.draft_tokens, metrics.accepted_drafts
 
     def step(self, elapsed_ms: float) -> None:
         self._step.observe(elapsed_ms / 1000)
@@ -44,6 +45,10 @@ class Meter:
             gap_s = (now - lease.last_token_at) / tokens
             self._itl.observe(gap_s)
             self.itl_ms.append(gap_s * 1000)
+
+    def drafts(self, row: protocol.Tokens) -> None:
+        for counter, tokens in zip(self._drafts, (row.drafted, row.accepted), strict=True):
+            counter.labels(self._model, row.source).inc(tokens)
 
     def started(self, lease: Lease, now: float) -> None:
         """The first of what ``lease`` waits for has come."""

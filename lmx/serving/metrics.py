@@ -74,6 +74,8 @@ class Metrics(Collector):
         self.prompt_tokens = counter("lmx_prompt_tokens", "Prompt tokens computed.", "model")
         self.cached_tokens = counter("lmx_cached_prompt_tokens", "Prompt tokens found in a cache.", "model")
         self.generated_tokens = counter("lmx_generated_tokens", "Tokens generated.", "model")
+        self.draft_tokens = counter("lmx_draft_tokens", "Drafts that were verified.", "model", "source")
+        self.accepted_drafts = counter("lmx_accepted_draft_tokens", "Those that were right.", "model", "source")
         self.cancellations = counter("lmx_cancellations", "Sequences ended before they finished.", "model", "reason")
         self.engine_restarts = counter("lmx_engine_restarts", "Engine processes that ended.", "model", "cause")
         self.ttft = histogram("lmx_time_to_first_token_seconds", "From lease to first token.")

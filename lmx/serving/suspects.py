@@ -30,7 +30,7 @@ def content_key(request: AnyRequest) -> bytes:
         ).digest()
     sampling = replace(request.sampling, seed=0)
     rest = replace(request, prompt=(), sampling=sampling, client="", priority=0, deadline_s=None, request_id="")
-    rest = replace(rest, parent=-1, salt="", session="")
+    rest = replace(rest, parent=-1, salt="", session="", speculation="auto", prediction=())
     return hashlib.sha256(pack_tokens(request.prompt) + repr(rest).encode()).digest()
 
 

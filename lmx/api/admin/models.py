@@ -16,6 +16,7 @@ from lmx.api.admin.bodies import AdminRequest, Name, receive
 from lmx.api.admin.description import Descriptions
 from lmx.api.admin.progress import Tell, streamed, unheard
 from lmx.api.core.call import current_call
+from lmx.config import Speculation
 from lmx.config.live import Live
 from lmx.errors import InvalidRequest, ModelNotFound
 from lmx.hub.download.names import read_name
@@ -31,7 +32,12 @@ class LoadRequest(AdminRequest):
     kv_bits: Literal[4, 8, 16] | None = Field(None, description="Of a number of its keys and values.")
     max_batch: int | None = Field(None, ge=1, le=512, description="Requests that are computed together.")
     kv_budget_bytes: int | None = Field(None, ge=0, le=2**63 - 1, description="0: what there is room for.")
-    draft_model: Annotated[str, Field(max_length=1000)] | None = Field(None, description="Refused: not built yet.")
+    draft_model: Annotated[str, Field(max_length=1000)] | None = Field(
+        None, description='A smaller model of the same family that says what this one might write next; "": none.'
+    )
+    speculation: Speculation | None = Field(
+        None, description="Whose drafts are verified: of any source there is, of the request's own text only, nobody's."
+    )
     ttl: float | None = Field(None, ge=0, description="Seconds without a request after which it is unloaded; 0: never.")
     pin: bool | None = Field(None, description="Never unload it for another one.")
     wait: bool | None = Field(None, description="false: answer at once, with 202.")
@@ -45,6 +51,7 @@ class LoadRequest(AdminRequest):
             kv_bits=self.kv_bits,
             kv_budget_bytes=self.kv_budget_bytes,
             draft_model=self.draft_model,
+            speculation=self.speculation,
             ttl_s=self.ttl,
             pin=self.pin,
         )

@@ -96,6 +96,12 @@ class Call:
         self.end()  # before its client has read why
 
     @property
+    def drafts(self) -> tuple[int, int] | None:
+        """Drafts that were verified for all its sequences, and those that were right; None: there were none."""
+        found = [counts for stream in self.streams for counts in stream.drafts.values()]
+        return (sum(drafted for drafted, _ in found), sum(accepted for _, accepted in found)) if found else None
+
+    @property
     def state(self) -> State:
         """Of the sequence that is furthest."""
         states = {stream.state for stream in self.streams}

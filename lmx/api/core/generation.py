@@ -114,6 +114,8 @@ class Choice:
     logprob: float = 0.0
     """Of all its tokens, where log-probabilities come."""
     cached_tokens: int = 0
+    predicted: tuple[int, int] = (0, 0)
+    """Tokens of the client's prediction that were verified, and those that were right."""
     finish: str | None = None
     stopped: bool = False
     """Ended by a stop string: the engine does not know it yet."""
@@ -310,6 +312,7 @@ async def _run_choice(
             if choice.index % job.n == 0 and job.call.broke is None:
                 job.call.broke = _broke(job, request, tokens.started)
             choice.cached_tokens = tokens.cached_tokens
+            choice.predicted = tokens.drafts.get("prediction", (0, 0))
             for event in delta.events:
                 if isinstance(event, Malformed):
                     logger.info("what looked like a tool call is none", request_id=job.call.id, reason=event.reason)
@@ -356,6 +359,7 @@ def make_job(
     settings: Settings,
     plan: Plan,
     stop_ids: Sequence[int] = (),
+    prediction: Sequence[int] = (),
     continues: bool = False,
     echoes_logprobs: bool = False,
     shows_end: bool = False,
@@ -398,6 +402,8 @@ def make_job(
                     salt=fields.salt,
                     session=call.session(fields.prompt_cache_key),
                     request_id=call.id,
+                    speculation=fields.sources,
+                    prediction=prediction,
                 )
             )
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
@@ -500,10 +506,15 @@ def usage(job: Job, choices: Sequence[Choice]) -> dict[str, object]:
     prompts = choices[:: job.n]
     prompt_tokens = sum(len(job.requests[choice.index].prompt) for choice in prompts)
     completion_tokens = sum(choice.completion_tokens for choice in choices)
+    details = {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)}
+    if any(request.prediction for request in job.requests):
+        accepted = sum(min(choice.predicted[1], choice.completion_tokens) for choice in choices)
+        details["accepted_prediction_tokens"] = accepted
+        details["rejected_prediction_tokens"] = sum(choice.predicted[0] for choice in choices) - accepted
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
-        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
+        "completion_tokens_details": details,
     }

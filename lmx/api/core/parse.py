@@ -75,3 +75,8 @@ def _locate(error: ErrorDetails, body: dict[str, Any]) -> tuple[str, Any]:
         elif error["type"] == "missing" and step == len(error["loc"]) and isinstance(value, dict):
             path = f"{path}.{name}" if path else name
     return path, value
+
+
+def wishes(body: BaseModel) -> tuple[float | None, float | None, str | None]:
+    """What a request says of its time, and of how its model is loaded if it must be: timeout, ttl, draft_model."""
+    return getattr(body, "timeout", None), getattr(body, "ttl", None), getattr(body, "draft_model", None)

@@ -32,7 +32,7 @@ TOKENIZED_CHARACTERS = 4_000_000
 """Of /tokenize, which counts the tokens of texts that are too long for the model, too."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ONLY_PREPARED = FIELDS | {
-    *("messages", "tools", "tool_choice", "functions", "function_call"),
+    *("messages", "prediction", "tools", "tool_choice", "functions", "function_call"),
     *("prompt", "content", "tokens", "chat_template_kwargs", "metadata"),
 }
 
@@ -52,6 +52,8 @@ class Prepared:
     """Of pairs of texts: where the second one of each begins."""
     offsets: list["array[int]"] = field(default_factory=list)
     """Where in its text each token of a prompt begins, for ``echo`` with ``logprobs``."""
+    prediction: "array[int]" = field(default_factory=lambda: array("I"))
+    """What the answer may be, by the client."""
     answer: bytes = b""
     """The whole answer, as JSON, where no engine is needed for it."""
 
@@ -114,7 +116,21 @@ def _chat(body: ChatRequest, given: dict[str, Any], chat: ChatModel, context: in
         continues=body.continues,
         context=context,
     )
-    return Prepared([array("I", ids)], [""], _plan(body, given, use, switches, chat, ids), body.continues)
+    return Prepared(
+        [array("I", ids)],
+        [""],
+        _plan(body, given, use, switches, chat, ids),
+        body.continues,
+        prediction=_prediction(body, chat, context),
+    )
+
+
+def _prediction(body: ChatRequest, chat: ChatModel, context: int) -> "array[int]":
+    text = body.prediction.text if body.prediction is not None else ""
+    if not text:
+        return array("I")
+    chat.check_length(len(text), context, "prediction")
+    return array("I", chat.tokenize(text, add_special=False, parse_special=False))
 
 
 def _plan(

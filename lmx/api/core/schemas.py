@@ -147,7 +147,17 @@ class GenerationFields(Request):
         None, description="Which conversation it belongs to, so that its KV is kept over that of side requests."
     )
     ttl: float | None = Field(None, ge=0)
-    draft_model: str | None = None
+    draft_model: str | None = Field(
+        None, description='Taken where the request loads its model; "": not that model\'s drafts. It changes no answer.'
+    )
+    speculation: Literal["off", "auto", "lookup"] | None = Field(
+        None, description="Whose drafts are verified; it changes no answer, only how fast it comes."
+    )
+
+    @property
+    def sources(self) -> str:
+        """``speculation``, as in ``GenerateRequest``."""
+        return self.speculation or ("lookup" if self.draft_model == "" else "auto")
 
     @property
     def most_tokens(self) -> int | None:
@@ -347,6 +357,25 @@ class Conversation(Request):
         return self
 
 
+class PredictedPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["content"]
+    content: str | Annotated[list[PredictedPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatRequest(GenerationFields, Conversation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -358,6 +387,9 @@ class ChatRequest(GenerationFields, Conversation):
     )
     function_call: str | dict[str, Any] | None = Field(None, description="OpenAI's older name for tool_choice.")
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
+    prediction: Prediction | None = Field(
+        None, description="What the answer may be, or much of it: where it is, it comes faster."
+    )
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = Field(None, description="`effort` and `enabled`, as OpenRouter has them.")
     thinking: Thinking | bool | None = Field(None, description='As GLM and DeepSeek have it: {"type": "disabled"}.')

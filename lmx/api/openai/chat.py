@@ -42,6 +42,7 @@ def blueprint(models: Models, live: Live) -> Blueprint:
             call=current_call(),
             settings=live.now,
             plan=prepared.plan,
+            prediction=prepared.prediction,
             continues=prepared.continues,
         )
         model = body.model or served.id

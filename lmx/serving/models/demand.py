@@ -46,21 +46,29 @@ class Demand:
         return granted
 
 
-def demand(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Demand:
-    """Of ``folder`` loaded with ``options``; of a model whose configuration is like no other's: as its files are large.
-    Blocking. Raises ModelInvalid."""
+def demand(
+    folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool, draft: ModelFolder | None = None
+) -> Demand:
+    """Of ``folder`` loaded with ``options``, and a draft model beside it in the same process; of a model whose
+    configuration is like no other's: as its files are large. Blocking. Raises ModelInvalid."""
+    found = _reckon(folder, options, settings, embeds=embeds)
+    if draft is not None:
+        found = found.beside(_reckon(draft, options, settings, embeds=False))
+    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)
+
+
+def _reckon(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Estimate:
     try:
-        found = _estimate(folder, options, settings, embeds=embeds)
+        return _estimate(folder, options, settings, embeds=embeds)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         logger.warning("model %s: what it needs is guessed from the size of its files (%r)", folder.id, error)
-        found = guess(
+        return guess(
             folder.size_bytes,
             backend=folder.backend,
             context=options.context_length or folder.context_length,
             rows=options.max_rows,
             embedding=embeds,
         )
-    return Demand(found, folder.backend, bool(options.context_length), options.kv_budget_bytes)
 
 
 def _estimate(folder: ModelFolder, options: Options, settings: Settings, *, embeds: bool) -> Estimate:

@@ -21,7 +21,9 @@ import trio
 from lmx.config import Settings
 from lmx.config.live import Live
 from lmx.errors import InvalidRequest, LmxError, ModelInvalid, ModelLoadingFailed, ModelNotFound, ModelOverloaded
+from lmx.hub.backends import Wanted
 from lmx.hub.conversion import ConversionNeeded
+from lmx.hub.draft import check_draft
 from lmx.hub.inventory import ModelFolder, find, identify
 from lmx.hub.library import Entry, Library
 from lmx.hub.state import State
@@ -313,11 +315,15 @@ class Models:
             lease.release()
 
     async def take(
-        self, requested: str | None, kind: type[AnyServed] = Served, ttl_s: float | None = None
+        self,
+        requested: str | None,
+        kind: type[AnyServed] = Served,
+        ttl_s: float | None = None,
+        draft_model: str | None = None,
     ) -> ModelLease:
         """A lease on the model that ``requested`` means: its id, its path, an alias, or a placeholder for the default
         one; None means the default one of its kind. What is on the disk is loaded if need be, for ``ttl_s`` seconds
-        without a request.
+        without a request, and with that draft model. (One that is loaded stays as it is: no answer depends on it.)
 
         Raises ModelNotFound, which lists the models, InvalidRequest for a model of the other kind, and ModelOverloaded
         while the server shuts down. Cancelled: there is no lease.
@@ -330,7 +336,7 @@ class Models:
         slot = self._find(requested, kind)
         if slot is None:
             target = self._wanted(requested, kind)
-            slot = self._begin(target, LoadOptions(ttl_s=ttl_s), kept=False)
+            slot = self._begin(target, LoadOptions(ttl_s=ttl_s, draft_model=draft_model or None), kept=False)
         elif slot.kind is not kind:
             raise self._of_other_kind(slot.id, kind)
         elif ttl_s is not None and not slot.kept:
@@ -451,13 +457,10 @@ class Models:
 
     async def begin_load(self, name: str, options: LoadOptions, *, kept: bool = True) -> Slot:
         """As ``load``, but returns at once; ``kept``: the load goes on whether anybody waits or not."""
-        if options.draft_model:
-            raise InvalidRequest(
-                f"draft_model {options.draft_model[:200]!r}: this version does not speculate yet; leave it out.",
-                param="draft_model",
-            )
-        if self._find(name, Served) is None:
+        if self._find(name, Served) is None or options.draft_model:
             await self.looked.wait()
+        if options.draft_model:
+            await trio.to_thread.run_sync(self._draft_path, options.draft_model, abandon_on_cancel=True)
         if self.draining:
             raise ModelOverloaded("The server is shutting down.", retry_after_s=5.0)
         slot = self._find(name, Served)
@@ -560,11 +563,13 @@ class Models:
         slot.before = ()
         options = options_of(self._settings, [slot.id, *slot.names], slot.asked, jit=not slot.kept)
         slot.options = options
-        folder = await self._folder(slot)
-        reckon = partial(demand, folder, options, self._settings, embeds=slot.kind is ServedEmbedding)
+        slot.enter("reading")
+        folder = await self._folder(slot, slot.path, options.backend)
+        draft = await self._draft(slot, folder, options.draft_model) if options.draft_model else None
+        reckon = partial(demand, folder, options, self._settings, embeds=slot.kind is ServedEmbedding, draft=draft)
         slot.demand = await trio.to_thread.run_sync(reckon, abandon_on_cancel=True)
         self._admission.check(slot)
-        read = read_writer if slot.kind is Served else read_embedding
+        read = partial(read_writer, draft=draft) if slot.kind is Served else read_embedding
         slot.serve(
             await trio.to_thread.run_sync(
                 read, slot.id, folder, options, self.live, self._metrics, abandon_on_cancel=True
@@ -580,11 +585,25 @@ class Models:
             nursery.start_soon(self._follow, slot)
             await self._until_expired(slot)
 
-    async def _folder(self, slot: Slot) -> ModelFolder:
-        assert slot.options is not None
+    def _draft_path(self, name: str) -> str:
+        """Where a draft model is. Blocking. Raises ModelNotFound, ModelInvalid."""
+        try:
+            return self._target(self._on_disk(name).id, Served).path
+        except ModelNotFound as error:
+            if os.path.exists(os.path.expanduser(name)):
+                return name
+            raise ModelNotFound(f"draft_model: {error.message}", param="draft_model") from None
+
+    async def _draft(self, slot: Slot, folder: ModelFolder, name: str) -> ModelFolder:
+        """Of the draft model, which the same engine runs. Raises ModelNotFound, ModelInvalid."""
+        path = await trio.to_thread.run_sync(self._draft_path, name, abandon_on_cancel=True)
+        draft = await self._folder(slot, path, folder.backend)
+        await trio.to_thread.run_sync(check_draft, folder, draft, abandon_on_cancel=True)
+        return draft
+
+    async def _folder(self, slot: Slot, path: str, backend: Wanted) -> ModelFolder:
         made: set[Path] = set()
-        slot.enter("reading")
-        look = partial(find, slot.path, self._settings.model.cache_path, slot.options.backend)
+        look = partial(find, path, self._settings.model.cache_path, backend)
         while True:
             try:
                 # Abandoned: what a thread reads harms nobody.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from lmx.config import BackendName, Settings
+from lmx.config import BackendName, Settings, Speculation
 
 Source = Literal["request", "model", "default"]
 
@@ -25,6 +25,7 @@ class LoadOptions:
     kv_bits: int | None = None
     kv_budget_bytes: int | None = None
     draft_model: str | None = None
+    speculation: Speculation | None = None
     ttl_s: float | None = None
     pin: bool | None = None
 
@@ -47,6 +48,8 @@ class Options:
     kv_budget_bytes: int
     backend: BackendName
     draft_model: str
+    """By any of its names; "": none."""
+    speculation: Speculation
     ttl_s: float
     """Seconds without a request after which it is unloaded; 0: never."""
     pin: bool
@@ -70,6 +73,7 @@ def options_of(settings: Settings, names: list[str], given: LoadOptions, *, jit:
         "kv_budget_bytes": settings.engine.kv_budget_bytes,
         "backend": backend,
         "draft_model": "",
+        "speculation": model.speculation,
         "ttl_s": model.jit_ttl_s if jit else 0.0,
         "pin": False,
         "tool_format": model.tool_format,

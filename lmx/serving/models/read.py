@@ -28,8 +28,10 @@ BACKENDS = {"mlx": "MLX", "llama": "llama.cpp"}
 logger = logging.getLogger("lmx")
 
 
-def read_writer(model_id: str, folder: ModelFolder, options: Options, live: Live, metrics: Metrics) -> Served:
-    """A model that writes. Raises ModelInvalid, ConfigError."""
+def read_writer(
+    model_id: str, folder: ModelFolder, options: Options, live: Live, metrics: Metrics, draft: ModelFolder | None = None
+) -> Served:
+    """A model that writes; ``draft``: one that says what it might write next. Raises ModelInvalid, ConfigError."""
     settings = live.now
     _tell(model_id, folder)
     if folder.architecture in ENCODERS:
@@ -64,6 +66,8 @@ def read_writer(model_id: str, folder: ModelFolder, options: Options, live: Live
         prefix_ram_bytes=settings.engine.prefix_ram_bytes,
         prefix_disk_bytes=_prefix_disk_bytes(settings),
         prefix_dir=str(settings.prefix_path),
+        speculation=options.speculation,
+        draft_path=str(draft.path) if draft is not None else "",
     )
     engine = Engine(model_id, load, lambda: live.now.engine, metrics, _environment(settings))
     return Served(model_id, folder, chat, engine, int(time.time()), options.context_length, options.names)

@@ -153,7 +153,7 @@ class Slot:
     def reloads_for(self, asked: LoadOptions) -> bool:
         """Whether what is asked for can only be had by loading it anew."""
         options = self.options
-        fixed = ("context_length", "max_rows", "kv_bits", "kv_budget_bytes", "draft_model")
+        fixed = ("context_length", "max_rows", "kv_bits", "kv_budget_bytes", "draft_model", "speculation")
         given = asked.given()
         return options is not None and any(name in given and given[name] != getattr(options, name) for name in fixed)
 
