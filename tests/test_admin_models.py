@@ -71,6 +71,25 @@ async def test_load_and_unload_by_hand(zoo: Path, tmp_path: Path) -> None:
 
 
 @in_trio
+async def test_a_draft_model_is_loaded_beside_its_target(zoo: Path, tmp_path: Path) -> None:
+    places = tmp_path / "zoo"
+    shutil.copytree(zoo, places)
+    words = places / "cat" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"!"', '"other"'))
+    async with face(places, tmp_path) as server:
+        alone = await server.post("load", model="bee")
+        loaded = await server.post("load", model="bee", draft_model="ANT", speculation="auto")
+        assert loaded["settings"]["draft_model"] == {"value": "ANT", "source": "request"}
+        assert loaded["since"] > alone["since"], "it was loaded anew"
+        key = "weights_bytes"
+        assert loaded["memory"]["estimate"][key] > alone["memory"]["estimate"][key]
+        for draft, status in (("nothing", 404), ("cat", 422)):
+            error = await server.post("load", status, model="bee", draft_model=draft)
+            assert error["param"] == "draft_model", error
+        assert "vocabulary" in error["message"]
+
+
+@in_trio
 async def test_a_load_tells_of_itself(zoo: Path, tmp_path: Path) -> None:
     async with face(zoo, tmp_path) as server:
         *told, last = await server.events("load", model="bee")
@@ -237,7 +256,7 @@ BODIES: list[tuple[str, dict[str, Any], str]] = [
     ("load", {"model": "bee", "wait": 1}, "wait"),
     ("load", {"model": "bee", "stream": "true"}, "stream"),
     ("load", {"model": "bee", "draft_model": 1}, "draft_model"),
-    ("load", {"model": "bee", "draft_model": "cat"}, "draft_model"),  # until this server speculates
+    ("load", {"model": "bee", "speculation": "on"}, "speculation"),
     ("load", {"model": "bee", "contextLength": 1}, "contextLength"),
     ("unload", {}, "model"),
     ("unload", {"model": {}}, "model"),

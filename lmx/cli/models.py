@@ -139,8 +139,8 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a model into memory."""
-    given = {"context_length": context_length, "kv_bits": kv_bits, "max_batch": max_batch, "ttl": ttl, "pin": pin}
-    given |= {"draft_model": draft_model, "speculation": speculation}
+    given: dict[str, object] = {"context_length": context_length, "kv_bits": kv_bits, "max_batch": max_batch}
+    given |= {"draft_model": draft_model, "speculation": speculation, "ttl": ttl, "pin": pin}
     body = {"model": model, **{name: value for name, value in given.items() if value is not None}}
     with Client(host, key) as client:
         if not wait:

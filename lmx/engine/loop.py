@@ -4,7 +4,8 @@ It joins the scheduler (which decides) to a back end (which computes) and speaks
 text. ``run_plain`` is the loop as one would explain it. ``run_overlapped`` is the same with one step of lookahead: the
 next step is made, and where starting it does not block also started, while the last one still runs, so that the device
 never waits for Python. To keep a cancellation within one step, that happens as late as the running step's predicted end
-allows: what is cancelled before is not in it. Change nothing here without ``python -m tests.sim`` before and after.
+allows: what is cancelled before is not in it. A step that verifies drafts has no successor beside it: which tokens come
+next is known when it is read. Change nothing here without ``python -m tests.sim`` before and after.
 
 One thread; every exception ends the process, and the server's supervisor takes it from there. So no request may cause
 one: what could is refused by ``_submit``.
@@ -12,7 +13,7 @@ one: what could is refused by ``_submit``.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lmx._sched import Join, NeverFits, Scheduler
 from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE, Backend, Chunk, Draw, Launch, Scores, Sequence
@@ -21,6 +22,7 @@ from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.prefix.store import NOTHING, Fetching, PrefixStore, Source
 from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
+from lmx.engine.speculation import Drafting, Speculation
 from lmx.footprint import resident_bytes
 from lmx.protocol import (
     Canary,
@@ -83,6 +85,12 @@ class _Running:
     """``Launch.start`` was called, and came back."""
     held: bool = False
     """The loop slept while it ran."""
+    depth: int = 0
+    """Most drafts that were planned for one of them."""
+    drafted: dict[int, int] = field(default_factory=dict)
+    """Drafts of those that have some."""
+    drafting_s: float = 0.0
+    """Until its start: what the device waited for, where other steps hide that."""
 
 
 @dataclass(slots=True)
@@ -108,8 +116,10 @@ class StepLoop:
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
         prefixes: PrefixStore | None = None,
+        drafts: Drafting | None = None,
     ) -> None:
-        """``grammars``: other than those of the model's own words; ``prefixes``: None where nothing is kept."""
+        """``grammars``: other than those of the model's own words; ``prefixes``: None where nothing is kept;
+        ``drafts``: None where none are verified."""
         facts = backend.facts
         self._link = link
         self._backend = backend
@@ -125,7 +135,9 @@ class StepLoop:
             max_chunk_tokens=facts.max_chunk_tokens,
             max_chunk_area=facts.max_chunk_area,
             itl_target_ms=options.itl_target_ms,
+            max_depth=facts.max_depth if drafts else 0,
         )
+        self._speculation = Speculation(facts, self._scheduler, drafts) if drafts and facts.max_depth else None
         self._sequences: dict[int, Sequence] = {}
         self._grammars = grammars or Grammars(options.words, facts.vocab_size, facts.eos_ids, wake=link.wake)
         self._compile_s = options.grammar_compile_s
@@ -172,18 +184,18 @@ class StepLoop:
 
         Only beside a step in which rows get their next token. One that only prefills is read first: its successor would
         come a few milliseconds of Python sooner, after hundreds, and what is cancelled or comes meanwhile would be too
-        late for it.
+        late for it. Nor beside one that verifies drafts, nor where its successor most likely would.
         """
         start_first = self._forced or not self._blocks
         running: _Running | None = None
         while not self._stopping:
-            if running and not running.decode:
+            if running and self._to_read_first(running):
                 self._complete(running)
                 self._publish(running)
                 self._release()
                 running = None
             self._receive(running)
-            following = self._prepare()
+            following = self._prepare(beside=running)
             if following and start_first:
                 self._start(following)
             if running:
@@ -198,6 +210,12 @@ class StepLoop:
                 self._publish(running)  # not before: a copy waits behind what the device was given, and would be timed
             running = following
             self._report(idle=running is None and not self._sequences)
+
+    def _to_read_first(self, running: _Running) -> bool:
+        """Before its successor is planned."""
+        if not running.decode or running.depth:
+            return True
+        return self._speculation is not None and self._speculation.expected(running.decode)
 
     # --- messages -------------------------------------------------------------------------------------
 
@@ -369,6 +387,8 @@ class StepLoop:
             self._refuse(submit.seq, error)
             return
         self._sequences[submit.seq] = sequence
+        if self._speculation:
+            self._speculation.enter(sequence, submit)
 
     def _parent(self, sequence: Sequence, asked: int) -> tuple[int, int]:
         """Whose KV it takes over when that is computed, and how many tokens; (-1, 0): nobody's, or who has it now is
@@ -396,12 +416,15 @@ class StepLoop:
 
     # --- steps ----------------------------------------------------------------------------------------
 
-    def _prepare(self) -> _Running | None:
+    def _prepare(self, *, beside: _Running | None = None) -> _Running | None:
+        """``beside``: the step that is not read yet."""
         now = self._clock()
         if self._prefixes:
             free = self._backend.facts.max_rows - len(self._rows)
             # Where none is free, the first may be given another's.
             self._find_sources(self._prefixes, self._backend.facts.max_rows if free else 1)
+        if self._speculation and beside is None:
+            self._speculation.offer(sequence for sequence in self._rows.values() if not sequence.ended)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
@@ -422,10 +445,34 @@ class StepLoop:
             len(decode),
             sum(len(sequence.tokens) for sequence in decode),
             [(chunk.start, chunk.tokens) for chunk in chunks],
+            plan.depth,
         )
-        launch = self._backend.launch(decode, chunks)
-        self._host_s += 0.2 * (self._clock() - now - self._host_s)
-        return _Running(plan.step, launch, chunks, started, predicted_ms / 1e3, decode)
+        drafts, drafted, drafting_s = self._draft(decode, plan.drafts)
+        launch = self._backend.launch(decode, chunks, drafts)
+        made_s = self._clock() - now
+        self._host_s += 0.2 * (made_s - drafting_s - self._host_s)
+        if plan.depth and not self._plain:
+            drafting_s = made_s
+        return _Running(
+            plan.step,
+            launch,
+            chunks,
+            started,
+            predicted_ms / 1e3,
+            decode,
+            depth=plan.depth,
+            drafted=drafted,
+            drafting_s=drafting_s,
+        )
+
+    def _draft(self, decode: list[Sequence], counts: tuple[int, ...]) -> tuple[list[list[int]], dict[int, int], float]:
+        """The drafts of a step, how many each of those has that have some, and how long that took."""
+        if self._speculation is None or not counts:
+            return [], {}, 0.0
+        since = self._clock()
+        drafts = self._speculation.take(decode, counts)
+        drafted = {sequence.seq: len(own) for sequence, own in zip(decode, drafts, strict=True) if own}
+        return drafts, drafted, self._clock() - since
 
     def _find_sources(self, prefixes: PrefixStore, most: int) -> None:
         """Tell the scheduler what those who may join in the next plan, so many of them, need not compute."""
@@ -501,6 +548,7 @@ class StepLoop:
         self._step = running.step
         rows: list[Tokens] = []
         finished: list[int] = []
+        accepted: dict[int, int] = {}
         for draw in draws:
             sequence = draw.sequence
             if sequence.ended:
@@ -516,18 +564,18 @@ class StepLoop:
                 continue
             got = self._take(draw, finished)
             if got:
-                rows.append(got)
+                rows.append(self._look_back(sequence, got, running.drafted, accepted))
         for scores in running.launch.scores():
             self._tell_scores(scores)
         for chunk in running.chunks:
             chunk.sequence.computed_tokens += chunk.tokens
             chunk.sequence.kv_tokens = chunk.start + chunk.tokens
         prefills = tuple((chunk.sequence.seq, chunk.start + chunk.tokens) for chunk in running.chunks)
-        self._scheduler.commit(running.step, elapsed_ms, finished, learn)
+        self._scheduler.commit(running.step, elapsed_ms, finished, learn, accepted)
         self._link.send(Step(running.step, elapsed_ms, tuple(rows), running.started, prefills))
 
     def _take(self, draw: Draw, finished: list[int]) -> Tokens | None:
-        """What a row drew, up to where its answer ends; None: it failed at its first token."""
+        """What a row drew, up to where its answer ends; None: it failed."""
         sequence, taken = draw.sequence, 0
         constraint, finish = sequence.constraint, None
         for token in draw.tokens:
@@ -553,6 +601,18 @@ class StepLoop:
         sequence.kv_tokens = len(sequence.tokens) - 1
         sequence.ended = finish is not None
         return Tokens(sequence.seq, draw.tokens[:taken], finish, draw.logprobs[:taken])
+
+    def _look_back(self, sequence: Sequence, got: Tokens, drafted: dict[int, int], accepted: dict[int, int]) -> Tokens:
+        """What became of the row's drafts, or would have become of such as nobody verified."""
+        if self._speculation is None:
+            return got
+        count = drafted.get(got.seq, 0)
+        if not count:
+            self._speculation.look_back(sequence)
+            return got
+        accepted[got.seq] = len(got.tokens) - 1
+        source = self._speculation.told(sequence, count, accepted[got.seq])
+        return replace(got, drafted=count, source=source)
 
     def _publish(self, running: _Running) -> None:
         """Keep what a step that was read has added to the rows that go on."""
@@ -588,7 +648,7 @@ class StepLoop:
         """It had ended before it was asked for: while the next one was held back, or made, or started."""
         # Where starting blocks, it came back near the step's end; what came after was the successor.
         done = running.returned_at if late and self._forced and self._blocks else now
-        elapsed_s = max(done - begun, 0.0)
+        elapsed_s = max(done - begun, 0.0) + running.drafting_s
         self._last_done = done
         if late:
             self._holds[bool(running.chunks)] = _NO_HOLD
@@ -612,6 +672,8 @@ class StepLoop:
             self._stalled = False
             sequence = self._sequences.pop(seq)
             self._leave_row(sequence)
+            if self._speculation:
+                self._speculation.leave(sequence)
             if self._prefixes:
                 self._prefixes.leave(sequence)
             kv_bytes = self._scheduler.release(seq)

@@ -11,6 +11,8 @@ from lmx.engine.backend import Facts
 from lmx.engine.sampling import TOP_LOGPROBS
 from lmx.protocol import Sampling, Submit, unpack_tokens
 
+SPECULATION = ("off", "lookup", "auto")
+
 
 class Refused(ValueError):
     """This request cannot run; ``code`` as in ``protocol.Failed``."""
@@ -56,6 +58,18 @@ def check_sampling(sampling: Sampling, facts: Facts) -> None:
 def check_answer(submit: Submit, facts: Facts) -> None:
     """Raises Refused."""
     highest = facts.vocab_size - 1
+    if submit.speculation not in SPECULATION:
+        raise Refused(
+            "invalid_request", f"speculation must be {', '.join(SPECULATION)}, got {submit.speculation[:40]!r}"
+        )
+    if len(submit.prediction) % 4:
+        raise Refused(
+            "invalid_request", f"a prediction of {len(submit.prediction)} bytes is not made of 4-byte token ids"
+        )
+    if (foreign := max(unpack_tokens(submit.prediction), default=0)) > highest:
+        raise Refused(
+            "invalid_request", f"the prediction holds token {foreign}; this model's tokens go from 0 to {highest}"
+        )
     if submit.prompt_logprobs > TOP_LOGPROBS:
         raise Refused(
             "invalid_request", f"prompt_logprobs must be at most {TOP_LOGPROBS}, got {submit.prompt_logprobs}"
