@@ -1,9 +1,9 @@
 """A draft model in the MLX engine: what it says is right where it is the same model, never changes a text whatever it
 is, costs no step more than a bounded piece of a long prompt, and leaves nothing behind."""
 
-import gc
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from lmx.engine.backend import Chunk
+from lmx.engine.backend import Chunk, Sequence
+from lmx.engine.drafts import Drafts
+from lmx.engine.drafts.model import Model
 from lmx.engine.mlx import adapter, draft
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.backend import MLXBackend
 from lmx.errors import ModelInvalid
-from lmx.protocol import Load, Sampling
+from lmx.protocol import Load, Sampling, Step, Submit, pack_tokens
+from tests.engine_client import engine
 from tests.models import build_model, train_tokenizer
 from tests.test_non_finite import POISON, clean_prompt, poison_folder
+from tests.test_speculation import run
 from tests.test_verify import Hand
 
 GREEDY = Sampling(0, temperature=0.0)
@@ -262,8 +266,143 @@ def test_what_cannot_draft_is_refused(folder: Folder, tmp_path: Path) -> None:
     assert f"1600 tokens, the model {train_tokenizer().get_vocab_size()}" in refusal(larger)
 
 
-def test_none_is_loaded_where_none_may_draft(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process has other things to do than this model
+class Whole(Drafts):
+    """All sources, as an engine has them."""
+
+    @property
+    def entered(self) -> set[int]:
+        return set(self._sources)
+
+
+def requests(seed: int) -> list[tuple[float, Submit]]:
+    """Six, for four rows; later ones before earlier ones."""
+    asked = [
+        (40, 25, GREEDY),
+        (9, 30, SAMPLED),
+        (3, 20, Sampling(1, temperature=0.0, repetition_penalty=1.2)),
+        (270, 15, GREEDY),
+        (20, 25, GREEDY),
+        (60, 12, GREEDY),
+    ]
+    return [
+        (0.02 * seq, Submit(seq, pack_tokens(prompt(length, seed)), most, sampling, "", seq, ignore_eos=True))
+        for seq, (length, most, sampling) in enumerate(asked)
+    ]
+
+
+@pytest.mark.parametrize(("drafts", "loop"), [("target", "overlapped"), ("smaller", "plain")])
+def test_answers_are_the_same_through_the_loop(pair: Pair, drafts: str, loop: str) -> None:
+    """Also while rows are preempted and cancelled; and nothing is held in the end."""
+    backend, cancelled = pair(drafts=drafts), 4
+    asked = requests(len(drafts))
+    expected = run(pair(drafts=""), asked)
+    facts = backend.facts
+    backend.facts = replace(facts, kv_budget_bytes=3 * 256 * facts.kv_bytes_per_token)
+    sources: Any = Whole(Load(""), facts, backend)
+    found = run(backend, asked, sources, loop, cancelled=[cancelled])
+    backend.facts = facts
+    for seq, text in expected.texts.items():
+        answer = found.answers[seq]
+        assert answer.tokens == (text[: len(answer.tokens)] if seq == cancelled else text)
+    assert found.stats is not None
+    assert found.stats.preemptions
+    told = [row for step in found.messages if isinstance(step, Step) for row in step.rows if row.source == "model"]
+    assert len({row.seq for row in told}) > 4
+    plain = [seq for seq, (_, submit) in enumerate(asked) if submit.sampling == GREEDY]
+    right = [len(row.tokens) - 1 == row.drafted for row in told if row.seq in plain]
+    assert all(right) if drafts == "target" else not all(right)
+    assert backend.memory().arena_bytes == 0
+
+
+def test_an_engine_asks_its_draft_model(folder: Folder) -> None:
     path = str(folder("target"))
-    assert MLXBackend.load(Load(path, draft_path=path, speculation="lookup")).facts.draft_model == ""
-    assert MLXBackend.load(Load(path, draft_path=path)).facts.draft_model == path
+    with engine(Path(path), max_rows=2, draft_path=path) as client:
+        assert client.ready is not None
+        assert client.ready.probes["draft model"].startswith("llama, float32")
+        texts = []
+        for mode in ("off", "lookup", "auto"):
+            seen = len(client.steps)
+            seqs = [client.submit(prompt(length), 40, GREEDY, speculation=mode) for length in (20, 90)]
+            client.wait_freed(*seqs)
+            texts.append([client.answers[seq].tokens for seq in seqs])
+            asked = {row.source for step in client.steps[seen:] for row in step.rows}
+            assert ("model" in asked) is (mode == "auto")
+        assert texts[0] == texts[1] == texts[2]
+    with engine(Path(path), draft_path=path, speculation="lookup") as client:
+        assert client.ready is not None
+        assert "draft model" not in client.ready.probes
+
+
+class Reader:
+    """Stands where the back end does: a draft model that reads so many tokens at a time, and never ``never``."""
+
+    def __init__(self, piece: int = 100, never: int = -1) -> None:
+        self._piece = piece
+        self._never = never
+        self.read: dict[int, int] = {}
+        self.calls = 0
+
+    def draft(self, sequences: list[Sequence], depths: list[int]) -> list[list[int]]:
+        self.calls += 1
+        found = []
+        for sequence, depth in zip(sequences, depths, strict=True):
+            read = self.read.get(sequence.seq, 0)
+            self.read[sequence.seq] = min(read + self._piece, len(sequence.tokens))
+            ready = self.read[sequence.seq] == len(sequence.tokens) and sequence.seq != self._never
+            found.append([7] * depth if ready else [])
+        return found
+
+
+def row_of(model: Model, seq: int, length: int) -> Sequence:
+    sequence = Sequence(seq, [5] * (length + 1), length, 9999, GREEDY, True)
+    model.enter(sequence)
+    return sequence
+
+
+def test_nobody_is_offered_before_it_has_caught_up() -> None:
+    reader = Reader()
+    model = Model(reader, 4)  # type: ignore[arg-type]
+    short, long = row_of(model, 1, 20), row_of(model, 2, 350)
+    prefilling = Sequence(3, [5] * 90, 90, 99, GREEDY, True)
+    model.enter(prefilling)
+    offers = []
+    while not all(offers[-1:]) or not offers:
+        assert model.wants([short, long, prefilling])
+        model.catch_up([prefilling, short, long])
+        offers.append(model.offer(long))
+    assert offers == [0, 0, 0, 4]
+    assert model.offer(short) == 4
+    assert not model.wants([short, long, prefilling])
+    long.tokens += [5] * 20
+    assert model.take([short, long], [2, 3]) == [[7, 7], [7, 7, 7]]
+    long.tokens += [5] * 40
+    assert not model.offer(long), "too far behind to be read on in one step"
+    assert model.wants([long])
+    model.leave(long)
+    assert not model.wants([long])
+    assert model.offer(long) == 0
+
+
+@pytest.mark.parametrize(("asked", "pieces"), [(False, 16 + 1000 // 128), (True, 16 + 1000 // 8)])
+def test_what_is_not_asked_for_is_hardly_read(asked: bool, pieces: int) -> None:
+    """Steps earn what a long prompt costs."""
+    reader = Reader(piece=100)
+    model = Model(reader, 4)  # type: ignore[arg-type]
+    short, long = row_of(model, 1, 20), row_of(model, 2, 50_000)
+    for _ in range(1000):
+        model.catch_up([short, long])
+        if asked:
+            model.take([short], [2])
+    assert pieces - 3 <= reader.calls - 1000 * asked <= pieces + 1
+
+
+def test_a_row_that_never_says_anything_is_left_alone() -> None:
+    reader = Reader(never=1)
+    model = Model(reader, 4)  # type: ignore[arg-type]
+    row, other = row_of(model, 1, 30), row_of(model, 2, 600)
+    model.take([row], [2])
+    for _ in range(12):
+        model.catch_up([row, other])
+    assert model.offer(row) == 0
+    assert not model.wants([row])
+    assert model.offer(other) == 4

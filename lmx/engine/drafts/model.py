@@ -72,7 +72,7 @@ class Model:
         return len(sequence.tokens) - self._read[sequence.seq]
 
     def _behind(self, rows: Iterable[Sequence]) -> list[Sequence]:
-        return [row for row in rows if row.seq in self._read and not self.offer(row)]
+        return [row for row in rows if row.generated_tokens and row.seq in self._read and not self.offer(row)]
 
     def wants(self, rows: Iterable[Sequence]) -> bool:
         """Whether ``catch_up`` would compute something for one of these rows."""
