@@ -418,13 +418,16 @@ class StepLoop:
 
     def _prepare(self, *, beside: _Running | None = None) -> _Running | None:
         """``beside``: the step that is not read yet."""
+        live = [sequence for sequence in self._rows.values() if not sequence.ended]
+        if self._speculation and beside is None:
+            self._speculation.catch_up(live)
         now = self._clock()
         if self._prefixes:
             free = self._backend.facts.max_rows - len(self._rows)
             # Where none is free, the first may be given another's.
             self._find_sources(self._prefixes, self._backend.facts.max_rows if free else 1)
         if self._speculation and beside is None:
-            self._speculation.offer(sequence for sequence in self._rows.values() if not sequence.ended)
+            self._speculation.offer(live)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
