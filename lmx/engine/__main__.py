@@ -85,11 +85,12 @@ def _load_text(link: Link, options: Load) -> Loaded:
     prefixes = _prefix_store(link, backend, options) if options.prefix_cache and backend.facts.prefixes else None
 
     def run() -> None:
+        loop = StepLoop(link, backend, options, prefixes=prefixes)
         try:
-            StepLoop(link, backend, options, prefixes=prefixes).run()
+            loop.run()
         finally:
             if prefixes:
-                prefixes.close()
+                prefixes.close(loop.save_s)
 
     return backend.facts, run
 
