@@ -21,14 +21,14 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, compiled, cpu, device, draft, draws, probe, together
+from lmx.engine.mlx import adapter, compiled, cpu, device, draft, draws, handles, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.blocks import Forms, MLXBlock
 from lmx.engine.mlx.draft import Drafter, DraftModel
 from lmx.engine.mlx.draws import Batches, Read
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.mlx.verify import Verification
-from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
+from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score, traces
 from lmx.protocol import Load
 
 # Without a setting, KV may take this share of the memory that is free after the load.
@@ -79,6 +79,8 @@ class MLXBackend:
         self._forms = Forms(self._probe.kinds)
         self._stopped: dict[int, dict[int, MLXBlock]] = {}
         """The states of sequences in prefill at those of their ``stops`` that nobody asked for yet."""
+        self._own_arrays = 0
+        """The model's, which are in no list of the collector's."""
         self._copies: list[mx.array] = []
         """Of blocks that the device may be about to make."""
         self._batches = Batches(self.facts.vocab_size)
@@ -97,6 +99,7 @@ class MLXBackend:
         backend = cls(loaded, options, drafts)
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
+        backend._own_arrays = handles.arrays()
         gc.freeze()
         cpu.give_back()
         return backend
@@ -426,8 +429,10 @@ class MLXBackend:
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),
             cache_bytes=mx.get_cache_memory(),
-            # gc.freeze() took the model's own arrays out of this list.
-            live_arrays=sum(type(found) is mx.array for found in gc.get_objects()),
+            live_arrays=(alive := handles.arrays()),
+            traces=traces(),
+            handles=alive + self._own_arrays,
+            most_handles=handles.most(),
         )
 
     def _assert_thread(self) -> None:
