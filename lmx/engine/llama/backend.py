@@ -24,9 +24,10 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
 from lmx.engine.grammar import Masker, Masks
-from lmx.engine.llama import verify
+from lmx.engine.llama import draft, verify
 from lmx.engine.llama.batch import Batches, Run
 from lmx.engine.llama.copies import Copies, LlamaBlock
+from lmx.engine.llama.draft import Drafter
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
 from lmx.engine.llama.parked import Parked
 from lmx.engine.llama.verify import MAX_DEPTH, RowDraws, Unread
@@ -123,10 +124,10 @@ class LlamaLaunch:
 class LlamaBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
-    def __init__(self, model: Model, options: Load, free_bytes: int) -> None:
-        """``free_bytes``: the memory that the weights leave."""
+    def __init__(self, model: Model, options: Load, free_bytes: int, drafts: Model | None = None) -> None:
+        """``free_bytes``: the memory that the weights leave. ``drafts``: a model that can draft for this one."""
         rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1
-        threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
+        threads = _threads(model, options)
         chunk_tokens = options.max_chunk_tokens or _CHUNK_TOKENS
         forward_tokens = chunk_tokens + rows
         self._canary = Context(
@@ -140,6 +141,12 @@ class LlamaBackend:
             threads=threads,
         )
         cost = model.measure_kv(self._canary, forward_tokens)
+        self._token_bytes = cost.bytes_per_token
+        if drafts:
+            beside = draft.measure(drafts, rows, options.kv_bits, threads)
+            cost = KVCost(
+                cost.bytes_per_token + beside.bytes_per_token, cost.bytes_per_sequence + beside.bytes_per_sequence
+            )
         budget, context_length, self._streams = _budget(model, options, cost, rows, free_bytes)
         most = rows * _whole_quanta(context_length)
         # In shared cells there must be room for the tokens of no use, too.
@@ -151,7 +158,6 @@ class LlamaBackend:
         elif options.speculation == "off":
             speculation = "no drafts: switched off by [model] speculation"
         depth = 0 if speculation else MAX_DEPTH
-        scores_bytes = 4 * model.heads * forward_tokens * (cells // rows)
         self._context = Context(
             model,
             cells=cells,
@@ -162,12 +168,11 @@ class LlamaBackend:
             kv_bits=options.kv_bits,
             threads=threads,
             outputs=verify.outputs(rows, depth, model.vocab_size),
-            fused=model.on_gpu or not self._streams or scores_bytes > _SCORES_BYTES,
+            fused=_fused(model, self._streams, forward_tokens, cells // rows),
         )
         # Such memories are computed by equal parts of slots that follow each other (``Context.decode``).
         self._gaps_cost = self._streams or model.recurrent
         self._weights_bytes = model.weights_bytes
-        self._token_bytes = cost.bytes_per_token
         self._cuts = plain
         """Rows can go back to any of their tokens."""
         self._slot_cells = cells // rows if self._streams else cells
@@ -184,6 +189,21 @@ class LlamaBackend:
         self._rows: dict[int, _Row] = {}
         if depth and (refused := verify.refusal(self._context)):
             depth, speculation = 0, f"no drafts: {refused}"
+        self._drafter: Drafter | None = None
+        if drafts and speculation:
+            raise draft.refused(options.draft_path, speculation)
+        if drafts:
+            self._drafter = Drafter(
+                drafts,
+                vocab_size=model.vocab_size,
+                context_length=context_length,
+                rows=rows,
+                streams=self._streams,
+                cells=cells,
+                kv_bits=options.kv_bits,
+                threads=_threads(drafts, options),
+                fused=_fused(drafts, self._streams, forward_tokens, cells // rows),
+            )
         probes = {"speculation": speculation} if speculation else {}
         if AMX:
             probes["amx"] = "not used: some compilers break llama.cpp's kernels for it"
@@ -201,7 +221,7 @@ class LlamaBackend:
             forks=rows > 1 and self._copies.prefixes == "kv",
             prefixes=self._copies.prefixes,
             publishes=self._copies.publishes,
-            weights_bytes=model.weights_bytes,
+            weights_bytes=model.weights_bytes + (drafts.weights_bytes if drafts else 0),
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
             path="single" if rows == 1 else "streams" if self._streams else "unified",
@@ -213,6 +233,7 @@ class LlamaBackend:
             ),
             probes=probes,
             max_depth=depth,
+            draft_model=options.draft_path if drafts else "",
         )
         self._masker = Masker(model.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self.canary()
@@ -222,14 +243,19 @@ class LlamaBackend:
         """Load the GGUF file ``options.path``. Raises ModelInvalid."""
         # Asked before: whether mapped weights count as available afterwards depends on the system.
         available = psutil.virtual_memory().available
-        model = Model(
-            options.path,
-            gpu_layers=options.gpu_layers,
-            mmap=options.mmap,
-            log_everything=options.log_level == "debug",
-        )
+
+        def read(path: str) -> Model:
+            debug = options.log_level == "debug"
+            return Model(path, gpu_layers=options.gpu_layers, mmap=options.mmap, log_everything=debug)
+
+        model, drafts = read(options.path), None
+        weights_bytes = model.weights_bytes
+        if options.draft_path and options.speculation == "auto":
+            drafts = read(options.draft_path)
+            draft.check(drafts, model, options.draft_path)
+            weights_bytes += drafts.weights_bytes
         # At least an eighth: mapped weights need not all be in memory, and some are in the GPU's own.
-        return cls(model, options, max(available - model.weights_bytes, available // 8))
+        return cls(model, options, max(available - weights_bytes, available // 8), drafts)
 
     def start(self, sequence: Sequence) -> None:
         self._enter(sequence, self._take_slot(), [])
@@ -273,7 +299,8 @@ class LlamaBackend:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
     def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
-        raise AssertionError("there is no draft model")
+        assert self._drafter is not None, "there is no draft model"
+        return self._drafter.draft(sequences, depths)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> LlamaLaunch:
         assert all(len(each) <= self.facts.max_depth for each in drafts), (self.facts.max_depth, drafts)
@@ -453,6 +480,8 @@ class LlamaBackend:
                 raise RuntimeError("llama.cpp does not take back the KV that it gave out")
 
     def free(self, sequence: Sequence) -> None:
+        if self._drafter:
+            self._drafter.free(sequence)
         row = self._rows.pop(sequence.seq, None)
         if row is None:
             return
@@ -584,12 +613,11 @@ class LlamaBackend:
         """Its buffer stays."""
 
     def memory(self) -> MemoryFacts:
+        slots = range(self._context.slots)
+        held = sum(self._context.last_position(slot) + 1 != self._parked.length(slot) for slot in slots)
         return MemoryFacts(
             # As llama.cpp sees it, not as this module does: a cell that was not freed shows.
-            rows=sum(
-                self._context.last_position(slot) + 1 != self._parked.length(slot)
-                for slot in range(self._context.slots)
-            ),
+            rows=max(held, self._drafter.rows if self._drafter else 0),
             arena_bytes=self.facts.kv_budget_bytes,
             active_bytes=0,
             peak_bytes=0,
@@ -625,6 +653,15 @@ def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> 
             param="engine.kv_budget_bytes",
         )
     return budget, context_length, streams
+
+
+def _threads(model: Model, options: Load) -> int:
+    return options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
+
+
+def _fused(model: Model, streams: bool, forward_tokens: int, cells: int) -> bool:
+    """Whether a context whose rows look at so many cells keeps no scores of attention."""
+    return model.on_gpu or not streams or 4 * model.heads * forward_tokens * cells > _SCORES_BYTES
 
 
 def default_threads() -> int:

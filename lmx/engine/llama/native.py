@@ -108,6 +108,17 @@ class Model:
         length = C.llama_model_meta_val_str(self.pointer, key.encode(), text, len(text))
         return text.value.decode(errors="replace") if length >= 0 else ""
 
+    def vocabulary(self) -> list[bytes]:
+        """The tokens' texts, as the file has them."""
+        vocabulary = C.llama_model_get_vocab(self.pointer)
+        return [C.llama_vocab_get_text(vocabulary, token) for token in range(self.vocab_size)]
+
+    def pads_from(self, token: int) -> bool:
+        """Whether no text has a token of that id or a higher one."""
+        vocabulary = C.llama_model_get_vocab(self.pointer)
+        attributes = (C.llama_vocab_get_attr(vocabulary, each) for each in range(token, self.vocab_size))
+        return all(each & C.LLAMA_TOKEN_ATTR_UNUSED for each in attributes)
+
     def measure_kv(self, context: "Context", forward_tokens: int) -> KVCost:
         """By llama.cpp's own measure, its copy of a sequence's state (a few bytes a cell of bookkeeping included): what
         two tokens in an empty ``context`` add to it. Sliding layers hold a window and what one forward may bring."""
