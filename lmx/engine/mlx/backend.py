@@ -430,7 +430,7 @@ class MLXBackend:
             peak_bytes=mx.get_peak_memory(),
             cache_bytes=mx.get_cache_memory(),
             live_arrays=(alive := handles.arrays()),
-            traces=traces(),
+            traces=traces() + compiled.traces(),
             handles=alive + self._own_arrays,
             most_handles=handles.most(),
         )
