@@ -28,10 +28,11 @@ cdef extern from *:
     static const double EARNED = 0.01;         /* plain steps that may be lost to probes, by each step */
     static const double MOST_CREDIT = 6.0;     /* plain steps; at the start too */
     static const double MOST_DEBT = 8.0;
+    static const double FIRST_LOSS = 2.0;      /* plain steps: a cell's first measurement costs no more, as it is paid */
     static const double GUESS = 0.25;          /* what a draft adds to a step of which nothing is known, in plain ones */
     """
     const double OWN_KEPT, SOURCE_KEPT, PRIOR_DRAFTS, RATIO_SHARE, CHANGED, WORTH, PROMISE, LOWEST
-    const double EARNED, MOST_CREDIT, MOST_DEBT, GUESS
+    const double EARNED, MOST_CREDIT, MOST_DEBT, FIRST_LOSS, GUESS
     const int CHANGES
 
 cdef enum:
@@ -208,8 +209,11 @@ cdef inline double learn_cell(Depths *depths, int asked, int rows, int depth, do
     return speed
 
 
-cdef inline void pay(Depths *depths, double lost) noexcept:
-    """A probe took so many plain steps more than the best that was known would have for as many tokens."""
+cdef inline void pay(Depths *depths, int asked, int rows, int depth, double lost) noexcept:
+    """A probe took so many plain steps more than the best that was known would have for as many tokens. What only the
+    first such step takes, to compile something, it would have taken some time anyhow."""
+    if depths.cells[asked][bucket_of(rows)][depth].seen == 0:
+        lost = min(lost, FIRST_LOSS)
     depths.credit = max(depths.credit - max(lost, 0.0), -MOST_DEBT)
 
 

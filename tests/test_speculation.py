@@ -21,6 +21,7 @@ from lmx.engine.mlx import adapter
 from lmx.engine.mlx.backend import MLXBackend, MLXLaunch
 from lmx.engine.requests import Refused, check_answer
 from lmx.protocol import Cancel, Failed, Freed, Load, Logprobs, Message, Sampling, Stats, Step, Submit, pack_tokens
+from tests.engine_client import engine
 from tests.models import build_model, write_tokenizer
 from tests.sim import Clock, SimLink
 from tests.test_grammars import Compiler
@@ -109,6 +110,12 @@ class Oracle:
     def _known(self, sequence: Sequence) -> list[int]:
         known = [*self._texts.get(sequence.seq, []), *range(5, 30)]
         return known[sequence.generated_tokens :]
+
+    def wants(self, rows: Seq[Sequence]) -> bool:
+        return False
+
+    def catch_up(self, rows: Seq[Sequence]) -> None:
+        pass
 
     def offer(self, sequence: Sequence) -> tuple[int, int]:
         return min(int(self._rng.integers(0, 16)), len(self._known(sequence))), self._source
@@ -378,6 +385,41 @@ def test_a_row_that_turns_bad_fails_alone(poisoned: MLXBackend, loop: str) -> No
     assert_same(found, expected)
     assert bad.tokens[-1] == POISON
     assert found.answers[2].accepted
+
+
+def test_an_engine_takes_the_drafts_of_predictions_and_of_the_text_itself(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(5, 1000, length).tolist() for length in (30, 7)]
+    # The second one says the same token over and over.
+    samplings = [Sampling(1, logprobs=1), Sampling(2, logit_bias={9: 1000.0})]
+    with engine(build_model("llama", tmp_path / "model"), max_rows=2) as client:
+        assert client.ready is not None
+        assert client.ready.probes["speculation"].startswith("up to 15 drafts of a row are verified")
+
+        def ask(speculation: str, predicted: Seq[Seq[int]] = ((), ())) -> tuple[list[list[int]], dict[str, int]]:
+            """The answers, and how many drafts there were of each source."""
+            seen = len(client.steps)
+            seqs = [
+                client.submit(prompt, 60, sampling, speculation=speculation, prediction=pack_tokens(prediction))
+                for prompt, sampling, prediction in zip(prompts, samplings, predicted, strict=True)
+            ]
+            client.wait_freed(*seqs)
+            drafted: dict[str, int] = defaultdict(int)
+            for row in (row for step in client.steps[seen:] for row in step.rows):
+                drafted[row.source] += row.drafted
+            return [client.answers[seq].tokens for seq in seqs], drafted
+
+        texts, drafted = ask("off")
+        assert drafted == {"": 0}
+        assert set(texts[1]) == {9}
+        sources: dict[str, int] = defaultdict(int)
+        for predicted in (((), ()), (texts[0], ())) * 3:
+            found, drafted = ask("auto", predicted)
+            assert found == texts
+            for source, count in drafted.items():
+                sources[source] += count
+        assert sources["prediction"] > 20
+        assert sources["lookup"] > 20
 
 
 def test_what_a_request_may_say_of_drafts(poisoned: MLXBackend) -> None:

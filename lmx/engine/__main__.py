@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from lmx.engine.backend import Backend, Facts
+from lmx.engine.drafts import Drafts
 from lmx.engine.embedding.backend import Embedder
 from lmx.engine.embedding.backend import Facts as EmbeddingFacts
 from lmx.engine.link import Link, ServerGone
@@ -83,13 +84,15 @@ def _serve(link: Link) -> int:
 def _load_text(link: Link, options: Load) -> Loaded:
     backend = _loader(options.backend)(options)
     prefixes = _prefix_store(link, backend, options) if options.prefix_cache and backend.facts.prefixes else None
+    drafts = Drafts(options, backend.facts, backend) if options.speculation != "off" else None
 
     def run() -> None:
+        loop = StepLoop(link, backend, options, prefixes=prefixes, drafts=drafts)
         try:
-            StepLoop(link, backend, options, prefixes=prefixes).run()
+            loop.run()
         finally:
             if prefixes:
-                prefixes.close()
+                prefixes.close(loop.save_s)
 
     return backend.facts, run
 

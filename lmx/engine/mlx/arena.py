@@ -343,35 +343,34 @@ class Lane:
     def begin_decode(self, active: Sequence[int], width: int, counts: Sequence[int]) -> list[Any]:
         """What model code sees of each layer in a step of ``width`` tokens a row, ``counts`` of them each row's own."""
         count = max(active) + 1
+        lengths, own, slots = self.places(active, count, width, counts)
+        positions = lengths[:, None] + np.minimum(np.arange(width, dtype=np.int32), own[:, None] - 1)
+        span = int((lengths + own).max())
+        masks = Masks(positions, span, mask_heads(self._loaded, self.kinds))
+        offset = mx.array(lengths)
+        written = np.where(slots[:, 0] == lengths, own, width).tolist()
+        return decode_caches(
+            self._layers,
+            count,
+            partial(DecodeView, offset=offset, slots=Slots(slots, written), write=self._write, masks=masks, span=span),
+        )
+
+    def places(
+        self, active: Sequence[int], count: int, width: int, counts: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Of the first ``count`` rows in such a step: the position of each one's first token, how many it has (both
+        (count,)), and the slots that it writes (count, width)."""
         steps = np.arange(width, dtype=np.int32)
-        lengths = self.stands(active, count)
+        # The others stand where an active row stands, so that they change neither the span nor its first slot.
+        lengths = np.full(count, self.lengths[active[0]], np.int32)
+        lengths[list(active)] = self.lengths[list(active)]
         own = np.full(count, counts[0], np.int32)
         own[list(active)] = counts
         # What is written beside a row's own tokens goes where rows that do not decode write.
         kept = np.zeros((count, width), bool)
         kept[list(active)] = steps < own[list(active), None]
-        slots = Slots(
-            np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps),
-            np.where(kept[:, 0], own, width).tolist(),
-        )
-        positions = lengths[:, None] + np.minimum(steps, own[:, None] - 1)
-        span = int((lengths + own).max())
-        masks = Masks(positions, span, mask_heads(self._loaded, self.kinds))
-        offset = mx.array(lengths)
-        view = partial(DecodeView, offset=offset, slots=slots, write=self._write, masks=masks, span=span)
-        return decode_caches(self._layers, count, view)
-
-    def stands(self, active: Sequence[int], count: int) -> npt.NDArray[np.int32]:
-        """The position of the first token of each of the first ``count`` rows, in a step of the rows in ``active``."""
-        # The others stand where an active row stands, so that they change neither the span nor its first slot.
-        lengths = np.full(count, self.lengths[active[0]], np.int32)
-        lengths[list(active)] = self.lengths[list(active)]
-        return lengths
-
-    def end_decode(self, active: Sequence[int], caches: Sequence[Any], counts: Sequence[int]) -> None:
-        """Keep what the step wrote."""
-        keep_states(self._layers, caches)
-        self.lengths[list(active)] += np.asarray(counts, np.int32)
+        slots = np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps)
+        return lengths, own, slots.astype(np.int32)
 
     def lend(self) -> list[list[mx.array]]:
         """The buffers of each layer, for a compiled step of one token a row, which ends with ``take_back``."""
@@ -383,6 +382,11 @@ class Lane:
             assert not isinstance(layer, OwnLayer)
             layer.arrays = list(arrays)
         self.lengths[list(active)] += 1
+
+    def end_decode(self, active: Sequence[int], caches: Sequence[Any], counts: Sequence[int]) -> None:
+        """Keep what the step wrote."""
+        keep_states(self._layers, caches)
+        self.lengths[list(active)] += np.asarray(counts, np.int32)
 
     def rewind(self, row: int, length: int) -> int:
         """Take back the row's tokens from position ``length`` on (rejected drafts); how many are left: none where a

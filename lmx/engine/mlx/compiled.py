@@ -26,7 +26,7 @@ import numpy as np
 
 from lmx.engine.mlx.adapter import LoadedModel, whole
 from lmx.engine.mlx.arena import Lane, decode_caches, keep_states, mask_heads
-from lmx.engine.mlx.layers import DUMMY_SLOTS, SLOT_QUANTUM, make_layer
+from lmx.engine.mlx.layers import SLOT_QUANTUM, make_layer
 from lmx.engine.mlx.probe import ProbeResult
 from lmx.engine.mlx.views import DecodeView
 from lmx.engine.sampling import compiles
@@ -119,9 +119,7 @@ class CompiledSteps:
     def step(self, lane: Lane, active: Sequence[int]) -> mx.array | None:
         """The same, compiled; None where there is no graph for it yet, and nothing was done."""
         count = min(_rounded(max(active) + 1, 1, _ROW_PARTS), lane.rows)
-        lengths = lane.stands(active, count)
-        slots = np.full(count, lane.slots - DUMMY_SLOTS, np.uint32)
-        slots[list(active)] = lengths[list(active)]
+        lengths, _, slots = lane.places(active, count, 1, [1] * len(active))
         span = min(_rounded(int(lengths.max()) + 1, SLOT_QUANTUM, _SLOT_PARTS), lane.capacity)
         firsts = tuple(
             max(0, int(lengths.min()) - window + 1) // SLOT_QUANTUM * SLOT_QUANTUM for window in self._windows
@@ -134,7 +132,7 @@ class CompiledSteps:
                 self._known.popitem(last=False)
         self._known.move_to_end(shape)
         known.steps += 1
-        inputs = lane.last_tokens, mx.array(lengths), mx.array(slots)
+        inputs = lane.last_tokens, mx.array(lengths), mx.array(slots[:, 0].astype(np.uint32))
         if known.graph is not None:
             logits, written = known.graph(*inputs, lane.lend())
         elif self._pays(known):
@@ -195,7 +193,7 @@ class _Places:
     def __init__(self, slots: mx.array) -> None:
         """(B,), uint32."""
         self._slots = slots
-        self.counts = [1] * slots.shape[0]
+        self.counts: Sequence[int] = [1] * slots.shape[0]
 
     def along(self, shape: tuple[int, ...]) -> mx.array:
         return mx.broadcast_to(self._slots[:, None, None, None], shape)

@@ -166,9 +166,8 @@ def _copies(views: Sequence[mx.array]) -> list[mx.array]:
 class WritePlaces(Protocol):
     """What a ``Write`` asks of where it writes: ``Slots``, or the same as arrays of a compiled graph."""
 
-    @property
-    def counts(self) -> Sequence[int]:
-        """Of each row's tokens, those that are its own, one after the other."""
+    counts: Sequence[int]
+    """How many of each row's tokens count."""
 
     def along(self, shape: tuple[int, ...]) -> mx.array:
         """(B, H, L, D): the slot of each element of keys or values of that shape."""
@@ -190,7 +189,7 @@ class Slots:
 
     def __init__(self, positions: npt.NDArray[np.int32], counts: Sequence[int] | None = None) -> None:
         self._positions = positions.astype(np.uint32)
-        self.counts: Sequence[int] = counts or [positions.shape[1]] * len(positions)
+        self.counts = counts or [positions.shape[1]] * len(positions)
         self._along: dict[tuple[int, ...], mx.array] = {}
         self._of_heads: dict[int, tuple[mx.array, ...]] = {}
         self._starts: list[mx.array] = []
