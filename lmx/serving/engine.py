@@ -317,7 +317,6 @@ class Engine:
         Raises Conflict where there is no process to replace, and ModelLoadingFailed, ModelOverloaded where no fresh one
         becomes ready. Cancelled: it is replaced all the same.
         """
-        await trio.lowlevel.checkpoint()
         if self.state == "ready":
             self._asked.set()
         elif self.state != "recycling":
