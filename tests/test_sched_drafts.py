@@ -3,7 +3,7 @@ whose costs and texts whose acceptance are given."""
 
 from random import Random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -60,7 +60,7 @@ class Stand:
         seqs = [first + i for i in range(len(texts))]
         for seq, text in zip(seqs, texts, strict=True):
             self.scheduler.submit(seq, 50, 10**6)
-            self.texts[seq] = text
+            self.texts[seq] = replace(text)
         while self.scheduler.statistics().decoding < len(self.texts):
             self.scheduler.commit(self.scheduler.plan(0.0).step, 100.0, learn=False)
         return seqs
