@@ -1,9 +1,9 @@
 """Drafts in the scheduler: what a plan says of them, what a commit settles, and how their number is chosen, on devices
 whose costs and texts whose acceptance are given."""
 
-from random import Random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any
 
 import pytest

@@ -335,7 +335,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.reference.served == served
 
     @precondition(lambda self: self.planned_members)
-    @rule(elapsed_ms=st.one_of(st.just(50.0), st.floats(0.0, 5000.0)), learn=st.sampled_from([True, True, False]), data=st.data())
+    @rule(
+        elapsed_ms=st.one_of(st.just(50.0), st.floats(0.0, 5000.0)),
+        learn=st.sampled_from([True, True, False]),
+        data=st.data(),
+    )
     def commit(self, elapsed_ms, learn, data):
         step = min(self.planned_members)
         members = sorted(self.planned_members[step])
