@@ -20,7 +20,7 @@ step's graph costs the host ``build_ms``; then the launch blocks until the devic
 (0: it returns at once; 0.86: MLX on Metal with ten command buffers in flight and a step of seventy; 1: a CPU, where a
 launch lasts as long as its step), which includes finishing the steps before. ``Launch.wait`` returns when the step is
 done; with masked rows it draws when it is told to. Costs are linear (``Costs``), but for a cliff in the number of
-drafts that a step verifies, with jitter from a seeded generator; the first steps may be cold. ``Simulation(drafts=...)``
+drafts that a step verifies, with jitter from a seeded generator; first steps may be cold. ``Simulation(drafts=...)``
 has a source of drafts (``SimDrafts``) of which a given share is right, which may change with time.
 
 The socket (``SimLink``) has ``poll``'s resolution of a millisecond, and reading or sending costs a little. A receive
