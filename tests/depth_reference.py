@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 MAX_DEPTH = 15
 OWN_KEPT, SOURCE_KEPT, PRIOR_DRAFTS = 0.9, 0.98, 2.0
-RATIO_SHARE, CHANGED, CHANGES = 0.125, 2.0, 3
+RATIO_SHARE, LATE_SHARE, CHANGED, CHANGES = 0.125, 0.5, 2.0, 3
 WORTH, PROMISE, LOWEST, GUESS = 1.02, 1.1, 0.6, 0.25
 EARNED, MOST_CREDIT, MOST_DEBT, FIRST_LOSS = 0.01, 6.0, 8.0, 2.0
 FIRST_TOP, FIRST_WAIT, MAX_WAIT, UNHEARD = 3, 256, 16384, 512
@@ -25,9 +25,14 @@ class Acceptance:
             key = source, group_of(position)
             self.right[key] = kept * self.right[key] + (position <= right)
             self.tried[key] = kept * self.tried[key] + 1.0
+        for group in range(group_of(right + 1) + 1 if wrong else len(GROUPS), len(GROUPS)):
+            self.right[source, group] *= kept
+            self.tried[source, group] *= kept
 
-    def share(self, source, group, prior):
-        return (self.right[source, group] + PRIOR_DRAFTS * prior) / (self.tried[source, group] + PRIOR_DRAFTS)
+    def share(self, source, group, prior, kept):
+        right, tried = self.right[source, group], self.tried[source, group]
+        weight = PRIOR_DRAFTS * (1.0 - tried * (1.0 - kept))
+        return (right + weight * prior) / (tried + weight)
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Depths:
         shares = []
         for group in range(len(GROUPS)):
             before = usual
-            usual = self.average.share(offer.source, group, usual)
-            own = offer.acceptance.share(offer.source, group, min(max(usual + (own - before), 0.0), 1.0))
+            usual = self.average.share(offer.source, group, usual, SOURCE_KEPT)
+            prior = min(max(usual + (own - before), 0.0), 1.0)
+            own = offer.acceptance.share(offer.source, group, prior, OWN_KEPT)
             shares.append(own)
         right, all_right = [], 1.0
         for position in range(1, MAX_DEPTH + 1):
@@ -122,8 +128,8 @@ class Depths:
                     speed = ratio / cell.ratio
                     ratio = cell.ratio
             ratio = min(max(ratio, cell.ratio / CHANGED), cell.ratio * CHANGED)
-            cell.ratio += RATIO_SHARE * (ratio - cell.ratio)
-            cell.wait = min(2 * cell.wait, MAX_WAIT) if probe else FIRST_WAIT
+            cell.ratio += (LATE_SHARE if self.steps >= cell.due else RATIO_SHARE) * (ratio - cell.ratio)
+            cell.wait = min(2 * cell.wait, MAX_WAIT) if probe and depth else FIRST_WAIT
         cell.seen = min(cell.seen + 1, 2)
         cell.due = self.steps + cell.wait
         return speed
@@ -175,10 +181,10 @@ class Depths:
         for asked, expected in variants.items():
             if self.steps - self.heard[asked] >= UNHEARD:
                 return min(len(expected), FIRST_TOP), asked
-        best = PROMISE * choice.gain
         cell = self.cells[0, bucket, 0]
-        if choice.depth and (cell.seen == 0 or self.steps >= cell.due) and best < 1.0 / LOWEST:
+        if choice.depth and (cell.seen < 2 or self.steps >= cell.due):
             return 0, 0
+        best = PROMISE * choice.gain
         found, probe = 0.0, None
         for asked, expected in variants.items():
             top = max((d for d in range(1, MAX_DEPTH + 1) if self.cells[asked, bucket, d].seen), default=0)
