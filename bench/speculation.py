@@ -2,16 +2,17 @@
 
 Two kinds: a text that is written once more with one change (greedy), as an agent edits a file, and text that does not
 repeat (sampled at temperature 1, since small models repeat themselves when they are greedy), which must lose nothing.
-With a draft model: what it costs and gives where the text does not repeat, greedy and on its own.
+With a draft model: a target that costs three times as much, and the same weights in 4 bits as its draft.
 """
 
+import json
 import statistics
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from bench.models import folder
+from bench.models import deep_folder, draft_folder, folder
 from bench.result import Result, Row, alternate, median_ratio
 from lmx.bench.client import Client, Request, Stream
 from lmx.bench.prompts import Prompts
@@ -66,6 +67,14 @@ def _drafts(server: RunningServer) -> tuple[float, float]:
     return sums[0], sums[1]
 
 
+def _load(server: RunningServer, model: str, draft: str) -> None:
+    """Once more, with a draft model."""
+    body = json.dumps({"model": model, "draft_model": draft}).encode()
+    asked = urllib.request.Request(f"{server.url}/admin/load", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=600) as answer:
+        answer.read()
+
+
 def run(quick: bool) -> Result:
     times = 3 if quick else 7
     rows: list[Row] = []
@@ -77,6 +86,12 @@ def run(quick: bool) -> Result:
                 rows.append(_row(server, model, engine, "repeats, one change", batch, {}, target, times))
             for batch in (1, 4, 8):
                 rows.append(_row(server, model, engine, "does not repeat", batch, SAMPLED, PLAIN_TARGET, times))
+    with ExitStack() as stack:
+        model = str(deep_folder())
+        server = stack.enter_context(running_server(model))
+        _load(server, model, str(draft_folder()))
+        for what, batch, fields in (("draft model, greedy", 1, {}), ("draft model, sampled", 1, SAMPLED)):
+            rows.append(_row(server, model, "MLX", what, batch, fields, PLAIN_TARGET, times, make=_plain))
     return Result("decode tok/s with speculation and without (ratio: median of pairs)", rows)
 
 
@@ -89,8 +104,9 @@ def _row(
     fields: Mapping[str, Any],
     target: float,
     times: int,
+    make: Callable[[Prompts, int], list[Request]] | None = None,
 ) -> Row:
-    make = _edits if not fields else _plain
+    make = make or (_plain if fields else _edits)
     prompts = Prompts(batch)
     with _clients(server.url, model.rsplit("/", 1)[-1], fields) as (on, off):
         requests = [make(prompts, batch) for _ in range(times + 1)]
