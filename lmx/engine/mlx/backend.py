@@ -63,10 +63,13 @@ class MLXBackend:
             self._device.words["kv"] = self._probe.kv
         apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
+        costs, self._device.words["lane costs"] = device.lane_costs(
+            loaded, self._probe.kinds, self._probe.write, at_once=not apart, itl_target_ms=options.itl_target_ms
+        )
         mx.clear_cache()  # of what the probes left
         self.facts = self._facts(options)
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
-        self._placement = Placement(loaded, self._probe, self.facts)
+        self._placement = Placement(loaded, self._probe, self.facts, costs)
         self._decodes_together = not apart
         self._forms = Forms(self._probe.kinds)
         self._stopped: dict[int, dict[int, MLXBlock]] = {}
@@ -157,7 +160,7 @@ class MLXBackend:
         places = [self._placement[sequence] for sequence in decode]
         for place in places:
             self._placement.make_room(place, 1)
-        self._placement.settle()
+        self._placement.settle(decodes=bool(places))
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
         decoding: list[tuple[Lane, list[Place]]] = []
         for lane in self._placement.lanes:
