@@ -373,8 +373,9 @@ class Placement:
             wide = lanes[last]
             moves = tuple(place for lane in lanes[first:last] for place in self.of_lane(lane))
             tokens = (*self._now(wide).tokens, *(place.tokens for place in moves))
-            if len(tokens) <= self.facts.max_rows:
-                yield (_Shape(wide, max(len(tokens), wide.rows), wide.slots, tokens, moves),)
+            most = self.facts.max_rows
+            for rows in dict.fromkeys((len(tokens) + len(tokens) // 4, len(tokens))):
+                yield (_Shape(wide, max(min(rows, most), wide.rows), wide.slots, tokens, moves),)
 
     def _best_wish(self) -> _Wish | None:
         limit = self._limit(share=_MAKE_SHARE)
