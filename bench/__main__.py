@@ -19,6 +19,7 @@ NAMES = {
     "vs_mlx_lm": "side by side with mlx_lm.server and mlx_lm.stream_generate",
     "vs_llama": "llama.cpp behind lmx, against llama.cpp's own faces, and MLX on the same file",
     "memory_mix": "KV buffers against the KV in them, in a mix of short and long sequences that never idles",
+    "lanes": "a sequence that joins, leaves or grows, beside seven short ones and beside seven long ones",
     "constrained": "decode tok/s of 8 rows under a JSON schema, against free ones; compiling 200 tools",
     "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",

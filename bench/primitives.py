@@ -95,7 +95,7 @@ def count_ours(backend: MLXBackend, rows: str, sampling: Sampling) -> Counter[st
     with _as_on_metal() as counted:
         backend.launch(decoding, []).start()
     # What was never run goes with its lane.
-    backend._placement = Placement(backend._loaded, backend._probe, backend.facts)
+    backend._placement = Placement(backend._loaded, backend._probe, backend.facts, backend._placement.costs)
     return counted
 
 

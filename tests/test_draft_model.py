@@ -69,7 +69,7 @@ def _backend(options: Load) -> MLXBackend:
     loaded = adapter.load(Path(options.path))
     drafts = None
     if options.draft_path:
-        drafts = draft.load(options.draft_path, loaded, Path(options.path), options.kv_bits)
+        drafts = draft.load(options, loaded)
     return MLXBackend(loaded, options, drafts)
 
 

@@ -13,6 +13,7 @@ from lmx.engine.backend import Sequence
 from lmx.engine.mlx import adapter
 from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.backend import MLXBackend
+from lmx.engine.mlx.device import LaneCosts
 from lmx.engine.mlx.layers import KVLayer, round_slots, scatter_write
 from lmx.engine.mlx.placement import Placement
 from lmx.protocol import Load, Sampling
@@ -21,6 +22,8 @@ from tests.models import build_model
 from tests.server import Server
 
 QUANTUM = 256
+# A lane costs as much as 10,000 slots read for nothing.
+COSTS = LaneCosts(lane_ms=1.0, slot_ms=0.0001, copy_ms=0.1, byte_ms=1e-8, late_ms=80.0)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,7 @@ def loaded(folder: Path) -> adapter.LoadedModel:
 @pytest.fixture
 def backend(loaded: adapter.LoadedModel) -> Iterator[MLXBackend]:
     backend = MLXBackend(loaded, Load(path="", max_rows=8))
+    backend._placement.costs = COSTS
     yield backend
     assert backend.memory().arena_bytes == 0
 
@@ -128,7 +132,7 @@ def test_padding_stays_within_half_of_the_kv_in_traffic_that_never_idles(backend
     slots, held = np.array(ratios).T
     assert np.sum(slots) / np.sum(held) <= 1.4
     assert np.max(slots / held) <= 1.5
-    assert np.mean(lanes) <= 3
+    assert np.mean(lanes) <= 3.5
     # Of the thousands of tokens that each one reads.
     assert backend._placement.copied_bytes <= 10 * served * backend.facts.kv_bytes_per_token
 
@@ -168,7 +172,7 @@ def test_padding_that_is_little_beside_the_weights_stays(loaded: adapter.LoadedM
     """Of a model whose weights weigh as much as a million tokens of KV: here it is 20,000 tokens."""
     backend = MLXBackend(loaded, Load(path="", max_rows=8))
     facts = replace(backend.facts, weights_bytes=10**6 * backend.facts.kv_bytes_per_token)
-    backend._placement = Placement(loaded, backend._probe, facts)
+    backend._placement = Placement(loaded, backend._probe, facts, replace(COSTS, slot_ms=0.0))
     rows = Rows(backend._placement)
     for tokens in (100, 5000, 300, 700):
         rows.step([rows.add(tokens)])

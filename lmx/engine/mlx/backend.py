@@ -69,11 +69,14 @@ class MLXBackend:
         if drafts is not None:
             draft.check_target(drafts, self._probe.max_depth, self._probe.speculation)
             self._device.words["draft model"] = drafts.words
+        costs, self._device.words["lane costs"] = device.lane_costs(
+            loaded, self._probe.kinds, self._probe.write, at_once=not apart, itl_target_ms=options.itl_target_ms
+        )
         mx.clear_cache()  # of what the probes left
         free = _free_bytes()
         self.facts = self._facts(options, free, drafts)
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
-        self._placement = Placement(loaded, self._probe, self._share(self._probe.kv_bytes_per_token))
+        self._placement = Placement(loaded, self._probe, self._share(self._probe.kv_bytes_per_token), costs)
         self._drafter = Drafter(drafts, self._share(drafts.kv_bytes_per_token), free) if drafts else None
         self._decodes_together = not apart
         self._forms = Forms(self._probe.kinds)
@@ -93,7 +96,7 @@ class MLXBackend:
         loaded = adapter.load(Path(options.path))
         drafts = None
         if options.draft_path and options.speculation == "auto":
-            drafts = draft.load(options.draft_path, loaded, Path(options.words or options.path), options.kv_bits)
+            drafts = draft.load(options, loaded)
         adapter.wire(options.wired_bytes)
         mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
         backend = cls(loaded, options, drafts)
@@ -192,7 +195,7 @@ class MLXBackend:
             guess = guesses.get(place.sequence.seq, ())
             assert len(guess) <= self.facts.max_depth, (guess, self.facts.max_depth)
             self._placement.make_room(place, 1 + len(guess))
-        self._placement.settle()
+        self._placement.settle(decodes=bool(places))
         launch = MLXLaunch([sequence.seq for sequence in (*decode, *(chunk.sequence for chunk in chunks))])
         decoding: list[tuple[Lane, list[Place]]] = []
         for lane in self._placement.lanes:

@@ -1,26 +1,29 @@
 """What is assumed of a device, measured on it at load, with the loaded model's own decode steps.
 
-Four things decide how the engine runs: whether a launch returns before its step is done (lookahead gains nothing where
+Five things decide how the engine runs: whether a launch returns before its step is done (lookahead gains nothing where
 it does not), whether a write into a lane stays in place while an earlier step that reads the lane is still in flight
-(else lookahead copies what it should only touch), which write costs the same in every buffer, and what memory a chunk's
-attention takes (the scores of all its queries, where MLX has no fused kernel). None is a matter of the device's name:
+(else lookahead copies what it should only touch), which write costs the same in every buffer, what memory a chunk's
+attention takes (the scores of all its queries, where MLX has no fused kernel), and what lanes cost: one more of them,
+slots read for nothing, a copy. None is a matter of the device's name:
 MLX takes only so many operations ahead on every back end, and its kernels cover some widths and not others. A
-measurement that fails is told in words and never fails the load. Called once, by the back end's load.
+measurement that fails is told in words and never fails the load. Called once, by the back end's load; ``LaneCosts`` is
+for the placement.
 """
 
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from lmx.engine.backend import BLOCKS_ALL_SHARE, BLOCKS_SHARE
+from lmx.engine.mlx import together
 from lmx.engine.mlx.adapter import AttentionShape, LayerKind, LoadedModel
 from lmx.engine.mlx.arena import Lane
-from lmx.engine.mlx.layers import SLOT_QUANTUM, Slots, Write, scatter_write, slice_write
+from lmx.engine.mlx.layers import SLOT_QUANTUM, Slots, Write, round_slots, scatter_write, slice_write
 from lmx.engine.sampling import SamplingBatch
 from lmx.protocol import Sampling
 
@@ -36,6 +39,17 @@ _OWN_ATTENTION_BYTES = 3.0 * 4 * 32
 _ONE_BY_ONE_SHARE = (BLOCKS_SHARE + BLOCKS_ALL_SHARE) / 2
 # How far into a step the step loop launches the next one at the latest.
 _HOLD = 0.75
+# Lanes are measured with rows of so few tokens, and of as many more as this memory allows, four times.
+_SHORT_TOKENS, _MOST_TOKENS = 16, 2048
+_LANES_BYTES = 64 * 1024**2
+# The least of so many steps of each kind is taken, since whatever disturbs a step makes it longer.
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 12
+_ROUNDS_S = 0.2
+_COPIES = 3
+# A further lane is never taken to cost less than this share of a step: what is below it is noise.
+_LEAST_LANE_SHARE = 0.01
+# A copy may take this share of the time that may pass between two tokens.
+_COPY_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,31 @@ class DeviceFacts:
     nothing."""
     words: dict[str, str]
     """What was measured: name → result."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneCosts:
+    """What decides how many lanes there are, in milliseconds."""
+
+    lane_ms: float
+    """A further lane in a decode step: its attention and its draw, and its pass over the weights where lanes decode one
+    by one."""
+    slot_ms: float
+    """A slot of a row in a decode step, whether anything is in it or not."""
+    copy_ms: float
+    """Another shape of a lane, or a move from one to another, whatever is in it."""
+    byte_ms: float
+    """And each byte of that."""
+    late_ms: float
+    """What a change of rows that live together may take."""
+
+    @property
+    def words(self) -> str:
+        most = max(self.late_ms - self.copy_ms, 0.0) / self.byte_ms / 2**20 if self.byte_ms else float("inf")
+        return (
+            f"a further lane takes {self.lane_ms:.2f} ms of a step, 1,000 slots {self.slot_ms * 1000:.2f}, a copy "
+            f"{self.copy_ms:.2f} and {self.byte_ms * 2**20:.3f} for each MB; rows of up to {most:.0f} MB live together"
+        )
 
 
 def measure(loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write) -> DeviceFacts:
@@ -198,6 +237,96 @@ def _buffer_limits() -> str:
     """The limits of a Metal command buffer, where they were set (``lmx.serving.metal``)."""
     names = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+def lane_costs(
+    loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write, *, at_once: bool, itl_target_ms: float
+) -> tuple[LaneCosts, str]:
+    """What lanes of such ``kinds`` cost, and how that was found, in words. ``at_once``: they decode together. Does not
+    raise."""
+    late_ms = _COPY_SHARE * itl_target_ms
+    # A copy at 1 GB/s, and a step of which the weights are most.
+    assumed = LaneCosts(lane_ms=1.0, slot_ms=0.0, copy_ms=1.0, byte_ms=1e-6, late_ms=late_ms)
+    if any(kind.kind == "own" for kind in kinds):
+        return assumed, "not measured: there is one row"
+    try:
+        costs = _lane_costs(loaded, kinds, write, at_once, late_ms)
+    except Exception as error:
+        return assumed, f"not measured ({type(error).__name__}: {error})"
+    return costs, costs.words
+
+
+def _lane_costs(
+    loaded: LoadedModel, kinds: Sequence[LayerKind], write: Write, at_once: bool, late_ms: float
+) -> LaneCosts:
+    token_bytes = sum(kind.nbytes for kind in kinds if kind.kind == "kv")
+    most = _LANES_BYTES // (4 * token_bytes) // SLOT_QUANTUM * SLOT_QUANTUM if token_bytes else SLOT_QUANTUM
+    long = min(max(most, SLOT_QUANTUM), _MOST_TOKENS)
+
+    def lane(rows: int) -> Lane:
+        made = Lane(loaded, kinds, rows, round_slots(long + 1), write)
+        for row in range(rows):
+            made.prefill(made.acquire(row), [0], last=True)
+        mx.eval(made.arrays)
+        return made
+
+    shared, alone = [lane(2)], [lane(1), lane(1)]
+    # Slots that nothing was written into hold zeros, which take as long to read.
+    shapes = [(shared, (_SHORT_TOKENS, _SHORT_TOKENS)), (alone, (_SHORT_TOKENS,)), (shared, (_SHORT_TOKENS, long))]
+    step = _lanes_step(loaded, at_once)
+    least = [float("inf")] * len(shapes)
+    begun = time.perf_counter()
+    for count in range(_MOST_ROUNDS + 1):
+        for index, (lanes, lengths) in enumerate(shapes):
+            for each in lanes:
+                each.lengths[:] = lengths
+            started = time.perf_counter()
+            step(lanes)
+            if count:  # the first one warms up
+                least[index] = min(least[index], (time.perf_counter() - started) * 1e3)
+        if count >= _FEWEST_ROUNDS and time.perf_counter() - begun > _ROUNDS_S:
+            break
+    together_ms, apart_ms, padded_ms = least
+
+    def copied_ms(tokens: int) -> float:
+        times = []
+        for _ in range(_COPIES):
+            alone[0].lengths[0] = tokens
+            mx.clear_cache()  # as the placement does
+            started = time.perf_counter()
+            other = Lane(loaded, kinds, 1, round_slots(tokens), write)
+            other.adopt(other.acquire(0), alone[0], 0)
+            mx.eval(other.arrays)
+            times.append((time.perf_counter() - started) * 1e3)
+        return min(times)
+
+    copy_ms = copied_ms(_SHORT_TOKENS)
+    tokens = long - _SHORT_TOKENS
+    return LaneCosts(
+        lane_ms=max(apart_ms - together_ms, _LEAST_LANE_SHARE * together_ms),
+        slot_ms=max(padded_ms - together_ms, 0.0) / (2 * tokens),
+        copy_ms=copy_ms,
+        byte_ms=max(copied_ms(long) - copy_ms, 0.0) / (tokens * token_bytes) if token_bytes else 0.0,
+        late_ms=late_ms,
+    )
+
+
+def _lanes_step(loaded: LoadedModel, at_once: bool) -> Callable[[Sequence[Lane]], None]:
+    """A decode step of all rows of the lanes, with its draws."""
+    draws = {rows: SamplingBatch(mx, [Sampling(seed=0)] * rows, loaded.vocab_size) for rows in (1, 2)}
+
+    def step(lanes: Sequence[Lane]) -> None:
+        parts = [(lane, lane.in_use) for lane in lanes]
+        if at_once and len(parts) > 1:
+            logits = together.decode(loaded, parts)
+        else:
+            logits = [lane.decode(rows) for lane, rows in parts]
+        drawn = [
+            draws[lane.rows].draw(found[:, 0], [0] * lane.rows, None) for lane, found in zip(lanes, logits, strict=True)
+        ]
+        mx.eval([each.tokens for each in drawn], [each.bad for each in drawn], [lane.arrays for lane in lanes])
+
+    return step
 
 
 @functools.cache

@@ -22,9 +22,11 @@ from lmx.engine.budget import chunk_area
 from lmx.engine.mlx import adapter, device, probe, together
 from lmx.engine.mlx.adapter import LoadedModel
 from lmx.engine.mlx.arena import Lane
+from lmx.engine.mlx.device import LaneCosts
 from lmx.engine.mlx.placement import Placement
 from lmx.engine.mlx.probe import ProbeResult
 from lmx.errors import ModelInvalid
+from lmx.protocol import Load
 
 # By device (CPU, GPU): how many tokens of all rows are caught up in one call. A call is part of a step, and everybody's
 # next token waits for it.
@@ -47,6 +49,7 @@ class DraftModel:
     """Whether a pass is waited for before the next is made: where one in flight makes the next copy what it writes
     into, or launching takes so long that this was not measured."""
     attention_bytes: float
+    costs: LaneCosts
     words: str
 
     @property
@@ -54,26 +57,30 @@ class DraftModel:
         return self.probe.kv_bytes_per_token
 
 
-def load(path: str, target: LoadedModel, words: Path, kv_bits: int) -> DraftModel:
-    """A draft model for ``target``, whose tokenizer.json is in the folder ``words``. Raises ModelInvalid where it is
-    none."""
+def load(options: Load, target: LoadedModel) -> DraftModel:
+    """``options.draft_path`` for ``target``, which was loaded by the same. Raises ModelInvalid where it is no draft
+    model for that."""
+    path = options.draft_path
     loaded = adapter.load(Path(path))
-    _check_vocabulary(path, loaded, target, words)
+    _check_vocabulary(path, loaded, target, Path(options.words or options.path))
     write, _ = device.choose_write()
-    found = probe.run(loaded, write, kv_bits=kv_bits)
+    found = probe.run(loaded, write, kv_bits=options.kv_bits)
     if found.path == "single":
         raise _refused(path, f"its sequences cannot share a step: {found.reason}")
     if any(kind.kind != "kv" for kind in found.kinds):
         raise _refused(path, "it keeps a recurrent state, which cannot forget a draft that was wrong")
     measured = device.measure(loaded, found.kinds, found.write)
     apart = together.check(loaded, found.kinds, found.write)
+    costs, _ = device.lane_costs(
+        loaded, found.kinds, found.write, at_once=not apart, itl_target_ms=options.itl_target_ms
+    )
     mx.clear_cache()  # of what the probes left
     text = (
         f"{loaded.architecture}, {loaded.dtype}, {loaded.weights_bytes} bytes, {found.kv_bytes_per_token} bytes of KV "
         f"a token; {measured.words['launch']}; lanes " + (f"one by one: {apart}" if apart else "in one pass")
     )
     waits = measured.launch_share > BLOCKS_SHARE
-    return DraftModel(path, loaded, found, not apart, waits, measured.attention_bytes, text)
+    return DraftModel(path, loaded, found, not apart, waits, measured.attention_bytes, costs, text)
 
 
 def check_target(model: DraftModel, max_depth: int, words: str) -> None:
@@ -141,7 +148,7 @@ class Drafter:
         """``facts``: of its part of the KV; ``free_bytes``: what the weights leave of the memory."""
         self._model = model
         self._vocab_size = min(model.loaded.vocab_size, facts.vocab_size)
-        self._placement = Placement(model.loaded, model.probe, facts)
+        self._placement = Placement(model.loaded, model.probe, facts, model.costs)
         self._chunk_tokens = _CATCH_UP_TOKENS[mx.default_device() == mx.gpu]
         self._chunk_area = chunk_area(model.attention_bytes, free_bytes, facts.kv_budget_bytes)
         self._few = min(_FEW, 1 + model.probe.max_depth)
