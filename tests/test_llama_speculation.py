@@ -295,6 +295,7 @@ def test_a_row_that_ended_at_a_draft_is_parked_without_what_follows(run: Run) ->
     run.prefill(row)
     run.step([row], drafts=[expected.answer[1:9]])
     del row.sequence.tokens[104:]  # the fourth token was an end
+    row.sequence.ended = True
     ended = row.sequence.tokens.copy()
     made = run.backend.checkpoint(row.sequence)
     assert made is None or made[0] == 103

@@ -493,9 +493,10 @@ class LlamaBackend:
 
     def _end_with(self, row: _Row) -> None:
         """Where the answer ended at a draft, forget what the row holds of the others, and as ever of its last token."""
-        answered, held = row.sequence.generated_tokens, len(row.sequence.tokens) - 1
-        if self.facts.max_depth and answered and len(row.tokens) > held:
-            self.rewind(row.sequence, held)
+        sequence = row.sequence
+        held = len(sequence.tokens) - 1
+        if self.facts.max_depth and sequence.ended and sequence.generated_tokens and len(row.tokens) > held:
+            self._rewind(row, held)
 
     # --- prefixes -------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class Batches:
         """In as few calls as llama.cpp's batch allows; after each token whose logits (V,) are wanted these, good until
         the next ones are asked for. Slots ascend, and so do a run's tokens. Exhaust it: what is of no use is forgotten
         at its end."""
+        if not runs:
+            return
         runs = sorted(runs, key=lambda run: run.slot)
         width = self._width(runs)
         tokens: list[int] = []
@@ -99,14 +101,16 @@ class Batches:
 
     def _spans(self, wanted: Seq[bool]) -> Iterator[slice]:
         """Of no more tokens, and no more logits, than one call takes."""
+        if len(wanted) <= self._context.batch_tokens and sum(wanted) <= self._context.outputs:
+            yield slice(0, len(wanted))
+            return
         start = outputs = 0
         for place, each in enumerate(wanted):
             if place - start == self._context.batch_tokens or outputs + each > self._context.outputs:
                 yield slice(start, place)
                 start, outputs = place, 0
             outputs += each
-        if start < len(wanted):
-            yield slice(start, len(wanted))
+        yield slice(start, len(wanted))
 
     def _fillers(self, before: int, after: int, tokens: int) -> list[tuple[int, int]]:
         """The slots between two that so many tokens of no use go into, and from which positions on."""
