@@ -114,7 +114,7 @@ def test_a_model_that_raises_beyond_its_window_runs_alone(loaded):
 
 def test_what_a_device_does_is_measured_and_told(loaded):
     backend = MLXBackend(loaded("llama"), Load(path=""))
-    names = {"launch", "writes in flight", "write", "attention", "lanes", "compiled", "speculation"}
+    names = {"launch", "writes in flight", "write", "attention", "lanes", "lane costs", "compiled", "speculation"}
     assert set(backend.facts.probes) == names
     assert mx.get_cache_memory() < 2**20  # what the probes leave is not kept
     if mx.default_device() == mx.cpu:  # MLX takes 10 operations ahead there

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import attrgetter
 
 import mlx.core as mx
 
@@ -266,7 +267,7 @@ class Placement:
         """For a sequence that joins: lanes with a free row, and lanes in which nothing is written yet, larger, and new
         ones."""
         need, most = round_slots(tokens), self.facts.max_rows
-        for lane in sorted(self.lanes, key=lambda lane: lane.slots):
+        for lane in sorted(self.lanes, key=attrgetter("slots")):
             now = self._now(lane)
             free = None in lane.owners
             if free and lane.capacity >= tokens:
@@ -300,8 +301,8 @@ class Placement:
 
     def _grow_ahead(self) -> None:
         full = []
-        for lane in self.lanes:
-            longest = max(self.of_lane(lane), key=lambda place: place.tokens)
+        for lane, members in self._members.items():
+            longest = max(members, key=attrgetter("tokens"))
             room = lane.capacity - longest.tokens
             if room < _AHEAD_TOKENS and self._end(longest) > lane.capacity:
                 full.append((room, lane, longest))
@@ -352,7 +353,7 @@ class Placement:
 
     def _partings(self, lane: Lane) -> Iterator[_Change]:
         """The lane made to fit; and without its shortest rows, or all, which go to another one, or to a new one."""
-        members = sorted(self.of_lane(lane), key=lambda place: place.tokens)
+        members = sorted(self.of_lane(lane), key=attrgetter("tokens"))
         yield from self._left(lane, members)[1:]
         for cut in range(1, len(members) + 1):
             moves = tuple(members[:cut])
@@ -366,23 +367,10 @@ class Placement:
                         rows = max(len(other.in_use) + cut, other.rows)
                         yield *left, _Shape(other, rows, other.slots, (*self._now(other).tokens, *tokens), moves)
 
-    def _joins(self) -> Iterator[_Change]:
-        """Several lanes of neighbouring sizes made one: their rows go to the widest."""
-        lanes = sorted(self.lanes, key=lambda lane: lane.slots)
-        for first, last in itertools.combinations(range(len(lanes)), 2):
-            wide = lanes[last]
-            moves = tuple(place for lane in lanes[first:last] for place in self.of_lane(lane))
-            tokens = (*self._now(wide).tokens, *(place.tokens for place in moves))
-            most = self.facts.max_rows
-            for rows in dict.fromkeys((len(tokens) + len(tokens) // 4, len(tokens))):
-                yield (_Shape(wide, max(min(rows, most), wide.rows), wide.slots, tokens, moves),)
-
     def _best_wish(self) -> _Wish | None:
         limit = self._limit(share=_MAKE_SHARE)
         best, most = None, 0.0
-        partings = (change for lane in self.lanes if len(lane.in_use) > 1 for change in self._partings(lane))
-        for change in itertools.chain(self._joins(), partings):
-            saved_ms = -self._added_ms(change)
+        for saved_ms, change in itertools.chain(self._joins(), self._splits()):
             if saved_ms * _STEPS <= most:
                 continue
             cost_ms = self._copied_ms(change)
@@ -391,6 +379,41 @@ class Placement:
         if best is None:
             self._lost_ms = 0.0
         return best
+
+    def _joins(self) -> Iterator[tuple[float, _Change]]:
+        """Several lanes of neighbouring sizes made one, where that saves something in a step, and how much: their rows
+        go to the widest."""
+        lanes = sorted(self.lanes, key=attrgetter("slots"))
+        sizes = [[place.tokens for place in self.of_lane(lane)] for lane in lanes]
+        costs = [self._step_ms(tokens) for tokens in sizes]
+        for last, wide in enumerate(lanes):
+            count, longest, before_ms = len(sizes[last]), max(sizes[last]), costs[last]
+            for first in range(last - 1, -1, -1):
+                count, longest = count + len(sizes[first]), max(longest, *sizes[first])
+                before_ms += costs[first]
+                saved_ms = before_ms - self.costs.lane_ms - self.costs.slot_ms * count * longest
+                if saved_ms <= 0:
+                    continue
+                moves = tuple(place for lane in lanes[first:last] for place in self.of_lane(lane))
+                tokens = (*sizes[last], *(place.tokens for place in moves))
+                most = self.facts.max_rows
+                for rows in dict.fromkeys((count + count // 4, count)):
+                    shape = _Shape(wide, max(min(rows, most), wide.rows), wide.slots, tokens, moves)
+                    yield saved_ms, (shape,)
+
+    def _splits(self) -> Iterator[tuple[float, _Change]]:
+        """A lane without its shortest rows, which go to a new one, where that saves something, and how much."""
+        for lane in self.lanes:
+            members = sorted(self.of_lane(lane), key=attrgetter("tokens"))
+            for cut in range(1, len(members)):
+                unread = cut * (members[-1].tokens - members[cut - 1].tokens)
+                saved_ms = self.costs.slot_ms * unread - self.costs.lane_ms
+                if saved_ms > 0:
+                    moves = tuple(members[:cut])
+                    tokens = tuple(place.tokens for place in moves)
+                    new = _Shape(None, cut, round_slots(tokens[-1]), tokens, moves)
+                    for left in self._left(lane, members[cut:]):
+                        yield saved_ms, (*left, new)
 
     # --- the lanes themselves ---------------------------------------------------------------------------------------
 
