@@ -319,6 +319,12 @@ class SimDrafts:
     def leave(self, sequence: Sequence) -> None:
         """And keeps nothing of them."""
 
+    def wants(self, rows: Iterable[Sequence]) -> bool:
+        return False
+
+    def catch_up(self, rows: Iterable[Sequence]) -> None:
+        """It is always there."""
+
     def offer(self, sequence: Sequence) -> tuple[int, int]:
         return 15, 0
 
