@@ -16,17 +16,17 @@ from lmx.engine.mlx.arena import Lane
 from lmx.engine.mlx.backend import MLXBackend
 from lmx.engine.mlx.layers import scatter_write
 from lmx.protocol import Load, Logprobs, Sampling
-from tests.models import KINDS, build_model, write_tokenizer
+from tests.models import build_model, write_tokenizer
 from tests.test_grammars import Compiler
 from tests.test_non_finite import POISON, clean_prompt, poison_folder
 
 ROWS = 4
-TOKENS = 30
+TOKENS = 24
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama": ("llama", {}, {}),
-    "packed KV": ("llama", {"hidden_size": 128}, {"kv_bits": 8}),
+    "llama": ("llama", {"num_hidden_layers": 2}, {}),
+    "packed KV": ("llama", {"hidden_size": 128, "num_hidden_layers": 1}, {"kv_bits": 8}),
     "windows": ("gemma3_text", {}, {}),  # of 32
-    "latent attention": ("deepseek_v2", {}, {}),
+    "latent attention": ("deepseek_v2", {"num_hidden_layers": 2}, {}),
 }
 SAMPLINGS = [
     Sampling(1, temperature=0.9, top_p=0.9, repetition_penalty=1.3, logprobs=0),
@@ -148,13 +148,15 @@ def test_drafts_change_nothing_but_the_number_of_steps(
     rows, steps = run(backend, oracle(texts, 5, wrong, depth, backend.facts.vocab_size))
     assert all(row.drafted for row in rows)
     assert (steps < 0.5 * TOKENS) if wrong == 0 else (steps > 0.5 * TOKENS / depth)
+    # Packed, a value is now and then rounded to its neighbour.
+    tolerance = 0.02 if backend.facts.dtype.endswith("KV") else 1e-3
     for row, expected in zip(rows, right, strict=True):
         assert row.tokens[:TOKENS] == expected.tokens[:TOKENS]
         assert 0 < row.accepted < row.drafted or wrong in (0.0, 1.0)
         assert len(row.logprobs) == (len(row.tokens) if row.sequence.sampling.logprobs >= 0 else 0)
         for one, other in zip(row.logprobs, expected.logprobs, strict=False):
             assert one.top_ids == other.top_ids
-            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=1e-3)
+            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=tolerance)
 
 
 def test_rows_with_drafts_beside_prefill_and_rows_that_come_and_go(backend: MLXBackend, right: list[Answer]) -> None:
@@ -223,9 +225,8 @@ def test_one_sequence_at_a_time_verifies_none_and_says_why(tmp_path: Path) -> No
     assert "asked for by [engine] batching" in facts.probes["speculation"]
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"lfm2", "qwen3_next"}))
-def test_the_load_probe_finds_widths_that_are_wrong(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = adapter.load(build_model(kind, tmp_path / "model"))
+def test_the_load_probe_finds_widths_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = adapter.load(build_model("qwen3_moe", tmp_path / "model"))
     found = probe.run(loaded, scatter_write)
     assert found.max_depth == 15
     decode_each = Lane.decode_each

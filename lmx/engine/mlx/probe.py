@@ -10,7 +10,7 @@ Where steps may verify drafts, several tokens of a row in one pass must say the 
 back end's load.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,10 +27,9 @@ _LENGTHS = (5, 11, 2)
 _STEPS = 4
 # Of the decode steps, so many compute some of the lane's rows, the others all: another write, where there are two.
 _PARTIAL_STEPS = 2
-# Tokens of a row that a step may verify together: where MLX's kernels change, and the most that a lane has room for.
-# The first so many are also computed one by one.
-_WIDTHS = (2, 8, DUMMY_SLOTS)
-_SINGLES = 3
+# Tokens of a row that a step may verify together: the most that a lane has room for, or those up to which MLX's kernels
+# are others than for more.
+_WIDTHS = (DUMMY_SLOTS, 8)
 # Beyond a window: so many tokens in a chunk, then so many decode steps together with a short row and alone.
 _CHUNK, _TOGETHER, _ALONE = 4, 2, 2
 # A window is exercised if the keys and values up to its end take no more than this share of the free memory.
@@ -179,52 +178,47 @@ def compare_widths(loaded: LoadedModel, found: ProbeResult) -> tuple[int, str]:
         return 1, f"no drafts are verified: one sequence at a time runs on mlx-lm's caches ({found.reason})"
     if any(kind.kind != "kv" for kind in found.kinds):
         return 1, "no drafts are verified: a recurrent state cannot go back to where a draft was wrong"
-    width, limit = 1, ""
     try:
-        for tried in _widths(loaded, list(found.kinds), found.write):
-            width, limit = tried
+        width, limit = _widest(loaded, list(found.kinds), found.write)
     except Exception as error:
-        limit = f"its code refuses more tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        width, limit = 1, f"its code refuses more tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     what = f"up to {width - 1} drafts of a row are verified" if width > 1 else "no drafts are verified"
     return width, f"{what}: {limit}" if limit else f"{what}, as if they were single tokens"
 
 
-def _widths(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> Iterator[tuple[int, str]]:
-    """The widths that are right; the last again with what is wrong beyond it, if anything is."""
+def _widest(loaded: LoadedModel, kinds: list[LayerKind], write: Write) -> tuple[int, str]:
+    """The width that is right, and what is wrong with more: two rows, one of which has few tokens, are held against
+    the same tokens in a chunk, and so are single ones."""
     rng = np.random.default_rng(2)
-    lane = Lane(loaded, kinds, 3, SLOT_QUANTUM, write)
-    rows = [lane.acquire(index) for index in range(3)]
-    lane.release(rows.pop(1))
-    prompts = [rng.integers(0, loaded.vocab_size, length).tolist() for length in _LENGTHS[:2]]
-    forced = [rng.integers(0, loaded.vocab_size, max(_WIDTHS)).tolist() for _ in rows]
+    lane = Lane(loaded, kinds, 2, SLOT_QUANTUM, write)
+    prompts, forced = (
+        [rng.integers(0, loaded.vocab_size, length).tolist() for length in lengths]
+        for lengths in ((5, 2), (max(_WIDTHS), 3))
+    )
+    rows = [lane.acquire(index) for index in range(len(prompts))]
     for row, prompt in zip(rows, prompts, strict=True):
         lane.prefill(row, prompt, last=False)
     expected = [_unpacked(loaded, kinds, write, *row)[1:] for row in zip(prompts, forced, strict=True)]
 
-    def off(counts: Sequence[int]) -> float:
-        """How far the rows' next tokens, so many of each, are from that in one pass."""
-        lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(_LENGTHS) + max(_WIDTHS))
-        starts = [int(lane.lengths[row]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
-        pieces = [own[start : start + count] for own, start, count in zip(forced, starts, counts, strict=True)]
+    def off(width: int) -> float:
+        """How far so many tokens in one pass are from that."""
+        pieces = [own[:width] for own in forced]
+        lane.poison(inside=_FOREIGN, outside=float("nan"), span=max(map(len, prompts)) + max(_WIDTHS))
         logits = np.array(lane.decode_each(rows, pieces).astype(mx.float32))
-        right = [own[start : start + count] for own, start, count in zip(expected, starts, counts, strict=True)]
-        return _difference(np.concatenate(right), logits)
-
-    def back() -> None:
         for row, prompt in zip(rows, prompts, strict=True):
             lane.rewind(row, len(prompt))
+        return _difference(np.concatenate([own[:width] for own in expected]), logits)
 
-    if most := max(off([1, 1]) for _ in range(_SINGLES)):
-        yield 1, f"single tokens differ from the same in a chunk by {most:.1%} of the largest logit"
-        return
-    good = 1
+    for few in (1, 2):
+        if most := off(few):
+            return 1, f"{few} at once differ from the same in a chunk by {most:.1%} of the largest logit"
+    wrong = ""
     for width in _WIDTHS:
-        back()
-        if most := off([width, width // 2]):
-            yield good, f"of {width} tokens one differs from single ones by {most:.1%} of the largest logit"
-            return
-        good = width
-        yield good, ""
+        most = off(width)
+        if not most:
+            return width, wrong
+        wrong = wrong or f"of {width} tokens one differs from single ones by {most:.1%} of the largest logit"
+    return 2, wrong
 
 
 def _unpacked(
@@ -235,7 +229,7 @@ def _unpacked(
     lane = Lane(loaded, kinds, 1, SLOT_QUANTUM, write)
     hidden: list[mx.array] = []
     lane.prefill(lane.acquire(0), [*prompt, *forced], last=False, see=hidden.append)
-    return np.array(loaded.logits(hidden[0])[0, len(prompt) - 1 :].astype(mx.float32))
+    return np.array(loaded.logits(hidden[0][:, len(prompt) - 1 :])[0].astype(mx.float32))
 
 
 def _tokens(loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
