@@ -22,6 +22,7 @@ NAMES = {
     "constrained": "decode tok/s of 8 rows under a JSON schema, against free ones; compiling 200 tools",
     "sampling": "milliseconds of a draw for 8 rows, by sampling parameters",
     "primitives": "operations that MLX is given for a decode step, against mlx_lm's generate_step",
+    "compiled": "milliseconds of a decode step, eager against compiled, by rows",
     "load_probes": "seconds that the probes at load take",
     "prefill": "prompt tok/s by chunk size",
     "loop_sim": "the step loop on simulated devices: idle share, late tokens, gaps, TTFT",
@@ -32,6 +33,7 @@ NAMES = {
     "kv_quality": "what KV in 8 and 4 bits changes: KL and top-1 on real text, bytes, step time",
     "library": "milliseconds of looking for models on the disk, first and again",
     "lookahead": "lookahead forced on against off: first and second prompt, bursts",
+    "speculation": "decode tok/s with speculation against without, on text that repeats and text that does not",
     "switch": "seconds from one model to another that does not fit beside it, against a bare engine's start",
 }
 

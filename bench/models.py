@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lmx.engine.mlx.blas import libraries
 from lmx.hub.inventory import EMBEDDED_ID, resolve
@@ -15,6 +16,7 @@ from tests.models import build_model
 CACHE = Path(tempfile.gettempdir()) / f"lmx-bench-{os.getuid()}"
 SIZES = {"llama-8x512": (8, 512), "llama-4x128": (4, 128)}
 NAMES = ("smollm2", *SIZES)
+_DEEP = 3
 
 
 def with_openblas() -> dict[str, str]:
@@ -58,8 +60,24 @@ def folder_without_eos(name: str) -> Path:
     return path
 
 
+def draft_folder() -> Path:
+    """A draft model for "smollm2": its weights in 4 bits, 64 with a scale, which says the same nine times of ten. On a
+    CPU, where packed weights become float32, it is as slow as its target; see ``deep_folder``."""
+    return folder("smollm2-4bit")
+
+
+def deep_folder() -> Path:
+    """A target that costs three times as much as "smollm2" and says the same: two thirds of its layers add nothing. So
+    ``draft_folder`` is a fitting draft model also where no larger model of the same tokenizer is at hand."""
+    return folder("smollm2-deep")
+
+
 def _make(name: str, path: Path) -> None:
-    if name in SIZES:
+    if name == "smollm2-4bit":
+        _quantize(folder("smollm2"), path)
+    elif name == "smollm2-deep":
+        _deepen(folder("smollm2"), path, times=_DEEP)
+    elif name in SIZES:
         layers, width = SIZES[name]
         build_model("llama", path, num_hidden_layers=layers, hidden_size=width)
     else:
@@ -76,6 +94,41 @@ def _dequantize(source: Path, path: Path) -> None:
     save_model(path, model)
     config.pop("quantization", None)
     config.pop("quantization_config", None)
+    _copy_words(source, path, config)
+
+
+def _quantize(source: Path, path: Path) -> None:
+    from mlx_lm.utils import load_model, quantize_model, save_model
+
+    model, config = load_model(source)
+    model, config = quantize_model(model, config, group_size=64, bits=4)
+    save_model(path, model)
+    _copy_words(source, path, config)
+
+
+def _deepen(source: Path, path: Path, times: int) -> None:
+    """With each layer's weights so many times, of which the later ones put out nothing."""
+    import mlx.core as mx
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    layers = config["num_hidden_layers"]
+    weights: dict[str, mx.array] = {}
+    for file in source.glob("*.safetensors"):
+        for name, array in mx.load(str(file)).items():
+            weights[name] = array
+            start, _, rest = name.partition("model.layers.")
+            if not rest or start:
+                continue
+            index, _, part = rest.partition(".")
+            silent = part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+            for step in range(1, times):
+                weights[f"model.layers.{int(index) + step * layers}.{part}"] = mx.zeros_like(array) if silent else array
+    path.mkdir(parents=True)
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    _copy_words(source, path, {**config, "num_hidden_layers": layers * times})
+
+
+def _copy_words(source: Path, path: Path, config: dict[str, Any]) -> None:
     (path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / file, path / file)

@@ -169,7 +169,7 @@ class NullEngine:
                     self.send(protocol.Freed(seq, 0))
                     return
                 deadline = float("inf") if message.deadline_s is None else time.monotonic() + message.deadline_s
-                row = Row(message, prompt, deadline)
+                row = Row(message, prompt, deadline, drawn=len(message.answer) // 4)
                 if message.sampling.logprobs >= 0:
                     top = min(message.sampling.logprobs, len(self.cycle))
                     likeliest = tuple(self.cycle[:top])
@@ -203,6 +203,11 @@ class NullEngine:
             steps = [tuple(tokens) for tokens in told["steps"]]
             if row.script_finish == "stop":
                 steps.append((self.options.eos_ids[0],))
+            said = row.drawn
+            while said:  # to an engine before this one
+                first, *rest = steps
+                steps = [first[said:], *rest] if said < len(first) else rest
+                said = max(said - len(first), 0)
             row.script = deque(steps)
 
     def stats(self) -> protocol.Stats:

@@ -20,6 +20,7 @@ cdef extern from *:
     static const double SOURCE_KEPT = 0.98;
     static const double PRIOR_DRAFTS = 2.0;    /* weight of the average, in drafts */
     static const double RATIO_SHARE = 0.125;   /* of a new measurement in a cell */
+    static const double LATE_SHARE = 0.5;      /* and in one that was due for a probe */
     static const double CHANGED = 2.0;         /* a measurement this many times off is clipped, as in _cost.pxd */
     enum { CHANGES = 3 };                      /* so many in a row: the machine's speed has changed */
     static const double WORTH = 1.02;          /* times what plain steps give: below that nothing is verified */
@@ -28,10 +29,11 @@ cdef extern from *:
     static const double EARNED = 0.01;         /* plain steps that may be lost to probes, by each step */
     static const double MOST_CREDIT = 6.0;     /* plain steps; at the start too */
     static const double MOST_DEBT = 8.0;
+    static const double FIRST_LOSS = 2.0;      /* plain steps: a cell's first measurement costs no more, as it is paid */
     static const double GUESS = 0.25;          /* what a draft adds to a step of which nothing is known, in plain ones */
     """
-    const double OWN_KEPT, SOURCE_KEPT, PRIOR_DRAFTS, RATIO_SHARE, CHANGED, WORTH, PROMISE, LOWEST
-    const double EARNED, MOST_CREDIT, MOST_DEBT, GUESS
+    const double OWN_KEPT, SOURCE_KEPT, PRIOR_DRAFTS, RATIO_SHARE, LATE_SHARE, CHANGED, WORTH, PROMISE, LOWEST
+    const double EARNED, MOST_CREDIT, MOST_DEBT, FIRST_LOSS, GUESS
     const int CHANGES
 
 cdef enum:
@@ -97,12 +99,19 @@ cdef inline int group_of(int position) noexcept:
 
 
 cdef inline void learn_drafts(Acceptance *acceptance, int source, int right, bint wrong, double kept) noexcept:
-    """So many were right, and the one after them was ``wrong``, or is not known."""
+    """So many were right, and the one after them was ``wrong``, or is not known.
+
+    What is known of positions behind a wrong one fades as well, or a text that is no copy any more would look like one
+    at its first chance hit.
+    """
     cdef int position, group
     for position in range(1, right + wrong + 1):
         group = group_of(position)
         acceptance.right[source][group] = kept * acceptance.right[source][group] + (position <= right)
         acceptance.tried[source][group] = kept * acceptance.tried[source][group] + 1.0
+    for group in range(group_of(right + 1) + 1 if wrong else GROUPS, GROUPS):
+        acceptance.right[source][group] *= kept
+        acceptance.tried[source][group] *= kept
 
 
 cdef inline void learn_acceptance(Depths *depths, Drafting *draft, int source, int right, bint wrong) noexcept:
@@ -111,8 +120,10 @@ cdef inline void learn_acceptance(Depths *depths, Drafting *draft, int source, i
     depths.heard[source] = depths.steps
 
 
-cdef inline double share(Acceptance *acceptance, int source, int group, double prior) noexcept:
-    return (acceptance.right[source][group] + PRIOR_DRAFTS * prior) / (acceptance.tried[source][group] + PRIOR_DRAFTS)
+cdef inline double share(Acceptance *acceptance, int source, int group, double prior, double kept) noexcept:
+    """The prior is forgotten as drafts are: after n of them ``tried`` is (1 - kept ** n) / (1 - kept)."""
+    cdef double weight = PRIOR_DRAFTS * (1.0 - acceptance.tried[source][group] * (1.0 - kept))
+    return (acceptance.right[source][group] + weight * prior) / (acceptance.tried[source][group] + weight)
 
 
 cdef inline void expect(Depths *depths, Drafting *draft, double *right) noexcept:
@@ -127,8 +138,8 @@ cdef inline void expect(Depths *depths, Drafting *draft, double *right) noexcept
         if group_of(position) > group:
             group += 1
             before = usual
-            usual = share(&depths.average, draft.source, group, usual)
-            own = share(&draft.acceptance, draft.source, group, min(max(usual + (own - before), 0.0), 1.0))
+            usual = share(&depths.average, draft.source, group, usual, SOURCE_KEPT)
+            own = share(&draft.acceptance, draft.source, group, min(max(usual + (own - before), 0.0), 1.0), OWN_KEPT)
         all_right *= own
         right[position] = all_right
 
@@ -201,15 +212,18 @@ cdef inline double learn_cell(Depths *depths, int asked, int rows, int depth, do
                 speed = ratio / cell.ratio
                 ratio = cell.ratio
         ratio = min(max(ratio, cell.ratio / CHANGED), cell.ratio * CHANGED)
-        cell.ratio += RATIO_SHARE * (ratio - cell.ratio)
-        cell.wait = min(2 * cell.wait, MAX_WAIT) if probe else FIRST_WAIT
+        cell.ratio += (LATE_SHARE if depths.steps >= cell.due else RATIO_SHARE) * (ratio - cell.ratio)
+        cell.wait = min(2 * cell.wait, MAX_WAIT) if probe and depth else FIRST_WAIT
     cell.seen = min(cell.seen + 1, 2)
     cell.due = depths.steps + cell.wait
     return speed
 
 
-cdef inline void pay(Depths *depths, double lost) noexcept:
-    """A probe took so many plain steps more than the best that was known would have for as many tokens."""
+cdef inline void pay(Depths *depths, int asked, int rows, int depth, double lost) noexcept:
+    """A probe took so many plain steps more than the best that was known would have for as many tokens. What only the
+    first such step takes, to compile something, it would have taken some time anyhow."""
+    if depths.cells[asked][bucket_of(rows)][depth].seen == 0:
+        lost = min(lost, FIRST_LOSS)
     depths.credit = max(depths.credit - max(lost, 0.0), -MOST_DEBT)
 
 
@@ -262,7 +276,7 @@ cdef inline Choice choose(Depths *depths, Offers *offers, bint probes) noexcept:
 
 cdef inline void find_probe(Depths *depths, Offers *offers, Choice *choice, int bucket, double plain) noexcept:
     """A cell that would win at the lowest cost it may have: that of fewer drafts, or not much less than it had. Of
-    several the one that promises most at a likely cost."""
+    several the one that promises most at a likely cost. But first what the gain is reckoned by: a plain step."""
     cdef Cell *cell
     cdef int asked, depth, top
     cdef double least, lowest, likely, tokens, found = 0.0, best = PROMISE * choice.gain
@@ -271,7 +285,7 @@ cdef inline void find_probe(Depths *depths, Offers *offers, Choice *choice, int 
             choice.depth, choice.asked, choice.probe = min(offers.most[asked], FIRST_TOP), asked, True
             return
     cell = &depths.cells[0][bucket][0]
-    if choice.depth and (cell.seen == 0 or depths.steps >= cell.due) and 1.0 / LOWEST > best:
+    if choice.depth and (cell.seen < 2 or depths.steps >= cell.due):
         choice.depth, choice.asked, choice.probe = 0, 0, True
         return
     for asked in range(SOURCES):

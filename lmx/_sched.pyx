@@ -1200,7 +1200,8 @@ cdef class Scheduler:
         cdef double x[3]
         decode_features(x, step)
         elapsed_ms /= predict(&self.decode_fit, x) * plain_ratio(&self.depths, bucket_of(step.rows))
-        pay(&self.depths, elapsed_ms - (step.rows + right) / (step.rows * step.gain))
+        elapsed_ms -= (step.rows + right) / (step.rows * step.gain)
+        pay(&self.depths, step.asked, step.rows, step.depth, elapsed_ms)
 
     def releasable(self):
         if self.ending.size == 0:
@@ -1294,7 +1295,7 @@ cdef long long _whole(name, value, low, high=2**31 - 1) except? -1:
 
 
 cdef int _drafts_of(name, value) except -1:
-    return <int>min(_whole(name, value, 0), MAX_DEPTH + 1)
+    return <int>min(_whole(name, value, 0), MAX_DEPTH)
 
 
 cdef int _source(value) except -1:

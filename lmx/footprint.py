@@ -16,6 +16,16 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def open_files() -> int:
+    """This process's open file descriptors, sockets included."""
+    return int(psutil.Process().num_fds())
+
+
+def threads() -> int:
+    """Those of this process."""
+    return int(psutil.Process().num_threads())
+
+
 def footprint_bytes(pid: int) -> int:
     """A process's own memory: on macOS ``phys_footprint``, which counts GPU buffers and compressed pages as Activity
     Monitor does; on Linux the proportional set, in which what two processes map (libraries, a GGUF file) counts once;

@@ -127,6 +127,8 @@ class Load:
     of whatever source there is."""
     draft_path: str = ""
     """A draft model's folder, or GGUF file, with the same tokenizer; "": none."""
+    compile_decode: str = "auto"
+    """Decode steps as compiled graphs (MLX): "auto": where that is faster; "on": wherever it says the same; "off"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,9 @@ class Submit:
     """As in ``Load``, for this request."""
     prediction: bytes = b""
     """What the client says that the answer will be, or much of it; packed tokens."""
+    answer: bytes = b""
+    """The answer's tokens that another engine process has drawn, packed: it goes on after them, as after a preemption.
+    ``max_tokens``, ``min_tokens``, the penalties and the grammar count them. Prompt log-probabilities were told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +210,9 @@ class Trim:
 @dataclass(frozen=True, slots=True)
 class Shutdown:
     """Free everything and exit 0."""
+
+    save_s: float = 2.0
+    """Prefixes that wait to be written to the disk are, as far as this time allows."""
 
 
 # --- engine to server ---------------------------------------------------------------------------------
@@ -389,6 +397,15 @@ class Stats:
     """Resident set; on macOS ``phys_footprint``."""
     live_arrays: int
     """MLX arrays that Python still refers to: flat when nothing leaks."""
+    traces: int = 0
+    """Graphs compiled since the start."""
+    handles: int = 0
+    """GPU buffers, by an estimate: all arrays that are alive, the weights' too. What MLX's pool keeps for the next ones
+    comes on top."""
+    most_handles: int = 0
+    """How many the system gives one process (Metal); 0: any number."""
+    open_files: int = 0
+    threads: int = 0
     prefix: PrefixStats = PrefixStats()
 
 

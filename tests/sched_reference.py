@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from lmx._sched import Join, NeverFits, Prefill, SchedulerStatistics
+from tests.depth_reference import MAX_DEPTH, Acceptance, Choice, Depths, Offer, bucket_of
 
 TILE = 32
 FIRST_CHUNK = 128
@@ -30,6 +31,8 @@ MAX_STOPS = 16
 class Plan:
     step: int = 0
     decode: tuple[int, ...] = ()
+    depth: int = 0
+    drafts: tuple[int, ...] = ()
     joins: tuple[Join, ...] = ()
     prefills: tuple[Prefill, ...] = ()
     preempted: tuple[int, ...] = ()
@@ -61,6 +64,8 @@ class Sequence:
     parent: int = -1
     ended_in: int = 0
     stops: tuple[int, ...] = ()
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    offered: tuple[int, int, int] = (0, 0, -1)  # tokens, source, after how many plans
 
     @property
     def chunk_end(self):
@@ -77,6 +82,9 @@ class Step:
     whole: tuple[int, ...] = ()
     holds: bool = False
     predicted_ms: float = 0.0
+    verified: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # drafts, their source, KV before them
+    depth: int = 0
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass
@@ -152,7 +160,9 @@ class ReferenceScheduler:
         max_chunk_area=0,
         itl_target_ms=250.0,
         max_step_ms=4000.0,
+        max_depth=0,
     ):
+        self.max_depth = _whole("max_depth", max_depth, 0, MAX_DEPTH)
         self.max_rows = _whole("max_rows", max_rows, 1)
         self.kv_budget_bytes = _whole("kv_budget_bytes", kv_budget_bytes, 1)
         self.kv_bytes_per_sequence = _whole("kv_bytes_per_sequence", kv_bytes_per_sequence, 0)
@@ -179,6 +189,7 @@ class ReferenceScheduler:
         self.answer_tokens, self.answer_spread = ANSWER_TOKENS, 0.0
         self.decode_fit = Fit((50.0, 3.0, 0.002))
         self.prefill_fit = Fit((50.0, 2.0, 0.0005))
+        self.depths = Depths()
 
     @property
     def capacity_tokens(self):
@@ -240,6 +251,8 @@ class ReferenceScheduler:
         _time("now", now)
         if self.planned - self.committed > 1:
             raise RuntimeError(f"steps {self.committed + 1} and {self.planned} are both uncommitted: commit one first")
+        if self.open_drafts():
+            raise RuntimeError(f"step {self.planned} verifies drafts and is uncommitted: commit it first")
         plan, step = Plan(), Step()
         self.plans += 1
         late = sorted(s.id for s in self.sequences.values() if s.state != "ended" and s.deadline <= now)
@@ -258,6 +271,7 @@ class ReferenceScheduler:
                 self.start_with(s, 0)
             step.holds = s is not None and self.holds(s)
             if not step.holds:
+                self.verify(step, s)
                 self.decode(plan, step)
             if s is not None:
                 self.prefill(plan, step, s)
@@ -393,12 +407,53 @@ class ReferenceScheduler:
             and self.wanted_bytes(s, alone=len(running) == 1) <= room
         )
 
+    def verify(self, step, joining):
+        """Which drafts: at the chosen depth, or at the largest for which there is KV."""
+        if self.planned > self.committed:
+            return
+        rows = [s for s in self.running() if s.state == "decoding"]
+        step.choice = self.choose(rows, self.plans - 1, joining is None)
+        room = self.kv_budget_bytes - self.used_bytes()
+        if joining is not None and joining.state == "queued":
+            room -= self.admission_bytes(joining)
+        for depth in range(step.choice.depth, 0, -1):
+            drafts = {s.id: self.drafts(s, depth, step.choice.asked, self.plans - 1) for s in rows}
+            growth = [max(0, self.kv_bytes_for(s.length + 1 + drafts[s.id]) - s.kv_bytes) for s in rows]
+            if sum(growth) <= room:
+                step.verified = {s.id: (drafts[s.id], s.offered[1], 0) for s in rows if drafts[s.id]}
+                break
+        step.depth = max((drafts for drafts, _, _ in step.verified.values()), default=0)
+        if step.depth < step.choice.depth:
+            step.choice.probe = False
+        if not step.depth:
+            step.choice.asked = 0
+
+    def drafts(self, s, depth, asked, plans):
+        tokens, source, offered_in = s.offered
+        if offered_in != plans or source > asked:
+            return 0
+        return min(tokens, depth, s.max_tokens - s.generated - 1)
+
+    def choose(self, rows, plans, probes):
+        offers = [Offer(s.acceptance, s.offered[1], self.drafts(s, self.max_depth, 1, plans)) for s in rows]
+        offers = [offer for offer in offers if offer.most > 0]
+        if not offers or not self.decode_fit.seen:
+            return Choice(gain=0.0)
+        return self.depths.choose(len(rows), offers, probes)
+
     def decode(self, plan, step):
         rows = [s for s in self.running() if s.state == "decoding"]
         plan.decode = tuple(s.id for s in rows)
+        plan.depth = step.depth
+        if step.depth:
+            plan.drafts = tuple(step.verified.get(s.id, (0,))[0] for s in rows)
         for s in rows:
             s.length += 1
             s.kv_bytes = max(s.kv_bytes, self.kv_bytes_for(s.length))
+            if s.id in step.verified:
+                drafts, source, _ = step.verified[s.id]
+                step.verified[s.id] = drafts, source, s.kv_bytes
+                s.kv_bytes = max(s.kv_bytes, self.kv_bytes_for(s.length + drafts))
             step.rows += 1
             step.context += s.length
             self.generate(s)
@@ -553,7 +608,12 @@ class ReferenceScheduler:
         return step.area + padded + (0.0 if tokens == s.target else float(tokens * (s.length + tokens)))
 
     def decode_ms(self, step):
-        return self.decode_fit.predict((1.0, step.rows, step.context)) if step.rows else 0.0
+        if not step.rows:
+            return 0.0
+        cost_ms = self.decode_fit.predict((1.0, step.rows, step.context))
+        if step.depth:
+            cost_ms *= self.depths.expected_ratio(step.choice.asked, step.rows, step.depth)
+        return cost_ms
 
     def cost_ms(self, step, start, tokens):
         cost_ms = self.decode_ms(step)
@@ -569,16 +629,25 @@ class ReferenceScheduler:
             decode_ms = self.decode_ms(step)
             if elapsed_ms >= decode_ms:
                 self.prefill_fit.observe(x, elapsed_ms - decode_ms)
-            else:
+            elif not step.depth:
                 share = decode_ms / (decode_ms + self.prefill_fit.predict(x))
                 self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms * share)
         else:
-            self.decode_fit.observe((1.0, step.rows, step.context), elapsed_ms)
+            x = (1.0, step.rows, step.context)
+            if not step.depth:
+                self.decode_fit.observe(x, elapsed_ms)
+            if self.max_depth and self.decode_fit.seen:
+                ratio = min(max(elapsed_ms, 1e-3), 1e9) / self.decode_fit.predict(x)
+                choice = step.choice
+                self.decode_fit.scale *= self.depths.learn_cell(
+                    choice.asked, step.rows, step.depth, ratio, choice.probe
+                )
         if first:
             self.decode_fit.scale = self.prefill_fit.scale = self.decode_fit.scale * self.prefill_fit.scale
 
-    def predict_ms(self, decode_rows, decode_context, chunks=()):
+    def predict_ms(self, decode_rows, decode_context, chunks=(), depth=0):
         step = Step(_whole("decode_rows", decode_rows, 0), _whole("decode_context", decode_context, 0))
+        step.depth = _whole("depth", depth, 0, MAX_DEPTH)
         for start, tokens in chunks:
             step.chunk += _whole("chunk tokens", tokens, 0)
             step.chunk_context += tokens * (_whole("chunk start", start, 0) + tokens / 2.0)
@@ -693,16 +762,68 @@ class ReferenceScheduler:
         self.end(self.sequences[seq])
         return True
 
-    def commit(self, step, elapsed_ms, finished=(), learn=True):
+    def offer(self, seq, tokens, source=0):
+        offered = _whole("tokens", tokens, 0), _whole("source", source, 0, 1), self.plans
+        if seq in self.sequences and self.sequences[seq].state == "decoding":
+            self.sequences[seq].offered = offered
+
+    def foresaw(self, seq, tokens, right, source=0):
+        _whole("source", source, 0, 1)
+        _whole("right", right, 0, _whole("tokens", tokens, 0))
+        if seq in self.sequences and tokens:
+            known, wrong = min(right, MAX_DEPTH), right < min(tokens, MAX_DEPTH)
+            self.depths.learn_acceptance(self.sequences[seq].acceptance, source, known, wrong)
+
+    def expected_depth(self):
+        if self.open_drafts():
+            return 0
+        rows = [s for s in self.running() if s.state == "decoding"]
+        return self.choose(rows, self.plans, True).depth
+
+    def open_drafts(self):
+        """The drafts of the uncommitted step."""
+        return next((step.verified for step in self.uncommitted.values() if step.verified), {})
+
+    def settle(self, verified, finished, accepted):
+        """How many drafts were right; they count as done now."""
+        total = 0
+        for seq, (drafts, source, kv_bytes) in verified.items():
+            s, right = self.sequences[seq], accepted.get(seq, 0)
+            if s.state != "decoding":
+                continue
+            self.depths.learn_acceptance(s.acceptance, source, right, right < drafts and seq not in finished)
+            s.length += right
+            s.generated += right
+            s.kv_bytes = max(kv_bytes, self.kv_bytes_for(s.length))
+            self.served[s.client] += right
+            self.earned = min(self.earned + EARNED_GENERATED * right, MAX_EARNED)
+            total += right
+            if s.generated == s.max_tokens:
+                self.end(s)
+        return total
+
+    def commit(self, step, elapsed_ms, finished=(), learn=True, accepted=None):
+        accepted = accepted or {}
         _time("elapsed_ms", elapsed_ms)
         if step != self.committed + 1 or self.committed == self.planned:
             raise ValueError(f"step {step} cannot be committed: {self.committed} of {self.planned} planned steps are")
         for seq in finished:
             if seq not in self.sequences:
                 raise ValueError(f"seq {seq!r} cannot have finished in step {step}: it is not known")
+        for seq, right in accepted.items():
+            _whole("accepted", right, 0, self.open_drafts().get(seq, (0,))[0])
         self.committed = step
         committed = self.uncommitted.pop(step)
         self.elapsed_ms[step] = elapsed_ms
+        if committed.rows and self.max_depth:
+            self.depths.earn()
+            right = self.settle(committed.verified, finished, accepted)
+            if learn and committed.choice.probe and not committed.chunk:
+                plain_ms = self.decode_fit.predict((1.0, committed.rows, committed.context))
+                rows, choice = committed.rows, committed.choice
+                lost = elapsed_ms / (plain_ms * self.depths.plain_ratio(bucket_of(rows)))
+                lost -= (rows + right) / (rows * choice.gain)
+                self.depths.pay(choice.asked, rows, committed.depth, lost)
         if learn:
             self.learn(committed, elapsed_ms)
         for seq in finished:
@@ -739,8 +860,8 @@ class ReferenceScheduler:
         )
 
 
-def _whole(name, value, low):
-    if not isinstance(value, int) or value < low:
+def _whole(name, value, low, high=math.inf):
+    if not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
     return value
 

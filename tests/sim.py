@@ -19,15 +19,16 @@ The model of a device (``Device``): a queue that runs launched steps one after t
 step's graph costs the host ``build_ms``; then the launch blocks until the device is at ``launch_share`` of *this* step
 (0: it returns at once; 0.86: MLX on Metal with ten command buffers in flight and a step of seventy; 1: a CPU, where a
 launch lasts as long as its step), which includes finishing the steps before. ``Launch.wait`` returns when the step is
-done; with masked rows it draws when it is told to. Costs are linear (``Costs``), with jitter from a seeded generator;
-the first steps may be cold.
+done; with masked rows it draws when it is told to. Costs are linear (``Costs``), but for a cliff in the number of
+drafts that a step verifies, with jitter from a seeded generator; first steps may be cold. ``Simulation(drafts=...)``
+has a source of drafts (``SimDrafts``) of which a given share is right, which may change with time.
 
 The socket (``SimLink``) has ``poll``'s resolution of a millisecond, and reading or sending costs a little. A receive
 moves the clock to the next message or by its timeout: nothing but a message wakes the loop, as in life.
 
 The backend holds the loop to the protocol's small print: sequences have a place before they run and none after
-``free``; chunks continue where the last one ended; at most two launches are unread, read in order; every sequence gets
-each position once.
+``free``; chunks continue where the last one ended; at most two launches are unread, read in order, and none beside one
+with drafts; every sequence gets each position once.
 """
 
 import heapq
@@ -40,7 +41,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
+from lmx.engine.backend import Chunk, Draw, Facts, MemoryFacts, Scores, Sequence, verified
 from lmx.engine.loop import StepLoop
 from lmx.engine.requests import Refused
 from lmx.protocol import Cancel, Failed, Freed, Load, Message, Sampling, Shutdown, Stats, Step, Submit, pack_tokens
@@ -72,9 +73,17 @@ class Costs:
     token: float = 0.41
     token_context: float = 1.4e-5
     """Per token of a chunk and token before it."""
+    draft: float = 0.3
+    """Per decoding row and draft of the row that has most."""
+    cliff_depth: int = 8
+    """From so many drafts of a row on, decoding takes ``cliff`` times as long."""
+    cliff: float = 3.0
 
-    def decode_ms(self, contexts: Seq[int]) -> float:
-        return self.decode_pass + self.row * len(contexts) + self.row_context * sum(contexts) if contexts else 0.0
+    def decode_ms(self, contexts: Seq[int], depth: int = 0) -> float:
+        if not contexts:
+            return 0.0
+        rows_ms = (self.row + self.draft * depth) * len(contexts) + self.row_context * sum(contexts)
+        return (self.decode_pass + rows_ms) * (self.cliff if depth >= self.cliff_depth else 1.0)
 
     def prefill_ms(self, chunks: Iterable[tuple[int, int]]) -> float:
         """``chunks``: (start, tokens)."""
@@ -115,6 +124,8 @@ class Ran:
     decode: tuple[int, ...]
     chunks: tuple[tuple[int, int, int], ...]
     """(seq, start, tokens)"""
+    depth: int = 0
+    """Most drafts of one of ``decode``."""
     start_s: float = 0.0
     done_s: float = 0.0
     busy_s: float = 0.0
@@ -178,28 +189,36 @@ class SimBackend:
         self._rows.pop(sequence.seq, None)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> "SimLaunch":
-        assert not any(drafts)
+        depth = max(map(len, drafts), default=0)
+        assert depth <= self.facts.max_depth
+        assert not any(launch.step.depth for launch in self._unread), "beside a step that verifies drafts"
+        assert not (depth and self._unread), "drafts follow a token that is not read yet"
         assert len(self._unread) < 2, "a third launch before the first was read"
         assert decode or chunks
         step = Ran(
             self._clock(),
             tuple(sequence.seq for sequence in decode),
             tuple((chunk.sequence.seq, chunk.start, chunk.tokens) for chunk in chunks),
+            depth,
         )
         assert len(step.seqs) == len(decode) + len(chunks), "a sequence is in a step twice"
         if decode:
             self._clock.pass_ms(self._device.build_ms)
-        draws = self._take(decode, chunks)
+        draws = self._take(decode, chunks, drafts or [()] * len(decode))
         contexts = [self._rows[sequence.seq].length for sequence in decode]
-        masked = [(draw.sequence, self._rows[draw.sequence.seq].drawn) for draw in draws if draw.sequence.masked]
+        masked = [
+            (draw.sequence, self._rows[draw.sequence.seq].drawn - len(draw.tokens) + 1)
+            for draw in draws
+            if draw.sequence.masked
+        ]
         return SimLaunch(self, step, draws, contexts, masked)
 
-    def _take(self, decode: Seq[Sequence], chunks: Seq[Chunk]) -> list[Draw]:
+    def _take(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]]) -> list[Draw]:
         draws: list[Draw] = []
-        for sequence in decode:
+        for sequence, its in zip(decode, drafts, strict=True):
             row = self._rows[sequence.seq]
             row.length += 1
-            draws.append(self._draw(sequence, row))
+            draws.append(self._draw(sequence, row, its))
         for chunk in chunks:
             row = self._rows[chunk.sequence.seq]
             assert row.length == chunk.start, (row.length, chunk)
@@ -210,11 +229,14 @@ class SimBackend:
                 draws.append(self._draw(chunk.sequence, row))
         return draws
 
-    def _draw(self, sequence: Sequence, row: _Row) -> Draw:
+    def _draw(self, sequence: Sequence, row: _Row, drafts: Seq[int] = ()) -> Draw:
         row.drawn += 1
         assert row.length == sequence.prompt_tokens + row.drawn - 1, "a position is missing"
-        token = EOS if row.drawn == self._answers.get(sequence.seq) else 5 + (sequence.seq + row.drawn) % 900
-        return Draw(sequence, (token,), BAD in sequence.tokens[: sequence.prompt_tokens])
+        drawn = [token_of(sequence.seq, row.drawn + i, self._answers) for i in range(1 + len(drafts))]
+        right = verified(drafts, drawn)
+        row.length += right
+        row.drawn += right
+        return Draw(sequence, tuple(drawn[: 1 + right]), BAD in sequence.tokens[: sequence.prompt_tokens])
 
     def begin(self, launch: "SimLaunch") -> None:
         """As MLX's back end does it: decoding is given to the device before the chunks' graph is made."""
@@ -225,7 +247,7 @@ class SimBackend:
         step.start_s = max(self._clock(), self._free_s)
         if launch.contexts:
             later_ms = device.draw_ms if launch.masked else 0.0
-            self._run(step, device.costs.decode_ms(launch.contexts) * slowness + extra_ms - later_ms)
+            self._run(step, device.costs.decode_ms(launch.contexts, step.depth) * slowness + extra_ms - later_ms)
         if step.chunks:
             self._clock.pass_ms(device.build_ms)
             if not launch.contexts:
@@ -274,6 +296,48 @@ class SimBackend:
 
     def memory(self) -> MemoryFacts:
         return MemoryFacts(len(self._rows), 0, 0, 0, 0, 0)
+
+
+def token_of(seq: int, drawn: int, answers: Mapping[int, int | None]) -> int:
+    """What the model says as the so-many-th token of an answer."""
+    return EOS if drawn == answers.get(seq) else 5 + (seq + drawn) % 900
+
+
+class SimDrafts:
+    """A source that knows the answers, and of whose drafts a share is right: ``right(now_s)``. It costs nothing."""
+
+    def __init__(self, clock: Clock, answers: Mapping[int, int | None], right: Callable[[float], float]) -> None:
+        self._clock = clock
+        self._answers = answers
+        self._right = right
+        self._random = random.Random(1)
+        self.drafted = self.accepted = 0
+
+    def enter(self, sequence: Sequence, submit: Submit) -> None:
+        """It knows all of them."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """And keeps nothing of them."""
+
+    def offer(self, sequence: Sequence) -> tuple[int, int]:
+        return 15, 0
+
+    def take(self, sequences: Seq[Sequence], counts: Seq[int]) -> list[list[int]]:
+        return [
+            [self._draft(sequence, sequence.generated_tokens + 1 + i) for i in range(count)]
+            for sequence, count in zip(sequences, counts, strict=True)
+        ]
+
+    def _draft(self, sequence: Sequence, drawn: int) -> int:
+        right = self._random.random() < self._right(self._clock())
+        return token_of(sequence.seq, drawn, self._answers) if right else 4
+
+    def told(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def source_of(self, sequence: Sequence) -> str:
+        return "lookup"
 
 
 class SimLaunch:
@@ -419,7 +483,9 @@ class Simulation:
         max_chunk_tokens: int = 2048,
         itl_target_ms: float = 250.0,
         kv_tokens: int = 500_000,
+        drafts: Callable[[float], float] | None = None,
     ) -> None:
+        """``drafts``: how many of a source's are right, by the time in seconds; None: there is no source."""
         self.device = device
         self.clock = Clock()
         self.requests: dict[int, Request] = {}
@@ -444,12 +510,21 @@ class Simulation:
             path_reason="",
             probes={},
             forks=True,
+            max_depth=15 if drafts else 0,
         )
         self.backend = SimBackend(self.clock, device, facts, self._answers)
         lookahead = {"auto": "auto", "overlapped": "on", "plain": "off"}[loop]
         options = Load("", itl_target_ms=itl_target_ms, lookahead=lookahead, stats_interval_s=math.inf)
         grammars = SimGrammars(self.clock, self.link)
-        self.loop = StepLoop(self.link, self.backend, options, self.clock, grammars)  # type: ignore[arg-type]
+        self.drafts = SimDrafts(self.clock, self._answers, drafts) if drafts else None
+        self.loop = StepLoop(
+            self.link,
+            self.backend,  # type: ignore[arg-type]
+            options,
+            self.clock,
+            grammars,  # type: ignore[arg-type]
+            drafts=self.drafts,
+        )
         self._told = 0
 
     def request(
@@ -608,10 +683,17 @@ class Outcome:
         return self.report.ttft_ms(self.long) / Report(self.report.sim).device_ms(self.long)
 
     @property
+    def tokens_per_s(self) -> float:
+        """Of the streams together."""
+        counted = sum(at_s >= self.report.since_s for request in self.streams for at_s in request.token_s)
+        return counted / self.report.seconds
+
+    @property
     def summary(self) -> dict[str, float | None]:
         report = self.report
         return {
             "s": round(report.seconds, 1),
+            "tokens/s": round(self.tokens_per_s),
             "device idle %": round(100 * report.idle_share, 1) + 0.0,
             "told late ms, p99": round(report.late_ms.p99, 1),
             "worst ms": round(report.late_ms.worst, 1),
@@ -700,10 +782,29 @@ def slow_masks(device: Device = Device(), loop: LoopKind = "auto") -> Outcome:
     return constrained(replace(device, mask_ms=2.0), loop, rows=4)
 
 
+def drafted(
+    device: Device = Device(), loop: LoopKind = "auto", right: Callable[[float], float] | None = lambda now_s: 0.9
+) -> Outcome:
+    """As ``steady``, with a source of drafts of which nine tenths, or so many by time, are right; None: no source."""
+    sim = Simulation(device, loop=loop, drafts=right)
+    streams = [sim.request(prompt=60, answer=1200) for _ in range(8)]
+    return Outcome(sim.run().since(1.0), streams)
+
+
+def prose(device: Device = Device(), loop: LoopKind = "auto") -> Outcome:
+    """Of a source's drafts hardly one is right."""
+    return drafted(device, loop, lambda now_s: 0.02)
+
+
+def by_turns(device: Device = Device(), loop: LoopKind = "auto") -> Outcome:
+    """A file is repeated for four seconds, then comes prose for four, and so on."""
+    return drafted(device, loop, lambda now_s: 0.95 if now_s % 8 < 4 else 0.02)
+
+
 Scenario = Callable[[Device, LoopKind], Outcome]
 SCENARIOS: tuple[Scenario, ...] = (
     steady, long_alone, long_beside, cold, cold_then_long, throttled, full_rows, one_row, bursts,
-    constrained, slow_masks,
+    constrained, slow_masks, drafted, prose, by_turns,
 )  # fmt: skip
 DEVICES = {
     "apart": Device(),

@@ -64,6 +64,48 @@ def test_predictions_of_one_kind_of_step_are_no_reason_to_sleep_in_the_other(dev
     assert outcome.report.worst_gap_ms(outcome.streams) <= 1.5 * ITL_TARGET_MS
 
 
+@pytest.mark.parametrize("name", DEVICES)
+def test_drafts_that_are_right_gain_and_those_that_are_wrong_cost_nothing(name: str) -> None:
+    device = DEVICES[name]
+    plain = sim.drafted(device, right=None).tokens_per_s
+    assert sim.drafted(device).tokens_per_s > 2.5 * plain
+    assert sim.prose(device).tokens_per_s > 0.99 * plain
+    assert sim.by_turns(device).tokens_per_s > 2.0 * plain
+
+
+def test_a_cliff_in_what_drafts_cost_is_found_and_kept_to(device: Device) -> None:
+    for cliff_depth in (3, 8):
+        costs = Costs(draft=0.02, cliff_depth=cliff_depth, cliff=8.0)
+        steps = sim.drafted(replace(device, costs=costs)).report.steps
+        assert sum(step.depth >= cliff_depth for step in steps) <= 3
+        assert sum(0 < step.depth < cliff_depth for step in steps) > 0.9 * len(steps)
+
+
+def test_verified_steps_are_told_in_time(device: Device) -> None:
+    assert sim.drafted(device).report.late_ms.worst <= LATE_MS
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_streams_that_join_leave_and_are_cancelled_while_drafts_are_verified(device: Device, loop: LoopKind) -> None:
+    calls = random.Random(2)
+    simulation = Simulation(device, loop=loop, drafts=lambda now_s: 0.9, max_rows=4)
+    stops = {seq: calls.choice([None, 7, 150]) for seq in range(1, 25)}
+    requests = [
+        simulation.request(at_s=calls.uniform(0, 6), prompt=calls.randint(1, 900), answer=300, stop_after=stop)
+        for stop in stops.values()
+    ]
+    for request in requests[::3]:
+        simulation.cancel(request, request.asked_s + calls.uniform(0.0, 4.0))
+    report = simulation.run()
+    assert sum(step.depth > 0 for step in report.steps) > 100
+    for request in requests:
+        if request.cancelled_s is None:
+            assert len(request.token_s) == (stops[request.seq] or 300)
+        else:
+            later = [step for step in report.steps if step.asked_s > request.cancelled_s and request.seq in step.seqs]
+            assert len(later) <= 1, "it was in no step that was made after that"
+
+
 def test_nobody_sleeps_by_a_prediction_that_three_slow_steps_made(device: Device) -> None:
     """Pages that come back, a kernel compiled late: then the device is as fast as before, and the prediction is not."""
     simulation = Simulation(replace(device, speeds=((3.0, 100.0), (7.5, 1.0))))

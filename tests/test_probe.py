@@ -114,7 +114,8 @@ def test_a_model_that_raises_beyond_its_window_runs_alone(loaded):
 
 def test_what_a_device_does_is_measured_and_told(loaded):
     backend = MLXBackend(loaded("llama"), Load(path=""))
-    assert set(backend.facts.probes) == {"launch", "writes in flight", "write", "attention", "lanes"}
+    names = {"launch", "writes in flight", "write", "attention", "lanes", "compiled", "speculation"}
+    assert set(backend.facts.probes) == names
     assert mx.get_cache_memory() < 2**20  # what the probes leave is not kept
     if mx.default_device() == mx.cpu:  # MLX takes 10 operations ahead there
         assert backend.facts.launch_share == 1.0

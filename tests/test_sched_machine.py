@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,7 +18,7 @@ from hypothesis.stateful import (
 from lmx._sched import NeverFits, Scheduler
 from tests.sched_reference import ReferenceScheduler
 
-PLAN_FIELDS = ("step", "decode", "joins", "prefills", "preempted", "expired")
+PLAN_FIELDS = ("step", "decode", "depth", "drafts", "joins", "prefills", "preempted", "expired")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -33,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_wave_tokens=st.sampled_from([1, 100, 400]),
         max_chunk_area=st.sampled_from([0, 0, 1, 5_000, 20_000]),
         itl_target_ms=st.sampled_from([1.0, 30.0, 250.0]),
+        max_depth=st.sampled_from([15, 15, 3, 0]),
     )
     def start(
         self,
@@ -45,7 +47,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_wave_tokens,
         max_chunk_area,
         itl_target_ms,
+        max_depth,
     ):
+        self.max_depth = max_depth
         self.max_chunk_area = max_chunk_area or float("inf")
         self.max_rows, self.max_chunk_tokens, self.max_wave_tokens = max_rows, max_chunk_tokens, max_wave_tokens
         self.budget_bytes = quanta * quantum_tokens * 10 + per_sequence
@@ -59,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "max_wave_tokens": max_wave_tokens,
             "max_chunk_area": max_chunk_area,
             "itl_target_ms": itl_target_ms,
+            "max_depth": max_depth,
         }
         self.compiled, self.reference = Scheduler(**sizes), ReferenceScheduler(**sizes)
         self.now = 0.0
@@ -75,6 +80,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.reached = {}  # seq with a row -> tokens in its KV
         self.charged = {}  # seq -> tokens that its client was charged for, from its first start on
         self.plans, self.ended_in = 0, {}
+        self.offered = {}  # seq -> drafts, since the last plan
+        self.open = {}  # seq -> drafts, in the uncommitted step that has some
         self.listed = None  # what upcoming() said, if nothing came between that and plan()
 
     def both(self, name, *args, **kwargs):
@@ -199,7 +206,40 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.ended.add(seq)
             self.ended_in[seq] = self.plans
 
-    @precondition(lambda self: len(self.planned_members) < 2)
+    @rule(seq=seqs, tokens=st.integers(0, 20), source=st.sampled_from([0, 0, 1]))
+    def offer(self, seq, tokens, source):
+        self.both("offer", seq, tokens, source)
+        self.offered[seq] = tokens
+
+    @rule(seq=seqs, right=st.integers(0, 20), wrong=st.integers(0, 3), source=st.sampled_from([0, 1]))
+    def foresee(self, seq, right, wrong, source):
+        self.both("foresaw", seq, right + wrong, right, source)
+
+    @rule(
+        rounds=st.integers(1, 10),
+        tokens=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+        sources=st.sampled_from([0, 0, 1, 3]),
+        right=st.sampled_from([0, 1, 5, 15]),
+    )
+    def plan_with_drafts(self, rounds, tokens, sources, right):
+        """As the step loop does: everything is read, and then drafts are offered for all."""
+        for _ in range(rounds):
+            while self.planned_members:
+                self.commit_step(50.0, [], accepted={seq: min(drafts, right) for seq, drafts in self.open.items()})
+            self.release()
+            for i, seq in enumerate(sorted(self.live)):
+                self.offer(seq, tokens[i % len(tokens)], sources >> i % 2 & 1)
+            self.both("expected_depth")
+            self.plan_step()
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def plan_too_early(self):
+        for scheduler in (self.reference, self.compiled):
+            with pytest.raises(RuntimeError):
+                scheduler.plan(self.now)
+
+    @precondition(lambda self: len(self.planned_members) < 2 and not self.open)
     @rule(seconds=st.sampled_from([0.0, 0.1, 3.0]))
     def plan(self, seconds):
         self.now += seconds
@@ -227,6 +267,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_joins(plan)
         self.check_prefills(plan)
         self.check_charges(plan, served)
+        self.check_drafts(plan)
         self.listed = None
         if plan.step:
             self.planned_members[plan.step] = members
@@ -237,6 +278,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.tokens_left[seq] == 0:
                 self.end(seq)
         return plan
+
+    def check_drafts(self, plan):
+        assert plan.depth == max(plan.drafts, default=0) <= self.max_depth
+        assert len(plan.drafts) == (len(plan.decode) if plan.depth else 0)
+        assert not (plan.depth and self.planned_members), "what was offered follows a token that is not drawn yet"
+        for seq, drafts in zip(plan.decode, plan.drafts, strict=False):
+            assert drafts <= self.offered.get(seq, 0)
+            assert drafts < self.tokens_left[seq]
+        self.offered = {}
+        self.open = {seq: n for seq, n in zip(plan.decode, plan.drafts, strict=False) if n}
 
     def check_joins(self, plan):
         assert {join.seq for join in plan.joins} <= {chunk.seq for chunk in plan.prefills}
@@ -284,20 +335,44 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.reference.served == served
 
     @precondition(lambda self: self.planned_members)
-    @rule(elapsed_ms=st.floats(0.0, 5000.0), learn=st.sampled_from([True, True, False]), data=st.data())
+    @rule(
+        elapsed_ms=st.one_of(st.just(50.0), st.floats(0.0, 5000.0)),
+        learn=st.sampled_from([True, True, False]),
+        data=st.data(),
+    )
     def commit(self, elapsed_ms, learn, data):
         step = min(self.planned_members)
         members = sorted(self.planned_members[step])
         finished = data.draw(st.lists(st.sampled_from(members), unique=True)) if members else []
-        self.commit_step(elapsed_ms, finished, learn)
+        accepted = {seq: data.draw(st.integers(0, drafts)) for seq, drafts in self.open.items()}
+        if accepted and data.draw(st.booleans()):
+            del accepted[min(accepted)]
+        self.commit_step(elapsed_ms, finished, learn, accepted)
 
-    def commit_step(self, elapsed_ms, finished, learn=True):
+    @precondition(lambda self: self.planned_members)
+    @rule(seq=seqs)
+    def commit_too_much(self, seq):
+        step, accepted = min(self.planned_members), {seq: self.open.get(seq, 0) + 1}
+        assert self.both("commit", step, 50.0, (), True, accepted) is ValueError
+
+    def commit_step(self, elapsed_ms, finished, learn=True, accepted=None):
         step = min(self.planned_members)
         finished = [seq for seq in finished if seq not in self.released]
         before_ms = self.compiled.predict_ms(2, 100, [(0, 50)])
-        self.both("commit", step, elapsed_ms, finished, learn)
+        served = dict(self.reference.served)
+        self.both("commit", step, elapsed_ms, finished, learn, accepted or {})
         assert learn or self.compiled.predict_ms(2, 100, [(0, 50)]) == before_ms
         del self.planned_members[step]
+        for seq, right in (accepted or {}).items():
+            if seq in self.live:
+                served[self.clients[seq]] += right
+                self.reached[seq] += right
+                self.charged[seq] = self.reached[seq]
+                self.tokens_left[seq] -= right
+                if self.tokens_left[seq] == 0:
+                    self.end(seq)
+        assert self.reference.served == served
+        self.open = {}
         for seq in finished:
             self.end(seq)
         self.listed = None
@@ -337,9 +412,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows=st.integers(0, 4),
         context=st.integers(0, 999),
         chunks=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 200)), max_size=3),
+        depth=st.integers(0, 15),
     )
-    def predict(self, rows, context, chunks):
-        cost_ms = self.both("predict_ms", rows, context, chunks)
+    def predict(self, rows, context, chunks, depth):
+        cost_ms = self.both("predict_ms", rows, context, chunks, depth)
         assert 0.0 <= cost_ms < float("inf")
 
     @invariant()
@@ -362,7 +438,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(bound):
             if not self.live and not self.planned_members:
                 break
-            while len(self.planned_members) >= 2 or (self.planned_members and not self.live):
+            while self.open or len(self.planned_members) >= 2 or (self.planned_members and not self.live):
                 self.commit_step(100.0, [])
             self.release()
             if self.live and self.plan_step().step == 0 and self.planned_members:

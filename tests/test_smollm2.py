@@ -68,6 +68,29 @@ def test_logprobs_are_of_the_tokens_said(client: openai.OpenAI) -> None:
         assert entry.top_logprobs[1].logprob <= entry.logprob <= 0
 
 
+def test_a_prediction_is_counted(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Write two sentences about the sea."}],
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    plain = client.chat.completions.create(**options, extra_body={"speculation": "off"})
+    text = plain.choices[0].message.content or ""
+    assert plain.usage is not None
+    assert plain.usage.completion_tokens_details is not None
+    assert plain.usage.completion_tokens_details.accepted_prediction_tokens is None
+    for content in (text, [{"type": "text", "text": text}]):
+        predicted = client.chat.completions.create(**options, prediction={"type": "content", "content": content})
+        assert predicted.usage is not None
+        counted = predicted.usage.completion_tokens_details
+        assert counted is not None
+        assert counted.accepted_prediction_tokens is not None
+        assert 0 < counted.accepted_prediction_tokens <= predicted.usage.completion_tokens
+        assert counted.rejected_prediction_tokens is not None
+        assert len(predicted.choices[0].message.content or "") > 0
+
+
 QUESTIONS = {
     "What is the capital of Japan?": "Tokyo",
     "How many days are in a week?": "7",

@@ -111,6 +111,12 @@ class Oracle:
         known = [*self._texts.get(sequence.seq, []), *range(5, 30)]
         return known[sequence.generated_tokens :]
 
+    def wants(self, rows: Seq[Sequence]) -> bool:
+        return False
+
+    def catch_up(self, rows: Seq[Sequence]) -> None:
+        pass
+
     def offer(self, sequence: Sequence) -> tuple[int, int]:
         return min(int(self._rng.integers(0, 16)), len(self._known(sequence))), self._source
 

@@ -87,11 +87,12 @@ def _load_text(link: Link, options: Load) -> Loaded:
     drafts = Drafts(options, backend.facts, backend) if options.speculation != "off" else None
 
     def run() -> None:
+        loop = StepLoop(link, backend, options, prefixes=prefixes, drafts=drafts)
         try:
-            StepLoop(link, backend, options, prefixes=prefixes, drafts=drafts).run()
+            loop.run()
         finally:
             if prefixes:
-                prefixes.close()
+                prefixes.close(loop.save_s)
 
     return backend.facts, run
 

@@ -203,6 +203,11 @@ class MemoryFacts:
     peak_bytes: int
     cache_bytes: int
     live_arrays: int
+    traces: int = 0
+    """Graphs compiled since the start."""
+    handles: int = 0
+    """GPU buffers, by an estimate; see ``protocol.Stats``."""
+    most_handles: int = 0
 
 
 class Backend(Protocol):

@@ -21,9 +21,9 @@ from lmx.engine.budget import QUANTUM_TOKENS
 from lmx.engine.grammar import Constraint, Grammars
 from lmx.engine.link import Link
 from lmx.engine.prefix.store import NOTHING, Fetching, PrefixStore, Source
-from lmx.engine.requests import Refused, check_answer, check_sampling, read_prompt
+from lmx.engine.requests import Refused, check_answer, check_sampling, read_answer, read_prompt
 from lmx.engine.speculation import Drafting, Speculation
-from lmx.footprint import resident_bytes
+from lmx.footprint import open_files, resident_bytes, threads
 from lmx.protocol import (
     Canary,
     Cancel,
@@ -100,6 +100,8 @@ class _Waiting:
 
     submit: Submit
     prompt: list[int]
+    answer: list[int]
+    """What it has of that already."""
     since: float
     deadline: float
     sequence: Sequence | None = None
@@ -157,6 +159,8 @@ class StepLoop:
         """How long it takes to plan and make a step; smoothed."""
         self._stats_at = 0.0
         self._stopping = False
+        self.save_s = Shutdown().save_s
+        """How long saving prefixes may take at the end."""
         self._stalled = False
         self._blocks = facts.launch_share > BLOCKS_SHARE
         self._forced = options.lookahead == "on"
@@ -277,8 +281,8 @@ class StepLoop:
                 self._send_stats()
             case Trim(kv_budget_bytes=budget_bytes):
                 self._trim(budget_bytes)
-            case Shutdown():
-                self._stopping = True
+            case Shutdown(save_s=save_s):
+                self._stopping, self.save_s = True, save_s
             case _:
                 raise ValueError(f"the server sent {type(message).__name__}, which an engine only sends")
 
@@ -303,14 +307,14 @@ class StepLoop:
             raise ValueError(f"the server sent sequence {message.seq} again, which is not freed yet")
         facts, now = self._backend.facts, self._clock()
         try:
-            prompt = read_prompt(message, facts)
+            prompt, answer = read_prompt(message, facts), read_answer(message, facts)
             check_sampling(message.sampling, facts)
             check_answer(message, facts)
         except Refused as error:
             self._refuse(message.seq, error)
             return
         deadline = _INFINITY if message.deadline_s is None else now + message.deadline_s
-        waiting = self._waiting[message.seq] = _Waiting(message, prompt, now, deadline)
+        waiting = self._waiting[message.seq] = _Waiting(message, prompt, answer, now, deadline)
         self._advance(waiting)
 
     def _advance(self, waiting: _Waiting) -> None:
@@ -345,10 +349,13 @@ class StepLoop:
                 self._prefixes.make_room(self._scheduler.statistics().kv_used_bytes)
 
     def _ask_disk(self, waiting: _Waiting, constraint: Constraint | None) -> None:
-        submit, prompt = waiting.submit, waiting.prompt
+        submit, prompt, answer = waiting.submit, waiting.prompt, waiting.answer
+        for token in answer:
+            if constraint is not None and not constraint.advance(token):
+                raise constraint.refusal
         sequence = Sequence(
             submit.seq,
-            prompt,
+            prompt + answer,
             len(prompt),
             submit.max_tokens,
             submit.sampling,
@@ -357,7 +364,7 @@ class StepLoop:
             submit.stop_ids,
             submit.min_tokens,
             constraint,
-            submit.prompt_logprobs,
+            submit.prompt_logprobs if not answer else -1,
             salt=submit.salt if self._prefixes else None,
             session=submit.session,
         )
@@ -368,13 +375,13 @@ class StepLoop:
 
     def _enter(self, sequence: Sequence, waiting: _Waiting) -> None:
         """Queue a request with the scheduler, or fail it alone."""
-        submit, prompt = waiting.submit, waiting.prompt
+        submit, prompt_tokens, drawn = waiting.submit, len(waiting.prompt), len(waiting.answer)
         parent, shared = self._parent(sequence, submit.parent)
         try:
-            sequence.max_tokens = self._scheduler.submit(
+            sequence.max_tokens = drawn + self._scheduler.submit(
                 submit.seq,
-                len(prompt),
-                min(submit.max_tokens, self._backend.facts.context_length - len(prompt)),
+                prompt_tokens + drawn,
+                min(submit.max_tokens, self._backend.facts.context_length - prompt_tokens) - drawn,
                 client=submit.client,
                 priority=submit.priority,
                 deadline=waiting.deadline,
@@ -418,13 +425,16 @@ class StepLoop:
 
     def _prepare(self, *, beside: _Running | None = None) -> _Running | None:
         """``beside``: the step that is not read yet."""
+        live = [sequence for sequence in self._rows.values() if not sequence.ended]
+        if self._speculation and beside is None:
+            self._speculation.catch_up(live)
         now = self._clock()
         if self._prefixes:
             free = self._backend.facts.max_rows - len(self._rows)
             # Where none is free, the first may be given another's.
             self._find_sources(self._prefixes, self._backend.facts.max_rows if free else 1)
         if self._speculation and beside is None:
-            self._speculation.offer(sequence for sequence in self._rows.values() if not sequence.ended)
+            self._speculation.offer(live)
         plan = self._scheduler.plan(now)
         for seq in plan.expired:
             self._sequences[seq].ended = True
@@ -721,6 +731,11 @@ class StepLoop:
                 mlx_cache_bytes=memory.cache_bytes,
                 rss_bytes=resident_bytes(),
                 live_arrays=memory.live_arrays,
+                traces=memory.traces,
+                handles=memory.handles,
+                most_handles=memory.most_handles,
+                open_files=open_files(),
+                threads=threads(),
                 prefix=self._prefixes.statistics() if self._prefixes else PrefixStats(),
             )
         )

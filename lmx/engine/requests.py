@@ -40,6 +40,17 @@ def read_prompt(submit: Submit, facts: Facts) -> list[int]:
     return prompt
 
 
+def read_answer(submit: Submit, facts: Facts) -> list[int]:
+    """The token ids of the answer that it has already. Raises Refused."""
+    if len(submit.answer) % 4:
+        raise Refused("invalid_token", f"an answer of {len(submit.answer)} bytes is not made of 4-byte token ids")
+    answer = unpack_tokens(submit.answer)
+    highest = facts.vocab_size - 1
+    if answer and max(answer) > highest:
+        raise Refused("invalid_token", f"the answer holds token {max(answer)}; this model's go from 0 to {highest}")
+    return answer
+
+
 def check_sampling(sampling: Sampling, facts: Facts) -> None:
     """Raises Refused."""
     highest = facts.vocab_size - 1

@@ -28,6 +28,13 @@ class Drafting(Protocol):
     def leave(self, sequence: Sequence) -> None:
         """It gets none any more. Unknown sequences are ignored."""
 
+    def wants(self, rows: Iterable[Sequence]) -> bool:
+        """Whether ``catch_up`` has something to do for these decoding rows."""
+
+    def catch_up(self, rows: Iterable[Sequence]) -> None:
+        """Before the offers for a step of these rows, with nothing in flight: what the device must compute for later
+        offers, a bounded piece of it."""
+
     def offer(self, sequence: Sequence) -> tuple[int, int]:
         """How many tokens there are for what comes after ``sequence.tokens``, and whether they cost nothing (0) or
         passes of a draft model (1)."""
@@ -63,16 +70,20 @@ class Speculation:
         self._foreseen.pop(sequence.seq, None)
         self._drafts.leave(sequence)
 
+    def catch_up(self, rows: Iterable[Sequence]) -> None:
+        """Before ``offer``: what the sources compute on the device, apart from what a step takes."""
+        self._drafts.catch_up(rows)
+
     def offer(self, rows: Iterable[Sequence]) -> None:
         """Before a plan with nothing in flight."""
         self._offer(rows, 0)
 
-    def expected(self, rows: Iterable[Sequence]) -> bool:
+    def expected(self, rows: Seq[Sequence]) -> bool:
         """Whether it is worth it to read the step in flight, in which these rows get their next token, before another
         one is planned: most likely it would verify drafts. (What a source has now is for the token in flight and those
-        after it.)"""
+        after it.) Or because a source has to catch up, which nothing may run beside."""
         self._offer(rows, 1)
-        return self._scheduler.expected_depth() > 0
+        return self._scheduler.expected_depth() > 0 or self._drafts.wants(rows)
 
     def _offer(self, rows: Iterable[Sequence], in_flight: int) -> None:
         for sequence in rows:

@@ -1,9 +1,9 @@
 """Supervises the engine process of one model and gives its work out as leases (DESIGN §1 and §2).
 
-``Engine.run`` starts the process, restarts it with back-off when it dies or hangs, and ends it. ``Engine.generate`` is
-a lease: a request's resources in the engine live exactly as long as the ``async with`` block. Nothing but a lease's own
-task ever waits for the engine, and neither a process nor a lease is left behind. Used by ``lmx.serving.models`` and the
-API faces.
+``Engine.run`` starts the process, restarts it with back-off when it dies or hangs, replaces it by a fresh one when that
+is due (``lmx.serving.recycling``), and ends it. ``Engine.generate`` is a lease: a request's resources in the engine
+live exactly as long as the ``async with`` block. Nothing but a lease's own task ever waits for the engine, and neither
+a process nor a lease is left behind. Used by ``lmx.serving.models`` and the API faces.
 """
 
 import logging
@@ -19,7 +19,7 @@ import trio
 
 from lmx import protocol
 from lmx.config import EngineSettings
-from lmx.errors import LmxError, ModelLoadingFailed, ModelOverloaded
+from lmx.errors import Conflict, LmxError, ModelLoadingFailed, ModelOverloaded
 from lmx.serving.breaker import Breaker
 from lmx.serving.failures import Failure, classify, failed_load
 from lmx.serving.lease import AnyRequest, Chunk, EmbedRequest, GenerateRequest, Lease, TokenStream, VectorStream
@@ -27,6 +27,7 @@ from lmx.serving.ledger import Ledger
 from lmx.serving.meter import Meter
 from lmx.serving.metrics import Metrics
 from lmx.serving.process import EngineProcess
+from lmx.serving.recycling import Figures, Reason, Recycling
 from lmx.serving.statistics import EngineStatistics
 from lmx.serving.windows import percentiles
 
@@ -35,6 +36,10 @@ __all__ = ["Chunk", "EmbedRequest", "Engine", "EngineStatistics", "GenerateReque
 Stream = TypeVar("Stream", TokenStream, VectorStream)
 
 STOP_GRACE_S = 5.0
+SAVE_S = 10.0
+"""How long an engine that is replaced may write prefixes to the disk: the fresh one has no others."""
+LOOK_S = 1.0
+"""Between two looks at whether it is to be replaced."""
 HANG_STEPS = 4.0
 """An engine whose steps take long (a large model's prefill) is hung only after this many times its longest step."""
 
@@ -48,7 +53,8 @@ class Engine:
     ``settings``: those that hold now; how it restarts, and what starts it, stays as it was at first.
 
     ``state``: "loading" until the first process is ready, then "ready"; "restarting" from a death until the next one is
-    ready; "failed" while the circuit breaker is open; "stopped" after ``run``.
+    ready; "recycling" while a process is replaced, from when it gets nobody any more until the fresh one is ready;
+    "failed" while the circuit breaker is open; "stopped" after ``run``.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Engine:
         self.ready: protocol.Ready | None = None
         """What the last engine that became ready said of itself; kept while the next one loads."""
         self.restarts = 0
+        self.recycles = 0
         self._load = self._sent = load
         self._settings = settings
         given = settings()
@@ -87,6 +94,17 @@ class Engine:
         """It takes nobody any more."""
         self._wanted = trio.Event()
         """A request asks for one more try after the breaker's cool-down."""
+        self._recycling: Recycling | None = None
+        """Of the running process, once it is ready."""
+        self._asked = trio.Event()
+        """Somebody asks for a fresh one."""
+        self._drains_until: float | None = None
+        """The running process is to be replaced, and its requests have so long to finish."""
+        self._replaced: Reason | None = None
+        """The running process holds nothing any more, and goes for this reason."""
+        self._births = 0
+        """Processes that became ready."""
+        self._unaccounted_bytes: int | None = None
         self._state_changed = trio.Event()
         self._metrics = metrics
         metrics.watch(name, self.statistics)
@@ -175,6 +193,8 @@ class Engine:
             task_status.started()
             while True:
                 failure = await self._run_process()
+                if failure is None:
+                    continue
                 self._meter.died(failure.cause)
                 now = trio.current_time()
                 blamed, self._ledger.blamed = self._ledger.blamed, False
@@ -202,8 +222,8 @@ class Engine:
         await self._wanted.wait()
         self._set_state("restarting")
 
-    async def _run_process(self) -> Failure:
-        """One life of an engine process."""
+    async def _run_process(self) -> Failure | None:
+        """One life of an engine process; None: it was replaced."""
         try:
             process = await EngineProcess.start(self._command, self._environment, logger)
         except OSError as error:
@@ -211,23 +231,119 @@ class Engine:
             self._set_state("restarting")
             return self._last_failure
         self._process, self._is_ready, self._load_failure = process, trio.Event(), None
-        failure = Failure("shutdown", "", loading=False)
+        self._recycling, self._asked, self._replaced = None, trio.Event(), None
+        self._unaccounted_bytes = None
+        failure: Failure | None = Failure("shutdown", "", loading=False)
         try:
             self._sent = self._load
             process.send(self._sent)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, process)
+                nursery.start_soon(self._recycle, nursery.cancel_scope)
                 await process.run(self._handle)
                 nursery.cancel_scope.cancel()
-            failure = self._failure(process)
+            failure = None if self._replaced else self._failure(process)
         finally:
             # While it loads it does not listen.
-            await process.stop(ask_s=STOP_GRACE_S if self._is_ready.is_set() else 0.0, terminate_s=STOP_GRACE_S)
-            self._process = None
-            self._last_failure, self._last_tail = failure, tuple(process.tail)
-            self._set_state("restarting")
-            self._ledger.detach(failure)
+            ask_s = STOP_GRACE_S if self._is_ready.is_set() else 0.0
+            if failure is None:
+                await process.stop(
+                    ask_s=2 * SAVE_S + ask_s, terminate_s=STOP_GRACE_S, shutdown=protocol.Shutdown(SAVE_S)
+                )
+            else:
+                await process.stop(ask_s=ask_s, terminate_s=STOP_GRACE_S)
+            self._process, self._recycling, self._drains_until = None, None, None
+            if failure is None:
+                self._count_replaced()
+                self._ledger.hand_over()
+            else:
+                self._last_failure, self._last_tail = failure, tuple(process.tail)
+                self._set_state("restarting")
+                self._ledger.detach(failure)
         return failure
+
+    # --- recycling -------------------------------------------------------------------------------
+
+    async def _recycle(self, life: trio.CancelScope) -> None:
+        """Replace the process when that is due: it gets nobody any more, what runs may finish or comes back with the
+        tokens that it has, and then its ``life`` ends. Until that it may die as ever."""
+        await self._is_ready.wait()
+        recycling, ledger = Recycling(trio.current_time()), self._ledger
+        self._recycling = recycling
+        while not recycling.begins(self._settings(), trio.current_time(), ledger.idle_since):
+            with trio.move_on_after(LOOK_S):
+                await self._asked.wait()
+            now = trio.current_time()
+            if self._asked.is_set():
+                recycling.ask(now)
+            recycling.look(self._figures_of_process(), self._settings(), now)
+        drain_s = self._settings().recycle_drain_s
+        self._drains_until = trio.current_time() + drain_s
+        self._set_state("recycling")
+        ledger.hold()
+        logger.info(
+            "%s: its engine (pid %d) is replaced by a fresh one (%s, after %.1f h); %d requests run, for at most %g s.",
+            self.name,
+            self.pid,
+            recycling.reason,
+            recycling.age_s(trio.current_time()) / 3600,
+            len(ledger.submitted),
+            drain_s,
+        )
+        with trio.move_on_after(drain_s):
+            await ledger.rested.wait()
+        ledger.withdraw_all()
+        with trio.move_on_after(self._settings().free_timeout_s):
+            await ledger.rested.wait()
+        self._replaced = recycling.reason
+        life.cancel()
+
+    def _figures_of_process(self) -> Figures:
+        stats = self._ledger.stats
+        if stats is None:
+            return Figures(self._unaccounted_bytes)
+        return Figures(self._unaccounted_bytes, stats.traces, stats.handles, stats.most_handles)
+
+    def _count_replaced(self) -> None:
+        assert self._replaced is not None
+        self.recycles += 1
+        self._meter.recycled(self._replaced)
+        self._set_state("recycling")  # now it waits for something else
+
+    async def recycle(self) -> None:
+        """Replace the process by a fresh one, at once; returns when that is ready. Running requests have
+        ``recycle_drain_s`` to finish, and go on in the fresh one from their own tokens otherwise; none is lost.
+
+        Raises Conflict where there is no process to replace, and ModelLoadingFailed, ModelOverloaded where no fresh one
+        becomes ready. Cancelled: it is replaced all the same.
+        """
+        if self.state == "ready":
+            self._asked.set()
+        elif self.state != "recycling":
+            raise Conflict(f"The model {self.name!r} is {self.state}: it has no engine that could be replaced.")
+        births = self._births
+        while self._births == births:
+            await self.change()
+            if self.state == "failed":
+                raise self._unavailable(self._breaker.remaining_s(trio.current_time()))
+            if self.state == "stopped":
+                raise ModelOverloaded(f"The model {self.name!r} was stopped.")
+
+    @property
+    def recycling_waits_for(self) -> str:
+        """In words, while a process is being replaced; else ""."""
+        if self.state != "recycling":
+            return ""
+        if self._process is None or self._drains_until is None:
+            return "the fresh engine to load"
+        left_s, requests = self._drains_until - trio.current_time(), len(self._ledger.submitted)
+        if left_s > 0 and requests:
+            return f"requests to finish: {requests}, for {left_s:.0f} s at most"
+        return "the old engine to end, and to save its prefixes"
+
+    def note_memory(self, unaccounted_bytes: int) -> None:
+        """What the system measures of the process beyond what lmx accounts for (negative: less)."""
+        self._unaccounted_bytes = unaccounted_bytes
 
     def _failure(self, process: EngineProcess) -> Failure:
         loading = not self._is_ready.is_set()
@@ -243,6 +359,7 @@ class Engine:
             case protocol.Ready():
                 self.ready = message
                 self._is_ready.set()
+                self._births += 1
                 assert self._process is not None
                 self._set_state("ready")
                 logging.getLogger("lmx").info(
@@ -342,7 +459,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """The moment's figures, from state at hand."""
-        now, ledger, meter = trio.current_time(), self._ledger, self._meter
+        now, ledger, meter, recycling = trio.current_time(), self._ledger, self._meter, self._recycling
         return EngineStatistics(
             state=self.state,
             pid=self.pid,
@@ -352,6 +469,10 @@ class Engine:
             kv_sequence_bytes=ledger.kv_sequence_bytes,
             kv_budget_bytes=self.ready.kv_budget_bytes if self.ready is not None else 0,
             restarts=self.restarts,
+            recycles=self.recycles,
+            recycle_due=recycling.reason if recycling is not None else None,
+            age_s=recycling.age_s(now) if recycling is not None else 0.0,
+            growth_bytes=recycling.growth_bytes if recycling is not None else 0,
             last_failure=str(self._last_failure) if self._last_failure is not None else None,
             generated_per_s_1s=meter.generated.per_second(now, 1),
             generated_per_s_60s=meter.generated.per_second(now, 60),

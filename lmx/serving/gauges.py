@@ -21,6 +21,7 @@ _EACH = (
     ("lmx_model_reserved_bytes", "What a model may take.", "reserved_bytes"),
     ("lmx_model_owned_bytes", "What lmx accounts for: weights, KV, prefixes, the process.", "owned_bytes"),
     ("lmx_model_measured_bytes", "What the system says of its process.", "measured_bytes"),
+    ("lmx_model_difference_bytes", "Measured beyond what lmx accounts for.", "difference_bytes"),
 )
 
 

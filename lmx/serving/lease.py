@@ -97,6 +97,7 @@ class Lease:
 
     __slots__ = (
         "alone_tokens",
+        "answer",
         "cancel_reason",
         "closed",
         "deadline",
@@ -118,6 +119,7 @@ class Lease:
         "tokens",
         "vectors",
         "wake",
+        "withdrawn",
     )
 
     def __init__(self, seq: int, request: AnyRequest, now: float) -> None:
@@ -147,6 +149,10 @@ class Lease:
         """An engine died over it: it must get so many tokens alone before others join it."""
         self.drawn_tokens = 0
         """Or vectors made."""
+        self.answer = array("I")
+        """All tokens so far, read or not, for an engine that goes on after them."""
+        self.withdrawn = False
+        """It was taken back from its engine, which has not freed it yet, to go on in the next one."""
         self.drafts: Drafted = {}
         self.closed = False
         """The reader has left."""
@@ -174,6 +180,7 @@ class Lease:
     def feed(self, row: protocol.Tokens) -> None:
         """Take one step's tokens."""
         self.tokens += row.tokens
+        self.answer.extend(row.tokens)
         self.drawn_tokens += len(row.tokens)
         if row.drafted:
             drafted, accepted = self.drafts.get(row.source, (0, 0))
@@ -223,6 +230,8 @@ class TokenStream:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+        self._ended = False
+        """The finish was told."""
 
     @property
     def seq(self) -> int:
@@ -264,9 +273,12 @@ class TokenStream:
         while not lease.tokens:
             if lease.error is not None:
                 raise lease.error
-            if lease.finish is not None:
+            if self._ended:
                 raise trio.EndOfChannel
+            if lease.finish is not None:
+                break  # without a further token: an engine with less room was to go on with it
             await lease.changed()
+        self._ended = lease.finish is not None
         chunk = Chunk(tuple(lease.tokens), tuple(lease.logprobs), lease.finish)
         lease.tokens.clear()
         lease.logprobs.clear()

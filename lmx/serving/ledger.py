@@ -7,6 +7,7 @@ send.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
@@ -62,6 +63,10 @@ class Ledger:
         self.kv_sequence_bytes = 0
         self.working = trio.Event()
         """Set while the engine owes something; replaced when it owes nothing."""
+        self.rested = trio.Event()
+        """The other way round."""
+        self.idle_since = 0.0
+        """When the last lease was given back; infinity: there are some."""
         self.progress_at = 0.0
         """When the step counter moved last, or the engine began to owe something."""
         self.longest_step_s = 0.0
@@ -82,6 +87,8 @@ class Ledger:
         """The last death was proven to be a request's doing."""
         self._in_forward: frozenset[int] = frozenset()
         self._canary_due = False
+        self._held = False
+        """The engine is about to be replaced."""
         self._send: Send | None = None
         self._context_length = 0
 
@@ -104,6 +111,7 @@ class Ledger:
         self.leases[lease.seq] = lease
         (self._probes if lease.alone_tokens else self._parked)[lease.seq] = lease
         self.waiting += 1
+        self.idle_since = math.inf
         self._pump()
         return lease
 
@@ -125,6 +133,8 @@ class Ledger:
     def give_back(self, lease: Lease) -> None:
         """The lease's sequence is free: the end of the account."""
         del self.leases[lease.seq]
+        if not self.leases:
+            self.idle_since = trio.current_time()
         if lease.first_token_at is None:
             self.waiting -= 1
         self._pump()
@@ -144,9 +154,42 @@ class Ledger:
         self._send_canary(send)
         self._pump()
 
+    def hold(self) -> None:
+        """The engine is about to be replaced: it gets nobody any more, and what has not begun comes back."""
+        self._held = True
+        self._withdraw(lease for lease in self.submitted.values() if not lease.forwarded)
+
+    def withdraw_all(self) -> None:
+        """What still runs comes back as well, as soon as the engine has freed it, with the tokens that it has."""
+        self._withdraw(self.submitted.values())
+
+    def _withdraw(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            if not (lease.over or lease.withdrawn):
+                lease.withdrawn = True
+                self._cancel(lease)
+
+    def hand_over(self) -> None:
+        """The engine is gone because a fresh one takes its place: nobody is suspected, and everybody goes on there."""
+        for lease in self.submitted.values():  # it did not free them in time
+            self._come_back(lease)
+        self._detached()
+
+    def _come_back(self, lease: Lease) -> None:
+        """The engine does not hold it any more: it waits for the next one, unless it is over."""
+        lease.submitted = False
+        if lease.over:
+            lease.freed.set()
+            return
+        lease.withdrawn = lease.forwarded = False
+        if not lease.answer:
+            self._begin_again(lease)
+        (self._probes if lease.drawn_tokens < lease.alone_tokens else self._parked)[lease.seq] = lease
+
     def detach(self, failure: Failure) -> None:
         """The engine is gone, and with it every sequence. Those with an answer begun fail; the others wait for the next
-        engine, and those who may have been the cause run alone there. ``blamed`` tells whether one was proven to be."""
+        engine, and those who may have been the cause run alone there. ``blamed`` tells whether one was proven to be.
+        What was taken back before goes on."""
         self._send = None
         running = self._running()
         guilty = None if failure.cause == "shutdown" else self._accuse(running, failure)
@@ -154,7 +197,7 @@ class Ledger:
         if running and failure.cause != "shutdown":
             ids = ", ".join(lease.request.request_id for lease in running)
             logger.warning("%s: its engine died while it ran %s", self._name, ids)
-        now, waiting = trio.current_time(), []
+        now = trio.current_time()
         for lease in self.submitted.values():
             lease.submitted = False
             refusal = self._suspects.refusal(lease.request, now)
@@ -162,15 +205,20 @@ class Ledger:
                 lease.fail(ModelOverloaded(f"The model {self._name!r} was stopped: {failure}."))
             elif refusal:
                 lease.fail(RequestCrashesEngine(refusal))
-            elif self._begin_again(lease):
-                waiting.append(lease)
+            elif lease.withdrawn or self._begin_again(lease):
+                self._come_back(lease)
                 continue
             else:
                 text = f"The engine of {self._name!r} ended under this request: {failure}. It is restarted."
                 lease.fail(EngineDied(text))
             lease.freed.set()
+        self._detached()
+
+    def _detached(self) -> None:
+        """No engine knows anybody; who waits is sorted for the next one."""
+        self._send, self._held = None, False
         self.submitted.clear()
-        self._park([*waiting, *self._probes.values(), *self._parked.values()])
+        self._park([*self._probes.values(), *self._parked.values()])
         self.stats, self.kv_sequence_bytes = None, 0
         self._probe, self._in_forward, self._canary_due = None, frozenset(), False
         self._note_work()
@@ -227,7 +275,7 @@ class Ledger:
 
     def _pump(self) -> None:
         """Submit what waits: probes one at a time, each alone until it is past its point; then everybody."""
-        while self._send is not None:
+        while self._send is not None and not self._held:
             if self._probing():
                 return
             self._probe = None
@@ -258,9 +306,13 @@ class Ledger:
             lease.fail(refusal)
         elif lease.deadline <= now:
             lease.fail(DeadlineExceeded("The request's time was up before the model could take it."))
+        elif lease.answer and len(lease.answer) >= self._most_tokens(lease.request):
+            lease.finish = "length"  # this engine's context is shorter than that of the last one
+            lease.wake.set()
         else:
             send(self._message(lease, None if lease.request.deadline_s is None else lease.deadline - now))
-            lease.prompt_logprobs.clear()  # an engine that died may have told some
+            if not lease.answer:
+                lease.prompt_logprobs.clear()  # an engine that went may have told some
             lease.submitted = True
             self.submitted[lease.seq] = lease
             self._note_work()
@@ -293,7 +345,7 @@ class Ledger:
         return protocol.Submit(
             lease.seq,
             protocol.pack_tokens(request.prompt),
-            min(request.max_tokens, self._context_length - len(request.prompt)),
+            self._most_tokens(request),
             request.sampling,
             request.client,
             request.priority,
@@ -309,7 +361,13 @@ class Ledger:
             request.session,
             request.speculation,
             protocol.pack_tokens(request.prediction),
+            protocol.pack_tokens(lease.answer),
         )
+
+    def _most_tokens(self, request: AnyRequest) -> int:
+        """Of its answer."""
+        assert not isinstance(request, EmbedRequest)
+        return min(request.max_tokens, self._context_length - len(request.prompt))
 
     # --- messages ----------------------------------------------------------------------------------
 
@@ -346,8 +404,9 @@ class Ledger:
         self.longest_step_s = max(self.longest_step_s, step.elapsed_ms / 1000)
         self._meter.step(step.elapsed_ms)
         for started in step.started:
-            if started.seq in self.submitted:
-                self.submitted[started.seq].started = started
+            lease = self.submitted.get(started.seq)
+            if lease is not None and not lease.answer:  # what goes on has told before
+                lease.started = started
         for row in step.rows:
             lease = self.submitted.get(row.seq)
             if lease is None or not row.tokens:
@@ -406,8 +465,9 @@ class Ledger:
         lease.submitted = False
         if lease is self._probe and lease.finish is not None:
             self._suspects.clear(lease.request)
-        lease.fail(SequenceFailed("The engine gave this request up without a reason."))
-        lease.freed.set()
+        if not lease.withdrawn:
+            lease.fail(SequenceFailed("The engine gave this request up without a reason."))
+        self._come_back(lease)
         self._note_work()
         self._pump()
 
@@ -452,5 +512,8 @@ class Ledger:
         if owes and not self.working.is_set():
             self.progress_at = trio.current_time()
             self.working.set()
-        elif not owes and self.working.is_set():
-            self.working = trio.Event()
+            self.rested = trio.Event()
+        elif not owes:
+            self.rested.set()
+            if self.working.is_set():
+                self.working = trio.Event()

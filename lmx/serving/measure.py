@@ -2,7 +2,8 @@
 what the engine last said of itself.
 
 One task for the server, run by ``lmx.serving.models``. Looks at processes in a thread, since that walks their page
-tables; a process that goes meanwhile is passed over. Decides nothing.
+tables; a process that goes meanwhile is passed over. Decides nothing;
+engines hear what is not accounted for.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -60,3 +61,5 @@ def _note(memory: Memory, one: Measured, pid: int | None, found: Mapping[str, in
     if (stats := one.engine.figures) is not None:
         owned = one.fixed_bytes + stats.arena_bytes + stats.prefix.ram_bytes
         memory.own(one.model, owned, stats.mlx_active_bytes, stats.mlx_cache_bytes)
+        if measured := found.get(one.model, 0):
+            one.engine.note_memory(measured - owned - stats.mlx_cache_bytes)

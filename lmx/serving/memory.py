@@ -72,6 +72,11 @@ class Held:
     """By MLX: freed, and kept for the next arrays."""
     pid: int | None = None
 
+    @property
+    def difference_bytes(self) -> int:
+        """Measured beyond what is owned (negative: less); 0 until both are known."""
+        return self.measured_bytes - self.owned_bytes if self.owned_bytes and self.measured_bytes else 0
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:

@@ -24,6 +24,7 @@ class Meter:
         self._model = model
         self._cancellations = metrics.cancellations
         self._restarts = metrics.engine_restarts
+        self._recycles = metrics.engine_recycles
         self._ttft, self._itl = metrics.ttft.labels(model), metrics.itl.labels(model)
         self._step, self._cancel_free = metrics.step.labels(model), metrics.cancel_free.labels(model)
         self._prompt_tokens = metrics.prompt_tokens.labels(model)
@@ -65,6 +66,9 @@ class Meter:
 
     def cancel_freed(self, seconds: float) -> None:
         self._cancel_free.observe(seconds)
+
+    def recycled(self, reason: str) -> None:
+        self._recycles.labels(self._model, reason).inc()
 
     def died(self, cause: str) -> None:
         self._restarts.labels(self._model, cause).inc()

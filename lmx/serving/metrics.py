@@ -26,6 +26,12 @@ _GAUGES: tuple[tuple[str, str, Callable[[EngineStatistics], float]], ...] = (
     ),
     ("lmx_kv_budget_bytes", "Limit of lmx_kv_sequence_bytes.", lambda s: s.kv_budget_bytes),
     ("lmx_ready", "1 while the engine takes work.", lambda s: s.state == "ready"),
+    ("lmx_engine_age_seconds", "Since the engine process was ready.", lambda s: s.age_s),
+    (
+        "lmx_engine_growth_bytes",
+        "By how much its memory has grown beyond what lmx accounts for.",
+        lambda s: s.growth_bytes,
+    ),
 )
 _ENGINE_GAUGES = (
     (
@@ -38,6 +44,15 @@ _ENGINE_GAUGES = (
     ("lmx_mlx_peak_bytes", "Highest lmx_mlx_active_bytes.", "mlx_peak_bytes"),
     ("lmx_mlx_cache_bytes", "Freed buffers that MLX keeps.", "mlx_cache_bytes"),
     ("lmx_mlx_live_arrays", "MLX arrays that Python refers to.", "live_arrays"),
+    ("lmx_engine_traces", "Graphs that the engine process compiled.", "traces"),
+    (
+        "lmx_engine_handles",
+        "GPU buffers, estimated by the arrays that are alive; MLX's pool comes on top.",
+        "handles",
+    ),
+    ("lmx_engine_handles_limit", "How many the system gives a process; 0: any number.", "most_handles"),
+    ("lmx_engine_open_files", "Open files and sockets of the engine process.", "open_files"),
+    ("lmx_engine_threads", "Threads of the engine process.", "threads"),
     ("lmx_preemptions", "Sequences preempted since the engine started.", "preemptions"),
 )
 _PREFIX_GAUGES = (
@@ -78,6 +93,9 @@ class Metrics(Collector):
         self.accepted_drafts = counter("lmx_accepted_draft_tokens", "Those that were right.", "model", "source")
         self.cancellations = counter("lmx_cancellations", "Sequences ended before they finished.", "model", "reason")
         self.engine_restarts = counter("lmx_engine_restarts", "Engine processes that ended.", "model", "cause")
+        self.engine_recycles = counter(
+            "lmx_engine_recycles", "Engine processes that were replaced by fresh ones.", "model", "reason"
+        )
         self.ttft = histogram("lmx_time_to_first_token_seconds", "From lease to first token.")
         self.itl = histogram("lmx_inter_token_seconds", "Between two tokens of a sequence.")
         self.step = histogram("lmx_step_seconds", "One engine step.")

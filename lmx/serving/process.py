@@ -28,6 +28,8 @@ DRAIN_S = 1.0
 SILENT_S = 5.0
 """A process that has closed its socket must end within this time."""
 
+ASK = protocol.Shutdown()
+
 Handle = Callable[[protocol.Message], None]
 
 
@@ -163,7 +165,7 @@ class EngineProcess:
             self.tail.append(text)
             self._logger.info("engine %d: %s", self.pid, text)
 
-    async def stop(self, *, ask_s: float, terminate_s: float) -> None:
+    async def stop(self, *, ask_s: float, terminate_s: float, shutdown: protocol.Shutdown = ASK) -> None:
         """End the process: ask, after ``ask_s`` SIGTERM, after another ``terminate_s`` SIGKILL.
 
         Shielded from cancellation; returns when the process is reaped.
@@ -173,7 +175,7 @@ class EngineProcess:
                 nursery.start_soon(self._discard)  # an engine blocked in a send would not see the request
                 nursery.start_soon(self._log)
                 with trio.move_on_after(ask_s):
-                    await self._ask_to_end()
+                    await self._ask_to_end(shutdown)
                     await self._process.wait()
                 if self.returncode is None:
                     self._signal(signal.SIGTERM)
@@ -187,9 +189,9 @@ class EngineProcess:
             assert self._process.stdout is not None
             await self._process.stdout.aclose()
 
-    async def _ask_to_end(self) -> None:
+    async def _ask_to_end(self, shutdown: protocol.Shutdown) -> None:
         with suppress(trio.BrokenResourceError, OSError):
-            await self._stream.send_all(protocol.encode(protocol.Shutdown()))
+            await self._stream.send_all(protocol.encode(shutdown))
             # Should the frame follow half of another one, the end of the stream still says it.
             self._stream.socket.shutdown(socket.SHUT_WR)
 

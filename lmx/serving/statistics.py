@@ -11,7 +11,7 @@ class EngineStatistics:
     """Answered from state at hand, never by asking the engine, which may be busy or hung."""
 
     state: str
-    """"loading", "ready", "restarting", "failed" or "stopped"."""
+    """"loading", "ready", "recycling", "restarting", "failed" or "stopped"."""
     pid: int | None
     live_leases: int
     """Leases held by requests: queued, running, or waiting for their KV to be free."""
@@ -24,6 +24,14 @@ class EngineStatistics:
     """KV of live sequences: the engine's last account, less what it has freed since."""
     kv_budget_bytes: int
     restarts: int
+    recycles: int
+    """How often its process was replaced by a fresh one."""
+    recycle_due: str | None
+    """Why that is to happen, in the next quiet moment: "asked", "age", "growth", "traces" or "handles"."""
+    age_s: float
+    """Of the process, since it was ready; 0: it is not."""
+    growth_bytes: int
+    """By how much its memory has grown beyond what lmx accounts for."""
     last_failure: str | None
     generated_per_s_1s: float
     """Tokens a second over the last whole second."""

@@ -5,7 +5,7 @@ Under the admin rules of ``lmx.api.access``. Called by ``lmx.api.app``.
 
 from quart import Blueprint
 
-from lmx.api.admin import bench, config, jobs, log, removal, requests, watch
+from lmx.api.admin import bench, config, jobs, log, recycling, removal, requests, watch
 from lmx.api.admin import models as model_routes
 from lmx.api.admin.description import Descriptions
 from lmx.api.core.calls import Calls
@@ -25,6 +25,7 @@ def blueprints(models: Models, live: Live, metrics: Metrics, calls: Calls) -> li
     return [
         watch.blueprint(models, live, metrics),
         model_routes.blueprint(models, descriptions, live),
+        recycling.blueprint(models),
         removal.blueprint(descriptions, Removals(models, live), live),
         jobs.blueprint(models.jobs, descriptions, live),
         bench.blueprint(models, benches, live),

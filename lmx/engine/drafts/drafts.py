@@ -5,10 +5,12 @@ for longest. One that has been wrong offers less, so that the next gets its turn
 on the loop's thread; nothing here waits but for the draft model.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from lmx.engine.backend import Backend, Facts, Sequence
 from lmx.engine.drafts.lookup import Lookup
+from lmx.engine.drafts.model import Model
 from lmx.engine.drafts.prediction import Prediction
 from lmx.engine.drafts.source import Source
 from lmx.protocol import Load, Submit, unpack_tokens
@@ -21,11 +23,8 @@ class Drafts:
     def __init__(self, load: Load, facts: Facts, backend: Backend) -> None:
         self._mode = load.speculation
         self._most = facts.max_depth
-        self._backend = backend
-        self._has_model = bool(facts.draft_model)
+        self._model = Model(backend, facts.max_depth) if facts.draft_model else None
         self._sources: dict[int, list[Source]] = {}
-        self._modelled: set[int] = set()
-        """Sequences that the draft model may be asked for."""
         self._asked: dict[int, Source | None] = {}
         """Who made each sequence's last offer; None: the draft model."""
 
@@ -39,13 +38,14 @@ class Drafts:
             sources.append(Prediction(unpack_tokens(submit.prediction), self._most))
         sources.append(Lookup(self._most))
         self._sources[sequence.seq] = sources
-        if self._has_model and "lookup" not in modes:
-            self._modelled.add(sequence.seq)
+        if self._model and "lookup" not in modes:
+            self._model.enter(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """It gets no further token."""
         self._sources.pop(sequence.seq, None)
-        self._modelled.discard(sequence.seq)
+        if self._model:
+            self._model.leave(sequence)
         self._asked.pop(sequence.seq, None)
 
     def offer(self, sequence: Sequence) -> tuple[int, int]:
@@ -54,10 +54,20 @@ class Drafts:
             if tokens := source.offer(sequence):
                 self._asked[sequence.seq] = source
                 return tokens, FREE
-        if sequence.seq in self._modelled:
+        if self._model and (tokens := self._model.offer(sequence)):
             self._asked[sequence.seq] = None
-            return self._most, MODEL
+            return tokens, MODEL
         return 0, FREE
+
+    def wants(self, rows: Iterable[Sequence]) -> bool:
+        """Whether ``catch_up`` has something to do for one of these decoding rows."""
+        return self._model is not None and self._model.wants(rows)
+
+    def catch_up(self, rows: Iterable[Sequence]) -> None:
+        """Before the offers for a step of these rows, with no other one running: the draft model reads on in one that
+        it is to draft for, if need be."""
+        if self._model:
+            self._model.catch_up(rows)
 
     def take(self, sequences: Seq[Sequence], counts: Seq[int]) -> list[list[int]]:
         """So many drafts of each, or fewer, from whoever made its last offer; the draft model is asked once for all."""
@@ -68,8 +78,8 @@ class Drafts:
             taken.append(source.take(sequence, count) if source is not None else [])
             if count and source is None:
                 modelled.append(index)
-        if modelled:
-            found = self._backend.draft([sequences[i] for i in modelled], [counts[i] for i in modelled])
+        if modelled and self._model:
+            found = self._model.take([sequences[i] for i in modelled], [counts[i] for i in modelled])
             for index, tokens in zip(modelled, found, strict=True):
                 taken[index] = tokens
         return taken

@@ -57,6 +57,9 @@ class MemoryFacts:
     peak_bytes: int
     cache_bytes: int
     live_arrays: int
+    handles: int = 0
+    """GPU buffers, by an estimate; see ``protocol.Stats``."""
+    most_handles: int = 0
 
 
 class Embedder(Protocol):

@@ -4,7 +4,6 @@ On a CPU an encoder's arrays are NumPy's, and each core takes a share of the ste
 nothing; called by the loop.
 """
 
-import gc
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from lmx.engine.embedding.backend import ENCODERS, Facts, Input, MemoryFacts, re
 from lmx.engine.embedding.encoder import Group
 from lmx.engine.embedding.kernels import Array
 from lmx.engine.embedding.pooling import Classifier, Head
+from lmx.engine.mlx import handles
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Pooling
 
@@ -44,6 +44,8 @@ class MLXEmbedder:
         self._on_gpu = mx.default_device() == mx.gpu
         self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
         self._shares = threads
+        self._own_arrays = handles.arrays()
+        """The model's: the collector is told to forget them."""
 
     @classmethod
     def load(cls, options: Load) -> "MLXEmbedder":
@@ -102,8 +104,15 @@ class MLXEmbedder:
         return vectors
 
     def memory(self) -> MemoryFacts:
-        arrays = sum(isinstance(thing, mx.array) for thing in gc.get_objects())
-        return MemoryFacts(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory(), arrays)
+        alive = handles.arrays()
+        return MemoryFacts(
+            mx.get_active_memory(),
+            mx.get_peak_memory(),
+            mx.get_cache_memory(),
+            alive,
+            handles=alive + self._own_arrays,
+            most_handles=handles.most(),
+        )
 
 
 def _facts(

@@ -20,7 +20,7 @@ from lmx._sched import Scheduler
 from lmx.engine.embedding.backend import Embedder, Input
 from lmx.engine.link import Link
 from lmx.engine.requests import Refused
-from lmx.footprint import resident_bytes
+from lmx.footprint import open_files, resident_bytes, threads
 from lmx.protocol import (
     Canary,
     Cancel,
@@ -251,5 +251,9 @@ class EmbeddingLoop:
                 mlx_cache_bytes=memory.cache_bytes,
                 rss_bytes=resident_bytes(),
                 live_arrays=memory.live_arrays,
+                handles=memory.handles,
+                most_handles=memory.most_handles,
+                open_files=open_files(),
+                threads=threads(),
             )
         )

@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +23,15 @@ import psutil
 
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import QUANTUM_TOKENS, KVCost, fit_context
-from lmx.engine.grammar import Masker
+from lmx.engine.grammar import Masker, Masks
+from lmx.engine.llama import draft, verify
+from lmx.engine.llama.batch import Batches, Run
 from lmx.engine.llama.copies import Copies, LlamaBlock
+from lmx.engine.llama.draft import Drafter
 from lmx.engine.llama.native import AMX, MAX_SLOTS, Context, Model
 from lmx.engine.llama.parked import Parked
-from lmx.engine.sampling import SamplingBatch, as_logprobs, draw_key, penalised, score
+from lmx.engine.llama.verify import MAX_DEPTH, RowDraws, Unread
+from lmx.engine.sampling import SamplingBatch, as_logprobs, penalised, score
 from lmx.errors import ModelInvalid
 from lmx.protocol import Load, Logprobs
 
@@ -44,9 +49,6 @@ _CHUNK_TOKENS = 512  # llama.cpp's own default for one forward
 # 610, one of 137 the same, one of 262 a tenth more. But all scores are kept for a moment: no more than so many bytes.
 _SCORES_BYTES = 512 * 1024**2
 _WAVE_TOKENS = 2048  # what prompts that start together may bring in a step
-# Free slots between two rows that are computed with a token of no use, to have both rows in one forward: on two cores a
-# further forward of SmolLM2 costs 10 ms, a row 6.5; in larger models and on GPUs forwards cost more, rows less.
-_FILLED_GAP = 2
 # A parked row that would lose so many tokens to a sequence that shares only its beginning is copied, if there is room.
 _KEPT_TOKENS = 256
 # Attention passes over all shared cells in use: a parked token costs each token of others 0.5 us on SmolLM2, and to
@@ -75,6 +77,10 @@ class _Row:
     bad: bool = False
     """It failed; nothing is computed for it any more."""
 
+    def samples(self, vocab_size: int) -> SamplingBatch:
+        self.sampling = self.sampling or SamplingBatch(np, [self.sequence.sampling], vocab_size)
+        return self.sampling
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -85,6 +91,10 @@ class _Part:
     draws: bool
     scored: bool = False
     """Log-probabilities of the tokens after these are wanted."""
+    drafts: Seq[int] = ()
+    """The last of the tokens, which may be what it draws before."""
+    masks: Masks | None = None
+    """Of each draw."""
 
 
 class LlamaLaunch:
@@ -114,10 +124,10 @@ class LlamaLaunch:
 class LlamaBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
-    def __init__(self, model: Model, options: Load, free_bytes: int) -> None:
-        """``free_bytes``: the memory that the weights leave."""
+    def __init__(self, model: Model, options: Load, free_bytes: int, drafts: Model | None = None) -> None:
+        """``free_bytes``: the memory that the weights leave. ``drafts``: a model that can draft for this one."""
         rows = min(options.max_rows, MAX_SLOTS - 1) if options.batching == "auto" else 1
-        threads = options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
+        threads = _threads(model, options)
         chunk_tokens = options.max_chunk_tokens or _CHUNK_TOKENS
         forward_tokens = chunk_tokens + rows
         self._canary = Context(
@@ -131,22 +141,34 @@ class LlamaBackend:
             threads=threads,
         )
         cost = model.measure_kv(self._canary, forward_tokens)
+        self._token_bytes = cost.bytes_per_token
+        if drafts:
+            beside = draft.measure(drafts, rows, options.kv_bits, threads)
+            cost = KVCost(
+                cost.bytes_per_token + beside.bytes_per_token, cost.bytes_per_sequence + beside.bytes_per_sequence
+            )
         budget, context_length, self._streams = _budget(model, options, cost, rows, free_bytes)
         most = rows * _whole_quanta(context_length)
         # In shared cells there must be room for the tokens of no use, too.
         cells = most if self._streams else min(budget // cost.bytes_per_token, most) + QUANTUM_TOKENS
         plain = not model.window and not model.recurrent
-        scores_bytes = 4 * model.heads * forward_tokens * (cells // rows)
+        speculation = ""
+        if model.recurrent:
+            speculation = "no drafts: a recurrent state stands for all tokens and forgets none of them"
+        elif options.speculation == "off":
+            speculation = "no drafts: switched off by [model] speculation"
+        depth = 0 if speculation else MAX_DEPTH
         self._context = Context(
             model,
             cells=cells,
             slots=rows if self._streams or not plain else rows + 1,
             streams=self._streams,
-            batch_tokens=max(chunk_tokens, _WAVE_TOKENS) + 2 * rows,
+            batch_tokens=max(chunk_tokens, _WAVE_TOKENS) + (2 + depth) * rows,
             forward_tokens=forward_tokens,
             kv_bits=options.kv_bits,
             threads=threads,
-            fused=model.on_gpu or not self._streams or scores_bytes > _SCORES_BYTES,
+            outputs=verify.outputs(rows, depth, model.vocab_size),
+            fused=_fused(model, self._streams, forward_tokens, cells // rows),
         )
         # Such memories are computed by equal parts of slots that follow each other (``Context.decode``).
         self._gaps_cost = self._streams or model.recurrent
@@ -154,9 +176,37 @@ class LlamaBackend:
         self._cuts = plain
         """Rows can go back to any of their tokens."""
         self._slot_cells = cells // rows if self._streams else cells
+        self._batches = Batches(
+            self._context,
+            equal_parts=self._gaps_cost,
+            pads=plain,
+            slot_cells=self._slot_cells,
+            on_gpu=model.on_gpu,
+            free_from=self._free_from,
+        )
         self._copies = Copies(self._context, model, slots=rows, streams=self._streams)
         self._parked = Parked(cuts=plain)
         self._rows: dict[int, _Row] = {}
+        if depth and (refused := verify.refusal(self._context)):
+            depth, speculation = 0, f"no drafts: {refused}"
+        self._drafter: Drafter | None = None
+        if drafts and speculation:
+            raise draft.refused(options.draft_path, speculation)
+        if drafts:
+            self._drafter = Drafter(
+                drafts,
+                vocab_size=model.vocab_size,
+                context_length=context_length,
+                rows=rows,
+                streams=self._streams,
+                cells=cells,
+                kv_bits=options.kv_bits,
+                threads=_threads(drafts, options),
+                fused=_fused(drafts, self._streams, forward_tokens, cells // rows),
+            )
+        probes = {"speculation": speculation} if speculation else {}
+        if AMX:
+            probes["amx"] = "not used: some compilers break llama.cpp's kernels for it"
         self.facts = Facts(
             architecture=model.architecture,
             context_length=context_length,
@@ -171,7 +221,7 @@ class LlamaBackend:
             forks=rows > 1 and self._copies.prefixes == "kv",
             prefixes=self._copies.prefixes,
             publishes=self._copies.publishes,
-            weights_bytes=model.weights_bytes,
+            weights_bytes=model.weights_bytes + (drafts.weights_bytes if drafts else 0),
             device=_device_name(model),
             dtype=f"{model.quantization}, {options.kv_bits}-bit KV",
             path="single" if rows == 1 else "streams" if self._streams else "unified",
@@ -181,7 +231,9 @@ class LlamaBackend:
                 if self._streams
                 else f"{cells} shared KV cells: {rows} rows of {context_length} tokens each are more than the budget"
             ),
-            probes={"amx": "not used: some compilers break llama.cpp's kernels for it"} if AMX else {},
+            probes=probes,
+            max_depth=depth,
+            draft_model=options.draft_path if drafts else "",
         )
         self._masker = Masker(model.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
         self.canary()
@@ -191,14 +243,19 @@ class LlamaBackend:
         """Load the GGUF file ``options.path``. Raises ModelInvalid."""
         # Asked before: whether mapped weights count as available afterwards depends on the system.
         available = psutil.virtual_memory().available
-        model = Model(
-            options.path,
-            gpu_layers=options.gpu_layers,
-            mmap=options.mmap,
-            log_everything=options.log_level == "debug",
-        )
+
+        def read(path: str) -> Model:
+            debug = options.log_level == "debug"
+            return Model(path, gpu_layers=options.gpu_layers, mmap=options.mmap, log_everything=debug)
+
+        model, drafts = read(options.path), None
+        weights_bytes = model.weights_bytes
+        if options.draft_path and options.speculation == "auto":
+            drafts = read(options.draft_path)
+            draft.check(drafts, model, options.draft_path)
+            weights_bytes += drafts.weights_bytes
         # At least an eighth: mapped weights need not all be in memory, and some are in the GPU's own.
-        return cls(model, options, max(available - model.weights_bytes, available // 8))
+        return cls(model, options, max(available - weights_bytes, available // 8), drafts)
 
     def start(self, sequence: Sequence) -> None:
         self._enter(sequence, self._take_slot(), [])
@@ -242,49 +299,106 @@ class LlamaBackend:
         return np.bincount(np.asarray(tokens, np.int64), minlength=self.facts.vocab_size).astype(np.int32)[None]
 
     def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
-        raise AssertionError("there is no draft model")
+        assert self._drafter is not None, "there is no draft model"
+        return self._drafter.draft(sequences, depths)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> LlamaLaunch:
-        assert not any(drafts), self.facts.max_depth
-        return LlamaLaunch(partial(self._step, decode, chunks))
+        assert all(len(each) <= self.facts.max_depth for each in drafts), (self.facts.max_depth, drafts)
+        return LlamaLaunch(partial(self._step, decode, chunks, drafts or [()] * len(decode)))
 
-    def _step(self, decode: Seq[Sequence], chunks: Seq[Chunk], scores: dict[int, Scores]) -> list[Draw]:
+    def _step(
+        self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]], scores: dict[int, Scores]
+    ) -> list[Draw]:
         rows = (self._rows[sequence.seq] for sequence in decode)
-        parts = [_Part(row, [row.next_token], True) for row in rows]
-        for chunk in chunks:
-            row = self._rows[chunk.sequence.seq]
-            assert row.bad or len(row.tokens) == chunk.start, (len(row.tokens), chunk)
-            tokens = chunk.sequence.tokens[chunk.start : chunk.start + chunk.tokens]
-            scored = chunk.sequence.prompt_logprobs >= 0 and chunk.start + 1 < chunk.sequence.prompt_tokens
-            parts.append(_Part(row, tokens, chunk.last, scored))
+        parts = [self._decoding(row, its) for row, its in zip(rows, drafts, strict=True)]
+        parts += map(self._prefilling, chunks)
         computed = sum(len(part.tokens) for part in parts)
         self._parked.computed_tokens += computed
         self._make_room(computed + self.facts.max_rows)  # with as many tokens of no use as there may be
-        draws = {part.row.slot: Draw(part.row.sequence, (0,), True) for part in parts}
         sound = [part for part in parts if not part.row.bad]
-        draws |= self._compute(sound, scores)
-        bad = [part for part in sound if draws[part.row.slot].bad]
-        if len(bad) > 1 and not self._streams:
+        draws = self._settled(sound, scores) | {
+            part.row.slot: Draw(part.row.sequence, (0,), True) for part in parts if part.row.bad
+        }
+        for part in parts:
+            part.row.next_token = draws[part.row.slot].tokens[-1]
+        return [draws[part.row.slot] for part in parts if part.draws or draws[part.row.slot].bad]
+
+    def _decoding(self, row: _Row, drafts: Seq[int]) -> _Part:
+        drafts, masks = self._masked(row, drafts)
+        return _Part(row, [row.next_token, *drafts], True, drafts=drafts, masks=masks)
+
+    def _prefilling(self, chunk: Chunk) -> _Part:
+        row, sequence = self._rows[chunk.sequence.seq], chunk.sequence
+        assert row.bad or len(row.tokens) == chunk.start, (len(row.tokens), chunk)
+        tokens = sequence.tokens[chunk.start : chunk.start + chunk.tokens]
+        scored = sequence.prompt_logprobs >= 0 and chunk.start + 1 < sequence.prompt_tokens
+        masks = self._masked(row, ())[1] if chunk.last else None
+        return _Part(row, tokens, chunk.last, scored, masks=masks)
+
+    def _masked(self, row: _Row, drafts: Seq[int]) -> tuple[Seq[int], Masks | None]:
+        """The drafts that its grammar lets be, and the masks of its draws."""
+        if row.bad:
+            return (), None
+        try:
+            if drafts and row.sequence.masked:
+                masks = self._masker.along(row.sequence, drafts)
+                return drafts[: verify.allowed(drafts, masks)], masks
+            return drafts, self._masker.masks([row.sequence])
+        except Exception:
+            # Nobody else's business, as what is wrong with a draw.
+            print(f"request {row.sequence.request_id}: its masks failed: {traceback.format_exc()}", file=sys.stderr)
+            self._fail(row)
+            return (), None
+
+    def _settled(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
+        """Compute all parts; afterwards their rows hold what counts and nothing else."""
+        draws, tainted = self._compute(parts, scores)
+        bad: list[_Part] = []
+        lost: list[tuple[_Row, list[int]]] = []
+        for part in parts:
+            row, draw = part.row, draws[part.row.slot]
+            held, wrong = row.tokens, len(part.drafts) - (len(draw.tokens) - 1)
+            if draw.bad:
+                bad.append(part)
+            elif wrong and not self._rewind(row, len(held) - wrong):
+                lost.append((row, held[:-wrong]))
+        # With a draft of its own, or in cells with others, a row may be bad by what it is not to blame for.
+        if any(part.drafts for part in bad) or (len(bad) > 1 and not self._streams):
             draws |= self._compute_alone(bad, scores)
         elif bad:
             self._give_up(bad)
-        for part in parts:
-            row, draw = part.row, draws[part.row.slot]
-            [row.next_token] = draw.tokens
-            if part.draws and not draw.bad:
-                for counts in row.counts or ():
-                    counts[0, row.next_token] += 1
-        return [draws[part.row.slot] for part in parts if part.draws or draws[part.row.slot].bad]
+        elif tainted:
+            self._clean()
+        for row, tokens in lost:  # a window that moved on, which is rare: it has room for a whole forward
+            row.tokens = tokens
+            deque(self._batches.compute([Run(row.slot, 0, tokens, 0)]), 0)
+        return draws
 
-    def _compute(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
-        """All parts together, but for those to be scored; by slot."""
-        draws = {}
+    def _compute(self, parts: Seq[_Part], scores: dict[int, Scores]) -> tuple[dict[int, Draw], bool]:
+        """All parts together, but for those to be scored: draws by slot, and whether what drafts left that do not count
+        is not finite."""
+        made = {part.row.slot: self._draws(part) for part in parts}
         for part in parts:
             if part.scored:
-                draws[part.row.slot] = self._draw(part, self._score(part, scores))
-        for part, logits in self._forward([part for part in parts if not part.scored]):
-            draws[part.row.slot] = self._draw(part, logits)
-        return draws
+                made[part.row.slot].take(self._score(part, scores))
+        runs = []
+        for part in parts:
+            if not part.scored:
+                runs.append(Run(part.row.slot, len(part.row.tokens), part.tokens, 1 + len(part.drafts)))
+                part.row.tokens += part.tokens
+        for run, logits in self._batches.compute(runs):
+            made[run.slot].take(logits)
+        return {slot: each.result() for slot, each in made.items()}, any(each.tainted for each in made.values())
+
+    def _draws(self, part: _Part) -> RowDraws | Unread:
+        """One row at a time: the arrays of one fit the processor's cache and malloc's pool (8 rows of 49,152 together
+        took 5.9 ms, one after the other 1.4)."""
+        row = part.row
+        if not part.draws:
+            return Unread(row.sequence)
+        position = len(row.tokens) + len(part.tokens) - len(part.drafts)
+        samples = partial(row.samples, self.facts.vocab_size)
+        return RowDraws(row.sequence, samples, row.counts or (), position, part.drafts, part.masks)
 
     def _score(self, part: _Part, scores: dict[int, Scores]) -> npt.NDArray[np.float32]:
         """Compute a part by itself, as many tokens at a time as there is room for their logits; those of its last."""
@@ -305,80 +419,53 @@ class LlamaBackend:
         last: npt.NDArray[np.float32] = logits[-1]
         return last
 
-    def _forward(self, parts: Seq[_Part]) -> Iterator[tuple[_Part, npt.NDArray[np.float32]]]:
-        """Compute all parts together, in as few calls as llama.cpp's batch allows; for each part the logits (V,) of its
-        last token, good until the next one is asked for. Of a part that does not draw, too: what is not finite must be
-        seen in the step that writes it."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        wanted: list[bool] = []
-        fillers: list[int] = []
-        parts = sorted(parts, key=lambda part: part.row.slot)
-        for part in parts:
-            row, count = part.row, len(part.tokens)
-            gap = range(slots[-1] + 1, row.slot) if slots and self._gaps_cost else ()
-            if len(gap) <= _FILLED_GAP and all(map(self._can_fill, gap)):
-                fillers += gap
-                tokens += [0] * len(gap)
-                positions += map(self._parked.length, gap)
-                slots += gap
-                wanted += [False] * len(gap)
-            tokens += part.tokens
-            positions += range(len(row.tokens), len(row.tokens) + count)
-            slots += [row.slot] * count
-            wanted += [False] * (count - 1) + [True]
-            row.tokens += part.tokens
-        computed = iter(parts)
-        for start in range(0, len(tokens), self._context.batch_tokens):
-            span = slice(start, start + self._context.batch_tokens)
-            for logits in self._context.decode(tokens[span], positions[span], slots[span], wanted[span]):
-                yield next(computed), logits
-        for slot in fillers:
-            self._context.forget(slot, self._parked.length(slot))
-
-    def _can_fill(self, slot: int) -> bool:
-        """Whether a token of no use may be computed there: what is parked must not suffer."""
+    def _free_from(self, slot: int, tokens: int) -> int:
+        """The position from which so many tokens of no use may be computed there, -1: none may. What is parked must not
+        suffer."""
         if any(row.slot == slot for row in self._rows.values()):
-            return False
+            return -1
         held = self._parked.length(slot)
-        read = held * self.facts.kv_bytes_per_token
-        return not held or (self._cuts and held < self._slot_cells and read <= _FILLED_SHARE * self._weights_bytes)
+        read = held * self._token_bytes
+        fits = self._cuts and held + tokens <= self._slot_cells and read <= _FILLED_SHARE * self._weights_bytes
+        return held if fits or not held else -1
 
     def _compute_alone(self, parts: Seq[_Part], scores: dict[int, Scores]) -> dict[int, Draw]:
-        """Parts of a step over shared cells again that came out bad, one at a time.
+        """Parts of a step again that came out bad, one at a time and without their drafts.
 
-        No mask stops a NaN, so one sequence's reaches all that share the cells, and with it the KV that they write in
-        that step. Who is bad alone and in clean cells is bad itself.
+        No mask stops a NaN, so one token's reaches all that share the cells, and with it the KV that they write in that
+        step. Who is bad alone and in clean cells is bad itself.
         """
         again = [self._take_back(part) for part in parts]
         self._clean()
         draws: dict[int, Draw] = {}
         for part in again:
-            draws |= self._compute([part], scores)
+            draws |= self._compute([part], scores)[0]
             if draws[part.row.slot].bad:
                 self._give_up([part])
         return draws
 
     def _take_back(self, part: _Part) -> _Part:
-        """Forget what the part added; the part that adds it again."""
+        """Forget what the part added; the part that adds it again, but for its drafts."""
         row = part.row
         start = len(row.tokens) - len(part.tokens)
         if start and not self._context.forget(row.slot, start):
             start = 0
         if not start:
             self._context.forget(row.slot)
-        tokens = row.tokens[start:]
+        tokens = row.tokens[start : len(row.tokens) - len(part.drafts)]
         del row.tokens[start:]
-        return _Part(row, tokens, part.draws, part.scored)
+        return _Part(row, tokens, part.draws, part.scored, masks=part.masks)
 
     def _give_up(self, parts: Seq[_Part]) -> None:
         """Rows that are bad themselves."""
         for part in parts:
-            part.row.bad = True
-            part.row.tokens = []
-            self._context.forget(part.row.slot)
+            self._fail(part.row)
         self._clean()
+
+    def _fail(self, row: _Row) -> None:
+        row.bad = True
+        row.tokens = []
+        self._context.forget(row.slot)
 
     def _clean(self) -> None:
         """Zero all cells but those of sequences, since who gets a cell with a NaN in it would turn bad as well.
@@ -392,36 +479,23 @@ class LlamaBackend:
             if not self._context.import_slot(slot, data):
                 raise RuntimeError("llama.cpp does not take back the KV that it gave out")
 
-    def _draw(self, part: _Part, logits: npt.NDArray[np.float32]) -> Draw:
-        """One row at a time: the arrays of one fit the processor's cache and malloc's pool (8 rows of 49,152 together
-        took 5.9 ms, one after the other 1.4)."""
-        row, sampling = part.row, part.row.sequence.sampling
-        if not part.draws:
-            return Draw(row.sequence, (0,), not np.isfinite(logits.max()))
-        try:
-            row.sampling = row.sampling or SamplingBatch(np, [sampling], self.facts.vocab_size)
-            masks = self._masker.masks([row.sequence])
-            drawn = row.sampling.draw(logits[None], [draw_key(sampling.seed, len(row.tokens))], row.counts, masks)
-            logprobs: tuple[Logprobs, ...] = ()
-            if drawn.logprobs is not None:
-                assert drawn.top_ids is not None
-                assert drawn.top_logprobs is not None
-                ids, values = drawn.top_ids[0, : sampling.logprobs], drawn.top_logprobs[0, : sampling.logprobs]
-                logprobs = (Logprobs(float(drawn.logprobs[0]), tuple(ids.tolist()), tuple(values.tolist())),)
-            return Draw(row.sequence, (int(drawn.tokens[0]),), bool(drawn.bad[0]), logprobs)
-        except Exception:
-            # Arithmetic on one request's own values: nobody else's business, whatever is wrong with them.
-            print(f"request {row.sequence.request_id}: its draw failed: {traceback.format_exc()}", file=sys.stderr)
-            return Draw(row.sequence, (0,), True)
-
     def free(self, sequence: Sequence) -> None:
+        if self._drafter:
+            self._drafter.free(sequence)
         row = self._rows.pop(sequence.seq, None)
         if row is None:
             return
+        self._end_with(row)
         if row.tokens and sequence.salt is not None and self.facts.prefixes:
             self._parked.put(row.slot, row.tokens, sequence.salt)
         else:
             self._context.forget(row.slot)
+
+    def _end_with(self, row: _Row) -> None:
+        """Where the answer ended at a draft, forget what the row holds of the others, and as ever of its last token."""
+        answered, held = row.sequence.generated_tokens, len(row.sequence.tokens) - 1
+        if self.facts.max_depth and answered and len(row.tokens) > held:
+            self.rewind(row.sequence, held)
 
     # --- prefixes -------------------------------------------------------------------------------------
 
@@ -436,6 +510,7 @@ class LlamaBackend:
         row = self._rows[sequence.seq]
         if not row.tokens:
             raise ValueError("a checkpoint of a row that holds nothing")
+        self._end_with(row)
         made = self._copies.checkpoint(row.slot, len(row.tokens))
         return (made.tokens, made) if made else None
 
@@ -482,7 +557,7 @@ class LlamaBackend:
         if not near:
             return slot
         target = min(near, key=self._parked.length)
-        cost = (tokens + self._parked.length(target)) * self.facts.kv_bytes_per_token
+        cost = (tokens + self._parked.length(target)) * self._token_bytes
         if cost + 2 * self.facts.kv_bytes_per_sequence > _MOVED_SHARE * self._weights_bytes:
             return slot
         states = [(target, self._context.export_slot(slot))] if tokens else []
@@ -522,22 +597,27 @@ class LlamaBackend:
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         row = self._rows[sequence.seq]
+        self._rewind(row, tokens)
+        return len(row.tokens)
+
+    def _rewind(self, row: _Row, tokens: int) -> bool:
+        """Keep its first tokens. False: that could not be, and none are left."""
         if tokens < len(row.tokens) and not self._context.forget(row.slot, tokens):
             self._context.forget(row.slot)
-            tokens = 0
+            row.tokens = []
+            return False
         del row.tokens[tokens:]
-        return len(row.tokens)
+        return True
 
     def limit_kv(self, budget_bytes: int) -> None:
         """Its buffer stays."""
 
     def memory(self) -> MemoryFacts:
+        slots = range(self._context.slots)
+        held = sum(self._context.last_position(slot) + 1 != self._parked.length(slot) for slot in slots)
         return MemoryFacts(
             # As llama.cpp sees it, not as this module does: a cell that was not freed shows.
-            rows=sum(
-                self._context.last_position(slot) + 1 != self._parked.length(slot)
-                for slot in range(self._context.slots)
-            ),
+            rows=max(held, self._drafter.rows if self._drafter else 0),
             arena_bytes=self.facts.kv_budget_bytes,
             active_bytes=0,
             peak_bytes=0,
@@ -573,6 +653,15 @@ def _budget(model: Model, options: Load, cost: KVCost, rows: int, free: int) -> 
             param="engine.kv_budget_bytes",
         )
     return budget, context_length, streams
+
+
+def _threads(model: Model, options: Load) -> int:
+    return options.threads or (1 if model.weights_bytes < _SMALL_BYTES else default_threads())
+
+
+def _fused(model: Model, streams: bool, forward_tokens: int, cells: int) -> bool:
+    """Whether a context whose rows look at so many cells keeps no scores of attention."""
+    return model.on_gpu or not streams or 4 * model.heads * forward_tokens * cells > _SCORES_BYTES
 
 
 def default_threads() -> int:

@@ -31,7 +31,8 @@ import llama_cpp as C
 KV_TYPES = {16: C.GGML_TYPE_F16, 8: C.GGML_TYPE_Q8_0, 4: C.GGML_TYPE_Q4_0}
 MAX_SLOTS = int(C.llama_max_parallel_sequences())
 OUTPUTS = 32
-"""Tokens of a batch whose logits can be had, at least: what is held is so many times the vocabulary."""
+"""Tokens of a batch whose logits can be had, at least (one of each slot, and some of prompts whose log-probabilities
+are wanted): what is held is so many times the vocabulary."""
 # GCC 12 takes most of the tile configuration that ggml's AMX kernels load for dead stores and drops them: the first
 # product with quantised weights faults (a Sapphire Rapids under Debian 12). A build does not say what compiled it, so
 # none of them gets weights laid out for AMX.
@@ -107,6 +108,17 @@ class Model:
         length = C.llama_model_meta_val_str(self.pointer, key.encode(), text, len(text))
         return text.value.decode(errors="replace") if length >= 0 else ""
 
+    def vocabulary(self) -> list[bytes]:
+        """The tokens' texts, as the file has them."""
+        vocabulary = C.llama_model_get_vocab(self.pointer)
+        return [C.llama_vocab_get_text(vocabulary, token) for token in range(self.vocab_size)]
+
+    def pads_from(self, token: int) -> bool:
+        """Whether no text has a token of that id or a higher one."""
+        vocabulary = C.llama_model_get_vocab(self.pointer)
+        attributes = (C.llama_vocab_get_attr(vocabulary, each) for each in range(token, self.vocab_size))
+        return all(each & C.LLAMA_TOKEN_ATTR_UNUSED for each in attributes)
+
     def measure_kv(self, context: "Context", forward_tokens: int) -> KVCost:
         """By llama.cpp's own measure, its copy of a sequence's state (a few bytes a cell of bookkeeping included): what
         two tokens in an empty ``context`` add to it. Sliding layers hold a window and what one forward may bring."""
@@ -152,18 +164,18 @@ class Context:
         forward_tokens: int,
         kv_bits: int,
         threads: int,
+        outputs: int = OUTPUTS,
         fused: bool = True,
     ) -> None:
-        """``fused``: attention keeps no scores, if llama.cpp finds that the device has such a kernel; a quantised V
-        needs it."""
+        """``outputs``: tokens of a batch whose logits can be wanted, at most. ``fused``: attention keeps no scores, if
+        llama.cpp finds that the device has such a kernel; a quantised V needs it."""
         parameters = C.llama_context_default_params()
         parameters.n_ctx = cells
         parameters.n_batch = batch_tokens
         parameters.n_ubatch = forward_tokens
         parameters.n_seq_max = slots
-        # One row of logits for each slot, and some for prompts whose log-probabilities are wanted: otherwise buffers
-        # are made for logits of every token of a batch.
-        self.outputs = min(max(slots, OUTPUTS), batch_tokens)
+        # Otherwise buffers are made for logits of every token of a batch.
+        self.outputs = min(max(slots, outputs, OUTPUTS), batch_tokens)
         parameters.n_outputs_max = self.outputs
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = KV_TYPES[kv_bits]

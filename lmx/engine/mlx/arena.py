@@ -17,11 +17,13 @@ to be finite (``Seen``), and copied out only where it was. No I/O, no decisions:
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from lmx.engine.mlx.adapter import ArraysCache, LayerKind, LoadedModel, make_prompt_cache, parts, whole
@@ -341,6 +343,23 @@ class Lane:
     def begin_decode(self, active: Sequence[int], width: int, counts: Sequence[int]) -> list[Any]:
         """What model code sees of each layer in a step of ``width`` tokens a row, ``counts`` of them each row's own."""
         count = max(active) + 1
+        lengths, own, slots = self.places(active, count, width, counts)
+        positions = lengths[:, None] + np.minimum(np.arange(width, dtype=np.int32), own[:, None] - 1)
+        span = int((lengths + own).max())
+        masks = Masks(positions, span, mask_heads(self._loaded, self.kinds))
+        offset = mx.array(lengths)
+        written = np.where(slots[:, 0] == lengths, own, width).tolist()
+        return decode_caches(
+            self._layers,
+            count,
+            partial(DecodeView, offset=offset, slots=Slots(slots, written), write=self._write, masks=masks, span=span),
+        )
+
+    def places(
+        self, active: Sequence[int], count: int, width: int, counts: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Of the first ``count`` rows in such a step: the position of each one's first token, how many it has (both
+        (count,)), and the slots that it writes (count, width)."""
         steps = np.arange(width, dtype=np.int32)
         # The others stand where an active row stands, so that they change neither the span nor its first slot.
         lengths = np.full(count, self.lengths[active[0]], np.int32)
@@ -350,33 +369,23 @@ class Lane:
         # What is written beside a row's own tokens goes where rows that do not decode write.
         kept = np.zeros((count, width), bool)
         kept[list(active)] = steps < own[list(active), None]
-        slots = Slots(
-            np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps),
-            np.where(kept[:, 0], own, width).tolist(),
-        )
-        positions = lengths[:, None] + np.minimum(steps, own[:, None] - 1)
-        span = int((lengths + own).max())
-        # mlx-lm's attention over packed KV broadcasts one mask over all heads.
-        packed = any(kind.bits < 16 for kind in self.kinds)
-        masks = Masks(positions, span, 1 if packed else self._loaded.query_heads)
-        offset = mx.array(lengths)
-        caches: list[Any] = []
-        for layer in self._layers:
-            if isinstance(layer, KVLayer):
-                caches.append(DecodeView(layer, offset, slots, self._write, masks, span))
-            elif isinstance(layer, OwnLayer):
-                caches.append(layer.cache)
-            else:
-                cache = ArraysCache(len(layer.arrays))
-                cache.cache = [array[:count] for array in layer.arrays]
-                caches.append(cache)
-        return caches
+        slots = np.where(kept, lengths[:, None] + steps, self.slots - DUMMY_SLOTS + steps)
+        return lengths, own, slots.astype(np.int32)
+
+    def lend(self) -> list[list[mx.array]]:
+        """The buffers of each layer, for a compiled step of one token a row, which ends with ``take_back``."""
+        return [layer.arrays for layer in self._layers]
+
+    def take_back(self, active: Sequence[int], written: Sequence[Sequence[mx.array]]) -> None:
+        """What that step made of the buffers."""
+        for layer, arrays in zip(self._layers, written, strict=True):
+            assert not isinstance(layer, OwnLayer)
+            layer.arrays = list(arrays)
+        self.lengths[list(active)] += 1
 
     def end_decode(self, active: Sequence[int], caches: Sequence[Any], counts: Sequence[int]) -> None:
         """Keep what the step wrote."""
-        for layer, cache in zip(self._layers, caches, strict=True):
-            if isinstance(layer, StateLayer):
-                layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
+        keep_states(self._layers, caches)
         self.lengths[list(active)] += np.asarray(counts, np.int32)
 
     def rewind(self, row: int, length: int) -> int:
@@ -497,6 +506,34 @@ class Lane:
                 free = mx.array([row for row, owner in enumerate(self.owners) if owner is None], dtype=mx.int32)
                 for array in layer.arrays:
                     array[free] = outside
+
+
+def mask_heads(loaded: LoadedModel, kinds: Sequence[LayerKind]) -> int:
+    """For so many heads decode steps make a mask."""
+    # mlx-lm's attention over packed KV broadcasts one mask over all heads.
+    return 1 if any(kind.bits < 16 for kind in kinds) else loaded.query_heads
+
+
+def decode_caches(layers: Sequence[Layer], count: int, view: Callable[[KVLayer], DecodeView]) -> list[Any]:
+    """What model code sees of the first ``count`` rows of these layers in a decode step."""
+    caches: list[Any] = []
+    for layer in layers:
+        if isinstance(layer, KVLayer):
+            caches.append(view(layer))
+        elif isinstance(layer, OwnLayer):
+            caches.append(layer.cache)
+        else:
+            cache = ArraysCache(len(layer.arrays))
+            cache.cache = [array[:count] for array in layer.arrays]
+            caches.append(cache)
+    return caches
+
+
+def keep_states(layers: Sequence[Layer], caches: Sequence[Any]) -> None:
+    """Recurrent states that a step left in its caches, back into their layers. (Views write into theirs.)"""
+    for layer, cache in zip(layers, caches, strict=True):
+        if isinstance(layer, StateLayer):
+            layer.arrays = [with_front(old, new) for old, new in zip(layer.arrays, cache.cache, strict=True)]
 
 
 def _newest(caches: Sequence[Any]) -> list[mx.array]:

@@ -21,13 +21,14 @@ import psutil
 from lmx.engine.backend import Block, Chunk, Draw, Facts, MemoryFacts, Scores, Sequence
 from lmx.engine.budget import KVCost, chunk_area, fit_context
 from lmx.engine.grammar import Masker
-from lmx.engine.mlx import adapter, cpu, device, draws, probe, together
+from lmx.engine.mlx import adapter, compiled, cpu, device, draft, draws, handles, probe, together
 from lmx.engine.mlx.arena import Lane, Seen
 from lmx.engine.mlx.blocks import Forms, MLXBlock
+from lmx.engine.mlx.draft import Drafter, DraftModel
 from lmx.engine.mlx.draws import Batches, Read
 from lmx.engine.mlx.placement import Place, Placement
 from lmx.engine.mlx.verify import Verification
-from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score
+from lmx.engine.sampling import Drawn, SamplingBatch, as_logprobs, draw_key, penalised, score, traces
 from lmx.protocol import Load
 
 # Without a setting, KV may take this share of the memory that is free after the load.
@@ -51,7 +52,8 @@ _SCORED_TOKENS = 64
 class MLXBackend:
     """One loaded model and the KV of its sequences. Make it with ``load``."""
 
-    def __init__(self, loaded: adapter.LoadedModel, options: Load) -> None:
+    def __init__(self, loaded: adapter.LoadedModel, options: Load, drafts: DraftModel | None = None) -> None:
+        """``drafts``: a draft model that fits ``loaded``."""
         self._thread = threading.get_ident()
         self._loaded = loaded
         write, write_words = device.choose_write()
@@ -63,14 +65,22 @@ class MLXBackend:
         apart = "it has one row" if self._probe.path == "single" else together.check(loaded, self._probe.kinds, write)
         self._device.words["speculation"] = self._probe.speculation
         self._device.words["lanes"] = f"one by one: {apart}" if apart else "in one pass over the weights"
+        self._compiled, self._device.words["compiled"] = compiled.choose(loaded, self._probe, options.compile_decode)
+        if drafts is not None:
+            draft.check_target(drafts, self._probe.max_depth, self._probe.speculation)
+            self._device.words["draft model"] = drafts.words
         mx.clear_cache()  # of what the probes left
-        self.facts = self._facts(options)
+        free = _free_bytes()
+        self.facts = self._facts(options, free, drafts)
         self._masker = Masker(self.facts.vocab_size, self.facts.eos_ids, options.grammar_mask_ms)
-        self._placement = Placement(loaded, self._probe, self.facts)
+        self._placement = Placement(loaded, self._probe, self._share(self._probe.kv_bytes_per_token))
+        self._drafter = Drafter(drafts, self._share(drafts.kv_bytes_per_token), free) if drafts else None
         self._decodes_together = not apart
         self._forms = Forms(self._probe.kinds)
         self._stopped: dict[int, dict[int, MLXBlock]] = {}
         """The states of sequences in prefill at those of their ``stops`` that nobody asked for yet."""
+        self._own_arrays = 0
+        """The model's, which are in no list of the collector's."""
         self._copies: list[mx.array] = []
         """Of blocks that the device may be about to make."""
         self._batches = Batches(self.facts.vocab_size)
@@ -81,18 +91,26 @@ class MLXBackend:
     def load(cls, options: Load) -> "MLXBackend":
         """Load ``options.path``. Raises ModelInvalid."""
         loaded = adapter.load(Path(options.path))
+        drafts = None
+        if options.draft_path and options.speculation == "auto":
+            drafts = draft.load(options.draft_path, loaded, Path(options.words or options.path), options.kv_bits)
         adapter.wire(options.wired_bytes)
         mx.set_cache_limit(min(_POOL_BYTES, int(_POOL_SHARE * psutil.virtual_memory().total)))
-        backend = cls(loaded, options)
+        backend = cls(loaded, options, drafts)
         # The model lives as long as the process: the collector need not look at it again.
         gc.collect()
+        backend._own_arrays = handles.arrays()
         gc.freeze()
         cpu.give_back()
         return backend
 
-    def _facts(self, options: Load) -> Facts:
+    def _facts(self, options: Load, free: int, drafts: DraftModel | None) -> Facts:
+        """``free``: what the weights leave of the memory."""
         per_token, per_sequence = self._probe.kv_bytes_per_token, self._probe.kv_bytes_per_sequence
-        free = _free_bytes()
+        weights_bytes = self._loaded.weights_bytes
+        if drafts:
+            per_token += drafts.kv_bytes_per_token
+            weights_bytes += drafts.loaded.weights_bytes
         budget = options.kv_budget_bytes or max(int(free * _KV_MEMORY_SHARE), 1)
         cost = KVCost(per_token, per_sequence)
         area = chunk_area(self._device.attention_bytes, free, budget)
@@ -112,7 +130,7 @@ class MLXBackend:
             # MLX's CPU stream takes 10 operations ahead and no more, so a launch there lasts as long as its step:
             # lookahead would deliver each token a step late and gain nothing (480 against 483 tok/s).
             launch_share=self._device.launch_share,
-            weights_bytes=self._loaded.weights_bytes,
+            weights_bytes=weights_bytes,
             device=_device_name(),
             dtype=self._loaded.dtype + (f", {self._probe.kv_bits}-bit KV" if self._probe.kv_bits < 16 else ""),
             path=self._probe.path,
@@ -121,9 +139,17 @@ class MLXBackend:
             forks=self._probe.path == "arena" and all(kind.kind == "kv" for kind in self._probe.kinds),
             max_chunk_area=area,
             max_depth=self._probe.max_depth,
+            draft_model=drafts.path if drafts else "",
             prefixes=_prefixes(self._probe),
             window=max((kind.window or 0 for kind in self._probe.kinds if kind.kind == "kv"), default=0),
         )
+
+    def _share(self, bytes_per_token: int) -> Facts:
+        """For the placement of one model's KV, that takes so much a token: its part of the budget."""
+        if bytes_per_token == self.facts.kv_bytes_per_token:
+            return self.facts
+        budget = self.facts.kv_budget_bytes * bytes_per_token // self.facts.kv_bytes_per_token
+        return replace(self.facts, kv_bytes_per_token=bytes_per_token, kv_budget_bytes=budget)
 
     def start(self, sequence: Sequence) -> None:
         self._assert_thread()
@@ -144,7 +170,10 @@ class MLXBackend:
                 place.lane.seen[place.row].found(start, end)
 
     def limit_kv(self, budget_bytes: int) -> None:
-        self.facts = self._placement.facts = replace(self.facts, kv_budget_bytes=budget_bytes)
+        self.facts = replace(self.facts, kv_budget_bytes=budget_bytes)
+        self._placement.facts = self._share(self._probe.kv_bytes_per_token)
+        if self._drafter:
+            self._drafter.limit(self._share(self._drafter.kv_bytes_per_token))
         mx.clear_cache()
         cpu.give_back()
 
@@ -152,6 +181,8 @@ class MLXBackend:
         self._assert_thread()
         self._stopped.pop(sequence.seq, None)
         self._placement.leave(sequence)
+        if self._drafter:
+            self._drafter.free(sequence)
 
     def launch(self, decode: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[Seq[int]] = ()) -> "MLXLaunch":
         self._assert_thread()
@@ -216,7 +247,8 @@ class MLXBackend:
         parts = [(lane, [place.row for place in members]) for lane, members in decoding]
         if len(parts) > 1 and self._decodes_together:
             return [logits[:, 0] for logits in together.decode(self._loaded, parts)]
-        return [lane.decode(rows)[:, 0] for lane, rows in parts]
+        decode = self._compiled.decode if self._compiled else Lane.decode
+        return [decode(lane, rows)[:, 0] for lane, rows in parts]
 
     def _decode(
         self, launch: "MLXLaunch", lane: Lane, members: list[Place], logits: mx.array, *, late: bool = False
@@ -324,7 +356,9 @@ class MLXBackend:
         launch.watch(lane, rows)
 
     def draft(self, sequences: Seq[Sequence], depths: Seq[int]) -> list[list[int]]:
-        raise AssertionError("there is no draft model")
+        self._assert_thread()
+        assert self._drafter is not None, "there is no draft model"
+        return self._drafter.draft(sequences, depths)
 
     def rewind(self, sequence: Sequence, tokens: int) -> int:
         place = self._placement[sequence]
@@ -388,13 +422,17 @@ class MLXBackend:
     def memory(self) -> MemoryFacts:
         self._assert_thread()
         return MemoryFacts(
-            rows=len(self._placement),
-            arena_bytes=sum(lane.nbytes for lane in self._placement.lanes),
+            # A sequence has a row of each; one that was not freed shows in either.
+            rows=max(len(self._placement), len(self._drafter) if self._drafter else 0),
+            arena_bytes=sum(lane.nbytes for lane in self._placement.lanes)
+            + (self._drafter.arena_bytes if self._drafter else 0),
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),
             cache_bytes=mx.get_cache_memory(),
-            # gc.freeze() took the model's own arrays out of this list.
-            live_arrays=sum(type(found) is mx.array for found in gc.get_objects()),
+            live_arrays=(alive := handles.arrays()),
+            traces=traces() + compiled.traces(),
+            handles=alive + self._own_arrays,
+            most_handles=handles.most(),
         )
 
     def _assert_thread(self) -> None:

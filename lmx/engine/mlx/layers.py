@@ -6,7 +6,7 @@ caller.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +41,11 @@ class KVLayer:
     @property
     def arrays(self) -> list[mx.array]:
         return [*self.keys, *self.values]
+
+    @arrays.setter
+    def arrays(self, arrays: Sequence[mx.array]) -> None:
+        cut = len(arrays) // 2
+        self.keys, self.values = list(arrays[:cut]), list(arrays[cut:])
 
     def packed(self, new: mx.array) -> list[mx.array]:
         """Keys or values as its buffers hold them."""
@@ -137,7 +142,7 @@ class OwnLayer:
 
 
 Layer = KVLayer | StateLayer | OwnLayer
-Write = Callable[[mx.array, "Slots", mx.array], mx.array]
+Write = Callable[[mx.array, "WritePlaces", mx.array], mx.array]
 
 
 def make_layer(kind: LayerKind, rows: int, slots: int) -> Layer:
@@ -158,6 +163,22 @@ def _copies(views: Sequence[mx.array]) -> list[mx.array]:
     return copies
 
 
+class WritePlaces(Protocol):
+    """What a ``Write`` asks of where it writes: ``Slots``, or the same as arrays of a compiled graph."""
+
+    counts: Sequence[int]
+    """How many of each row's tokens count."""
+
+    def along(self, shape: tuple[int, ...]) -> mx.array:
+        """(B, H, L, D): the slot of each element of keys or values of that shape."""
+
+    def of_heads(self, heads: int) -> tuple[mx.array, ...]:
+        """Three of (B, H, L): the row, the head and the slot of each vector."""
+
+    def starts(self) -> list[mx.array]:
+        """For each row, (row, its first slot)."""
+
+
 class Slots:
     """Where one forward pass writes: token l of row b into slot ``positions[b, l]``, for rows [0, B). The first
     ``counts[b]`` of them follow each other; the others are padding, and may also stay unwritten.
@@ -174,13 +195,11 @@ class Slots:
         self._starts: list[mx.array] = []
 
     def along(self, shape: tuple[int, ...]) -> mx.array:
-        """(B, H, L, D): the slot of each element of keys or values of that shape."""
         if shape not in self._along:
             self._along[shape] = mx.broadcast_to(mx.array(self._positions[:, None, :, None]), shape)
         return self._along[shape]
 
     def of_heads(self, heads: int) -> tuple[mx.array, ...]:
-        """Three of (B, H, L): the row, the head and the slot of each vector."""
         if heads not in self._of_heads:
             rows = np.arange(len(self._positions), dtype=np.uint32)[:, None, None]
             index = (rows, np.arange(heads, dtype=np.uint32)[:, None], self._positions[:, None, :])
@@ -188,13 +207,12 @@ class Slots:
         return self._of_heads[heads]
 
     def starts(self) -> list[mx.array]:
-        """For each row, (row, its first slot)."""
         if not self._starts:
             self._starts = [mx.array([row, slot], mx.uint32) for row, slot in enumerate(self._positions[:, 0].tolist())]
         return self._starts
 
 
-def scatter_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
+def scatter_write(buffer: mx.array, slots: WritePlaces, new: mx.array) -> mx.array:
     """Write ``new`` (B, H, L, D) into rows [0, B), in one in-place operation."""
     if buffer.shape[0] == new.shape[0]:
         # With all rows written, the cheaper operation (2 % of a step of SmolLM2, 6 % of one of a very small model).
@@ -203,7 +221,7 @@ def scatter_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
     return buffer
 
 
-def slice_write(buffer: mx.array, slots: Slots, new: mx.array) -> mx.array:
+def slice_write(buffer: mx.array, slots: WritePlaces, new: mx.array) -> mx.array:
     """The same, row by row: for back ends whose scatter copies the buffer."""
     for row, (start, count) in enumerate(zip(slots.starts(), slots.counts, strict=True)):
         buffer = mx.slice_update(buffer, new[row : row + 1, :, :count], start, axes=(0, 2))

@@ -7,15 +7,27 @@ instead of 3.2 ms a decoding row). Made by ``arena.Lane``.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from lmx.engine.mlx.layers import KVLayer, Slots, Write
+from lmx.engine.mlx.layers import KVLayer, Write, WritePlaces
 
 Seen = mx.array | tuple[mx.array, ...]
 """Keys or values as a model's attention takes them: an array, or packed values, scales and biases."""
+
+
+class StepMasks(Protocol):
+    """What a view asks of the masks: ``Masks``, or the same as arrays of a compiled graph."""
+
+    def first_slot(self, window: int | None) -> int:
+        """Before it no query sees anything: what a layer of that window need not fetch."""
+
+    def get(self, fetched: int | None, window: int | None) -> mx.array | None:
+        """The mask over slots [``first_slot(fetched)``, span) for queries that see ``window`` positions, their own
+        included; None where all see everything."""
 
 
 class Masks:
@@ -32,12 +44,9 @@ class Masks:
         self._made: dict[tuple[int, int | None], mx.array] = {}
 
     def first_slot(self, window: int | None) -> int:
-        """Before it no query sees anything: what a layer of that window need not fetch."""
         return 0 if window is None else max(0, self._least - window + 1)
 
     def get(self, fetched: int | None, window: int | None) -> mx.array | None:
-        """The mask over slots [``first_slot(fetched)``, span) for queries that see ``window`` positions, their own
-        included; None where all see everything."""
         first = self.first_slot(fetched)
         if window is not None and self._most - window < first:
             window = None
@@ -85,7 +94,9 @@ class DecodeView(_View):
     cache: a decode step is as fast as what it reads is small.
     """
 
-    def __init__(self, layer: KVLayer, offset: mx.array, slots: Slots, write: Write, masks: Masks, span: int) -> None:
+    def __init__(
+        self, layer: KVLayer, offset: mx.array, slots: WritePlaces, write: Write, masks: StepMasks, span: int
+    ) -> None:
         super().__init__(layer)
         self.offset = offset
         """(B,): position of each row's first token, what RoPE takes."""

@@ -28,8 +28,8 @@ LEAST_LEADER_TOKENS = BLOCK_TOKENS
 LEAST_LEADER_SHARE = 0.5
 # Of the memory for blocks, filled from the disk at load.
 _WARM_SHARE = 0.5
-# At the end blocks are offered to the disk, and then written, for so long each.
-_CLOSE_S = 2.0
+# At the end the disk has room for another block so much later, if it had none.
+_ROOM_S = 0.005
 # A disk from which nothing came for so long is not waited for any more: what it has is computed.
 SILENT_S = 10.0
 
@@ -263,13 +263,16 @@ class PrefixStore:
             states = checkpoint.to_bytes() if checkpoint else None
             self._disk.offer(*names, node.start, node.tokens, block.to_bytes(), states, node.uses, window=window)
 
-    def close(self) -> None:
-        """At the engine's end: what was offered is written, as far as a moment allows."""
+    def close(self, save_s: float) -> None:
+        """At the engine's end: blocks are offered to the disk, and then written, for so long each."""
         if self._disk is not None:
-            until = time.monotonic() + _CLOSE_S
-            while self.unsaved and time.monotonic() < until:
-                self.save()
-            self._disk.close()
+            until = time.monotonic() + save_s
+            while self._unsaved and time.monotonic() < until and not self._disk.statistics().off:
+                if self.unsaved:
+                    self.save()
+                else:
+                    time.sleep(_ROOM_S)
+            self._disk.close(save_s)
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

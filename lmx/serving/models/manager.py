@@ -497,12 +497,22 @@ class Models:
         if slot is None and self._failures.pop(name, None) is not None:
             return Unloaded(name, 0, 0.0)
         if slot is None:
-            loaded = ", ".join(slot.id for slot in self._slots.values()) or "none"
-            raise ModelNotFound(f"The model {name[:200]!r} is not loaded; loaded are: {loaded}.", param="model")
+            raise self._not_loaded(name)
         began, held = trio.current_time(), self.memory.held(slot.id).measured_bytes
         self._retire(slot, self._settings.memory.drain_s if drain_s is None else drain_s, "it is unloaded by hand")
         await slot.gone.wait()
         return Unloaded(slot.id, held, trio.current_time() - began)
+
+    def in_memory(self, name: str) -> AnyServed:
+        """The model of that name, loaded or about to be. Raises ModelNotFound when it is not."""
+        slot = self._find(name, Served)
+        if slot is None or slot.served is None:
+            raise self._not_loaded(name)
+        return slot.served
+
+    def _not_loaded(self, name: str) -> ModelNotFound:
+        loaded = ", ".join(slot.id for slot in self._slots.values()) or "none"
+        return ModelNotFound(f"The model {name[:200]!r} is not loaded; loaded are: {loaded}.", param="model")
 
     def _target(self, name: str, kind: type[AnyServed]) -> Target:
         try:

@@ -68,6 +68,7 @@ def read_writer(
         prefix_dir=str(settings.prefix_path),
         speculation=options.speculation,
         draft_path=str(draft.path) if draft is not None else "",
+        compile_decode=settings.engine.compile,
     )
     engine = Engine(model_id, load, lambda: live.now.engine, metrics, _environment(settings))
     return Served(model_id, folder, chat, engine, int(time.time()), options.context_length, options.names)

@@ -33,7 +33,7 @@ class Signal:
 
 class Slot:
     """``state``: "reading" its files, "converting" them, "waiting" for memory, then its engine's ("loading", "ready",
-    "restarting", "failed"); "draining" its last requests, "unloading"."""
+    "recycling", "restarting", "failed"); "draining" its last requests, "unloading"."""
 
     def __init__(
         self,
