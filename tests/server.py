@@ -99,7 +99,8 @@ class Server:
         """Ask /admin/status until the engine's record has these values; keys with ``engine_`` are the engine's own."""
         gives_up = time.monotonic() + PATIENCE_S
         while True:
-            record = self.engine()
+            models = self.status()["models"]  # none, for a moment at the start
+            record = models[0]["engine"] if models else None
             own = (record or {}).get("engine") or {}
             seen = {k: own.get(k[7:]) if k.startswith("engine_") else (record or {}).get(k) for k in wanted}
             if seen == wanted:

@@ -268,6 +268,8 @@ def alone(llama: MLXBackend, compile_: Compiler) -> Outcome:
 
 
 def assert_same(found: Outcome, expected: Outcome, but: Seq[int] = ()) -> None:
+    # Packed, a value of the KV is now and then rounded to its neighbour.
+    tolerance = 0.02 if found.device.facts.dtype.endswith("KV") else 1e-3
     for seq, right in expected.answers.items():
         if seq in but:
             continue
@@ -278,7 +280,7 @@ def assert_same(found: Outcome, expected: Outcome, but: Seq[int] = ()) -> None:
         assert len(answer.logprobs) == len(right.logprobs)
         for one, other in zip(answer.logprobs, right.logprobs, strict=True):
             assert one.top_ids == other.top_ids
-            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=1e-3)
+            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=tolerance)
 
 
 def assert_speculated(found: Outcome, alone: Outcome) -> None:

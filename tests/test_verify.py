@@ -148,13 +148,15 @@ def test_drafts_change_nothing_but_the_number_of_steps(
     rows, steps = run(backend, oracle(texts, 5, wrong, depth, backend.facts.vocab_size))
     assert all(row.drafted for row in rows)
     assert (steps < 0.5 * TOKENS) if wrong == 0 else (steps > 0.5 * TOKENS / depth)
+    # Packed, a value is now and then rounded to its neighbour.
+    tolerance = 0.02 if backend.facts.dtype.endswith("KV") else 1e-3
     for row, expected in zip(rows, right, strict=True):
         assert row.tokens[:TOKENS] == expected.tokens[:TOKENS]
         assert 0 < row.accepted < row.drafted or wrong in (0.0, 1.0)
         assert len(row.logprobs) == (len(row.tokens) if row.sequence.sampling.logprobs >= 0 else 0)
         for one, other in zip(row.logprobs, expected.logprobs, strict=False):
             assert one.top_ids == other.top_ids
-            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=2e-3)
+            assert (one.drawn, *one.top) == pytest.approx((other.drawn, *other.top), abs=tolerance)
 
 
 def test_rows_with_drafts_beside_prefill_and_rows_that_come_and_go(backend: MLXBackend, right: list[Answer]) -> None:

@@ -43,7 +43,7 @@ _HOLD = 0.75
 _SHORT_TOKENS, _MOST_TOKENS = 16, 2048
 _LANES_BYTES = 64 * 1024**2
 # The least of so many steps of each kind is taken, since whatever disturbs a step makes it longer.
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 6
+_FEWEST_ROUNDS, _MOST_ROUNDS = 1, 8
 _ROUNDS_S = 0.1
 _COPIES = 3
 # A further lane is never taken to cost less than this share of a step: what is below it is noise.
