@@ -450,7 +450,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.released.isdisjoint(self.compiled.releasable())
 
 
-EXAMPLES = 150
+EXAMPLES = 100
 """Of 60 calls each, others in every run; ``make soak`` asks for more."""
 SchedulerMachine.TestCase.settings = settings(
     max_examples=int(os.environ.get("LMX_SOAK_EXAMPLES", EXAMPLES)), stateful_step_count=60, deadline=None
