@@ -40,11 +40,11 @@ _ONE_BY_ONE_SHARE = (BLOCKS_SHARE + BLOCKS_ALL_SHARE) / 2
 # How far into a step the step loop launches the next one at the latest.
 _HOLD = 0.75
 # Lanes are measured with rows of so few tokens, and of as many more as this memory allows, four times.
-_SHORT_TOKENS, _MOST_TOKENS = 16, 2048
+_SHORT_TOKENS, _MOST_TOKENS = 16, 1024
 _LANES_BYTES = 64 * 1024**2
 # The least of so many steps of each kind is taken, since whatever disturbs a step makes it longer.
 _FEWEST_ROUNDS, _MOST_ROUNDS = 1, 8
-_ROUNDS_S = 0.1
+_ROUNDS_S = 0.05
 _COPIES = 3
 # A further lane is never taken to cost less than this share of a step: what is below it is noise.
 _LEAST_LANE_SHARE = 0.01
